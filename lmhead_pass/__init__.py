@@ -1,0 +1,30 @@
+"""Memory-lean cross entropy for language models, through torch.compile alone.
+
+    import lmhead_pass            # registers the pass
+    model = torch.compile(model)  # as usual
+
+Each linear layer whose output goes into a cross entropy over a large vocabulary is rewritten
+into one op that never holds the ``[tokens, vocabulary]`` logits. ``TORCH_LOGS="lmhead_pass"`` and
+``lmhead_pass.explain`` say what was rewritten, and why not what was not.
+"""
+
+# torch imports this package while it is itself importing when TORCH_LOGS names it, and users
+# import it on every start: nothing here may import torch._inductor or torch._dynamo.
+from . import config
+from . import ops as _ops  # noqa: F401  torch.ops.lmhead_pass, for compiled code from a cache too
+from .registration import disabled, register, unregister
+
+__all__ = ["config", "disabled", "explain", "register", "unregister"]
+
+
+def explain(fn, *args, **kwargs):
+    """Run ``fn(*args, **kwargs)`` once and report on every loss over logits in it.
+
+    See :func:`lmhead_pass.explaining.explain`, which this calls.
+    """
+    from .explaining import explain
+
+    return explain(fn, *args, **kwargs)
+
+
+register()

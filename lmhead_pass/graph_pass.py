@@ -1,0 +1,40 @@
+"""The pass as Inductor sees it: a callable on graphs with a cache key."""
+
+import functools
+import hashlib
+import importlib
+from pathlib import Path
+
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+from . import config
+
+
+class LMHeadPass(CustomGraphPass):
+    """Rewrites each linear -> cross entropy over a large vocabulary in a pre-grad graph."""
+
+    def __call__(self, graph: Graph) -> None:
+        # This object has to exist before torch._dynamo is imported; what it needs to work, after.
+        importlib.import_module("lmhead_pass.rewriter").rewrite_graph(graph)
+
+    def uuid(self) -> str:
+        """What the rewritten graph depends on: every file of the package and every setting."""
+        settings = repr(sorted(config.get_config_copy().items()))
+        return f"lmhead_pass-{_hash_of_package()}-{hashlib.sha256(settings.encode()).hexdigest()}"
+
+    def __reduce__(self) -> str:
+        # Copies and pickles (Inductor makes both) are the one pass itself.
+        return "lmhead_pass"
+
+
+@functools.cache
+def _hash_of_package() -> str:
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+lmhead_pass = LMHeadPass()

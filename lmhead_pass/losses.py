@@ -1,0 +1,90 @@
+"""Reads a cross entropy over class indices, however it is written."""
+
+import torch
+from torch.fx import Node
+from torch.nn import _reduction
+
+from .match import Logits, Loss, Refused
+from .spelling import arguments, operation
+from .tensors import tensor_of
+
+_SIGNATURES = {
+    "cross_entropy": lambda input, target, weight=None, size_average=None, ignore_index=-100,
+    reduce=None, reduction="mean", label_smoothing=0.0: locals(),
+    "nll_loss": lambda input, target, weight=None, size_average=None, ignore_index=-100,
+    reduce=None, reduction="mean": {"label_smoothing": 0.0, **locals()},
+}  # fmt: skip
+
+
+def is_loss(node: Node) -> bool:
+    return operation(node) in _SIGNATURES
+
+
+def class_count(node: Node) -> int | torch.SymInt | None:
+    """How many classes a loss node distinguishes; None if that cannot be told."""
+    call = arguments(node, _SIGNATURES[operation(node)])
+    if call is None:
+        return None
+    logits = tensor_of(call["input"])
+    return logits.size(_class_dim(logits.dim())) if logits.dim() else None
+
+
+def read_loss(node: Node) -> Loss:
+    """Describe the loss that ``node`` computes; Refused if it is not one of class indices."""
+    name = operation(node)
+    call = arguments(node, _SIGNATURES[name])
+    if call is None:
+        raise Refused(f"{name} is called with arguments that are not understood")
+    reduction = call["reduction"]
+    if call["size_average"] is not None or call["reduce"] is not None:
+        reduction = _reduction.legacy_get_string(call["size_average"], call["reduce"], False)
+    logits, target = tensor_of(call["input"]), tensor_of(call["target"])
+    if target.is_floating_point():
+        raise Refused("the targets are probabilities of classes, not class indices")
+    if target.dtype != torch.int64:
+        raise Refused(f"the targets are {target.dtype}, which eager {name} does not take")
+    if target.dim() != logits.dim() - 1 or logits.dim() == 0:
+        raise Refused(f"{target.dim()}-d targets do not fit {logits.dim()}-d logits")
+    if reduction not in ("mean", "sum", "none"):
+        raise Refused(f"reduction is {reduction!r}")
+    if not isinstance(call["ignore_index"], int):
+        raise Refused("ignore_index is computed in the graph; it has to be a number")
+    if not isinstance(call["label_smoothing"], float | int) or not (
+        0.0 <= call["label_smoothing"] <= 1.0
+    ):
+        raise Refused("label_smoothing is not a number between 0 and 1")
+    if call["weight"] is not None:
+        _check_class_weight(call["weight"], logits, node)
+    return Loss(
+        node=node,
+        logits=call["input"],
+        target=call["target"],
+        class_weight=call["weight"],
+        reduction=reduction,
+        ignore_index=call["ignore_index"],
+        label_smoothing=float(call["label_smoothing"]),
+        wants_log_probabilities=name == "nll_loss",
+    )
+
+
+def check_fits(loss: Loss, logits: Logits) -> None:
+    """Refused unless ``loss`` takes its softmax over the vocabulary of ``logits``."""
+    if _class_dim(tensor_of(logits.node).dim()) != logits.vocab_dim:
+        raise Refused("the loss takes its classes from another dimension than the vocabulary's")
+    if loss.wants_log_probabilities and not logits.are_log_probabilities:
+        raise Refused("nll_loss is taken of logits that went through no log_softmax")
+
+
+def _class_dim(dims: int) -> int:
+    return min(dims - 1, 1)
+
+
+def _check_class_weight(weight: Node, logits: torch.Tensor, loss: Node) -> None:
+    value = tensor_of(weight)
+    if value.requires_grad:
+        raise Refused("the class weights require a gradient, which cross_entropy does not give")
+    if value.dtype != tensor_of(loss).dtype:
+        raise Refused(
+            f"the class weights are {value.dtype} and the loss {tensor_of(loss).dtype}, which "
+            "eager cross_entropy does not take"
+        )

@@ -1,0 +1,80 @@
+"""Which nodes of a pre-grad graph may write to a tensor.
+
+Pre-grad graphs are not functional: ``hidden.add_(1)`` between the head and the loss has no edge to
+the loss, and still decides what a head that is moved down to the loss would read. What is not known
+to leave its arguments alone counts as writing to them.
+"""
+
+import builtins
+import inspect
+import operator
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from .tensors import value_of
+
+_WRITING_OPERATORS = {
+    operator.setitem,
+    operator.delitem,
+    *(
+        getattr(operator, f"i{name}")
+        for name in (
+            *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "concat"),
+            *("and", "or", "xor", "lshift", "rshift"),
+        )
+    ),
+}
+_PURE_MODULES = ("_operator", "builtins", "math", "torch.functional", "torch.special")
+# These write to arguments without saying so in their names or an ``inplace`` argument.
+_WRITING_FUNCTIONS = {F.embedding, F.embedding_bag, F.batch_norm, F.instance_norm, torch.batch_norm}
+
+
+def writers(nodes: Iterable[Node], of: Iterable[Node]) -> Iterator[Node]:
+    """Those of ``nodes`` that may write to the memory of any of the tensors ``of``."""
+    memory = {storage for node in of for storage in _storages(node)}
+    for node in nodes:
+        if may_write(node) and any(
+            not memory.isdisjoint(_storages(argument)) for argument in node.all_input_nodes
+        ):
+            yield node
+
+
+def may_write(node: Node) -> bool:
+    """Whether ``node`` may write to any of its arguments."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if "out" in node.kwargs:
+        return True
+    if node.op == "call_method":
+        return node.target.endswith("_")
+    if node.op != "call_function" or node.target in _WRITING_FUNCTIONS:
+        return True
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if target in _WRITING_OPERATORS:
+        return True
+    name, module = target.__name__, target.__module__ or ""
+    if name.endswith("_"):
+        return True
+    if module == F.__name__:
+        return bool(_bound(node).get("inplace"))
+    is_torch_builtin = inspect.isbuiltin(target) and (
+        module.startswith("torch") or getattr(torch, name, None) is target
+    )
+    # The rest: higher-order ops, custom autograd functions, other people's code.
+    return not (is_torch_builtin or module in _PURE_MODULES or target is builtins.getattr)
+
+
+def _bound(node: Node) -> dict[str, object]:
+    return inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments
+
+
+def _storages(node: Node) -> set[int]:
+    """The memory that a node's value lives in, as its fake tensors share it."""
+    values = tree_leaves(value_of(node))
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}

@@ -1,0 +1,106 @@
+"""Tells what the pass did: log lines, counters, and artifacts for tlparse."""
+
+import logging
+import traceback
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch._guards import CompileContext
+from torch._logging import trace_structured
+from torch.fx import Node
+
+from .match import Match, Refusal
+from .source import place_of
+from .spelling import describe
+from .tensors import tensor_of
+
+log = logging.getLogger("lmhead_pass")
+
+
+def summary(item: Match | Refusal) -> str:
+    """One sentence on what became of a loss, and why."""
+    node = item.loss if isinstance(item, Refusal) else item.loss.node
+    where = f"{describe(node)} at {place_of(node) or 'unknown place'}"
+    if isinstance(item, Refusal):
+        return f"left alone: {where}: {item.reason}"
+    hidden, weight = tensor_of(item.head.hidden), tensor_of(item.head.weight)
+    return (
+        f"rewrote {where}: hidden {_type(hidden)}, weight {_type(weight)}, "
+        f"reduction {item.loss.reduction}; {item.rows_per_chunk} rows per chunk; "
+        f"{_avoided(item)} of {_name(item.compute_dtype)} logits avoided"
+    )
+
+
+def rewritten(match: Match, inserted: Iterable[Node]) -> None:
+    """Report a match about to be replaced by the nodes ``inserted``."""
+    if not _is_news(summary(match)):
+        return
+    _count("rewritten")
+    log.info("%s", summary(match))
+    before, after = _lines((*match.path, match.loss.node)), _lines(inserted)
+    log.debug("before:\n%s\nafter:\n%s", before, after)
+    for name, text in (("before", before), ("after", after)):
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda name=name: {"name": f"lmhead_pass_{name}", "encoding": "string"},
+            payload_fn=lambda text=text: text,
+        )
+
+
+def refused(refusal: Refusal) -> None:
+    """Report a loss that is left alone."""
+    if _is_news(summary(refusal)):
+        _count("refused")
+        log.info("%s", summary(refusal))
+
+
+def failure(error: Exception) -> None:
+    """Report that the pass failed and left a graph as it was."""
+    _count("failed")
+    log.warning(
+        "lmhead_pass failed on a graph and left it as it was. The result is right; memory is not "
+        "saved. Please report this:\n%s",
+        "".join(traceback.format_exception(error)),
+    )
+
+
+# What the attempts before the current one told, for each compilation under way.
+_told: WeakKeyDictionary[CompileContext, dict[int, list[str]]] = WeakKeyDictionary()
+
+
+def _is_news(text: str) -> bool:
+    """Whether ``text`` was not yet told: Dynamo may start a compilation over, graph and all."""
+    context = CompileContext.try_get()
+    if context is None:
+        return True
+    attempts = _told.setdefault(context, {})
+    now = attempts.setdefault(context.attempt, [])
+    now.append(text)
+    earlier = max(
+        (told.count(text) for n, told in attempts.items() if n != context.attempt), default=0
+    )
+    return now.count(text) > earlier
+
+
+def _count(event: str) -> None:
+    torch._dynamo.utils.counters["lmhead_pass"][event] += 1
+
+
+def _lines(nodes: Iterable[Node]) -> str:
+    return "\n".join(str(node.format_node()) for node in nodes)
+
+
+def _type(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {_name(tensor.dtype)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _avoided(match: Match) -> str:
+    per_token = match.vocab_size * match.compute_dtype.itemsize
+    if isinstance(match.tokens, int):
+        return f"{match.tokens * per_token / 1e6:,.1f} MB"
+    return f"{per_token / 1e3:,.1f} kB per token"

@@ -1,0 +1,38 @@
+"""Where in the user's code a node comes from."""
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in .*(?:\n[ \t]+(?P<code>.*))?')
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of the user's code."""
+
+    file: str
+    line: int
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" + (f" `{self.code}`" if self.code else "")
+
+
+def place_of(node: Node) -> Place | None:
+    """The innermost line outside torch that made ``node``, if Dynamo knew."""
+    return place_in(node.meta.get("stack_trace") or "")
+
+
+def place_in(stack_trace: str) -> Place | None:
+    """The innermost line outside torch in a formatted stack trace."""
+    frames = list(_FRAME.finditer(stack_trace))
+    users = [frame for frame in frames if not frame["file"].startswith(_TORCH)]
+    if not frames:
+        return None
+    frame = (users or frames)[-1]
+    return Place(frame["file"], int(frame["line"]), (frame["code"] or "").strip())
