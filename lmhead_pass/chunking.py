@@ -12,7 +12,7 @@ import torch
 from . import config
 
 # Below this much scratch the matrix products get short and slow, whatever the sizes.
-_LEAST_SCRATCH = {"cpu": 64 << 20, "cuda": 256 << 20}
+_LEAST_SCRATCH = {"cpu": 48 << 20, "cuda": 256 << 20}
 # Where the head is large, scratch may grow to this share of the FP32 weight gradient,
 # which has to be held anyway and is read and written once per chunk.
 _SHARE_OF_WEIGHT_GRADIENT = 1 / 4

@@ -26,7 +26,7 @@ def summary(item: Match | Refusal) -> str:
         return f"left alone: {where}: {item.reason}"
     hidden, weight = tensor_of(item.head.hidden), tensor_of(item.head.weight)
     return (
-        f"rewrote {where}: hidden {_type(hidden)}, weight {_type(weight)}, "
+        f"rewritten: {where}: hidden {_type(hidden)}, weight {_type(weight)}, "
         f"reduction {item.loss.reduction}; {item.rows_per_chunk} rows per chunk; "
         f"{_avoided(item)} of {_name(item.compute_dtype)} logits avoided"
     )

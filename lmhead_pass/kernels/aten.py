@@ -27,8 +27,10 @@ from torch import Tensor
 from ..chunking import even_rows
 from ..problem import Gradients, Problem, held_dtype
 
-# The row work reads a block several times: let it fit half of a core's L2 cache.
-_BLOCK_BYTES = 1 << 21
+# The row work reads a block several times: let it stay in the caches of a few cores.
+_BLOCK_BYTES = 1 << 22
+# Words of the vocabulary whose share of the weight's gradient is computed at once.
+_PRODUCT_WORDS = 4096
 # FP16 reaches from 6e-8 to 65504. Gradients of logits are brought to about 2 to the power of
 # this before they are rounded to it: 32 bits remain below for small probabilities, 8 above
 # for the sums of a product.
@@ -238,7 +240,6 @@ class _GradientSums:
                 for tensor, dtype, wanted in zip(inputs, dtypes, needed, strict=True)
             )
         )
-        self._product = None
 
     def add(self, index: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
         """Add the share of the rows ``index``, whose logits have the gradient ``grad_logits``."""
@@ -255,27 +256,28 @@ class _GradientSums:
         total = self._sums.weight
         if grad_logits.dtype == total.dtype:
             total.addmm_(grad_logits.t(), hidden)
-        elif grad_logits.dtype == torch.float16:
-            # A product in FP16 would come out in FP16, and a frequent word's sum overflow it.
+            return
+        # ATen's products on a CPU come out in the dtype that goes in. In BF16 that is one rounding
+        # for each chunk; in FP16 a frequent word's sum could overflow.
+        if grad_logits.dtype == torch.float16:
             hidden = hidden.to(total.dtype)
-            columns = max(1, _BLOCK_BYTES // (hidden.size(0) * total.dtype.itemsize))
-            for part, block in zip(
-                total.split(columns), grad_logits.split(columns, 1), strict=True
-            ):
-                part.addmm_(block.t().to(total.dtype), hidden)
-        else:
-            self._product = torch.mm(grad_logits.t(), hidden, out=self._product)
-            total.add_(self._product)
+        for part, block in zip(
+            total.split(_PRODUCT_WORDS), grad_logits.split(_PRODUCT_WORDS, 1), strict=True
+        ):
+            part.add_(block.t().to(hidden.dtype) @ hidden)
 
     def finish(self) -> Gradients:
         """The gradients, each in ``held_dtype`` of its input."""
         inputs = (self._problem.hidden, self._problem.weight, self._problem.bias)
         return Gradients(
             *(
-                total.div_(self._scale).to(held_dtype(tensor.dtype)) if wanted else total
+                self._unscaled(total).to(held_dtype(tensor.dtype)) if wanted else total
                 for tensor, total, wanted in zip(inputs, self._sums, self._needed, strict=True)
             )
         )
+
+    def _unscaled(self, total: Tensor) -> Tensor:
+        return total if self._scale == 1 else total.div_(self._scale)
 
 
 def _power_of_two_scale(gradients: Tensor) -> float:
