@@ -1,5 +1,7 @@
 """Reads a cross entropy over class indices, however it is written."""
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 from torch.nn import _reduction
@@ -20,21 +22,17 @@ def is_loss(node: Node) -> bool:
     return operation(node) in _SIGNATURES
 
 
-def class_count(node: Node) -> int | torch.SymInt | None:
-    """How many classes a loss node distinguishes; None if that cannot be told."""
-    call = arguments(node, _SIGNATURES[operation(node)])
-    if call is None:
-        return None
-    logits = tensor_of(call["input"])
-    return logits.size(_class_dim(logits.dim())) if logits.dim() else None
+def class_count(node: Node) -> int | torch.SymInt:
+    """How many classes a loss node distinguishes."""
+    logits = tensor_of(_call(node)["input"])
+    if logits.dim() == 0:
+        raise Refused("the logits are a single number")
+    return logits.size(_class_dim(logits.dim()))
 
 
 def read_loss(node: Node) -> Loss:
     """Describe the loss that ``node`` computes; Refused if it is not one of class indices."""
-    name = operation(node)
-    call = arguments(node, _SIGNATURES[name])
-    if call is None:
-        raise Refused(f"{name} is called with arguments that are not understood")
+    name, call = operation(node), _call(node)
     reduction = call["reduction"]
     if call["size_average"] is not None or call["reduce"] is not None:
         reduction = _reduction.legacy_get_string(call["size_average"], call["reduce"], False)
@@ -43,7 +41,7 @@ def read_loss(node: Node) -> Loss:
         raise Refused("the targets are probabilities of classes, not class indices")
     if target.dtype != torch.int64:
         raise Refused(f"the targets are {target.dtype}, which eager {name} does not take")
-    if target.dim() != logits.dim() - 1 or logits.dim() == 0:
+    if target.dim() != logits.dim() - 1:
         raise Refused(f"{target.dim()}-d targets do not fit {logits.dim()}-d logits")
     if reduction not in ("mean", "sum", "none"):
         raise Refused(f"reduction is {reduction!r}")
@@ -65,6 +63,14 @@ def read_loss(node: Node) -> Loss:
         label_smoothing=float(call["label_smoothing"]),
         wants_log_probabilities=name == "nll_loss",
     )
+
+
+def _call(node: Node) -> dict[str, Any]:
+    name = operation(node)
+    call = arguments(node, _SIGNATURES[name])
+    if call is None:
+        raise Refused(f"{name} is called with arguments that are not understood")
+    return call
 
 
 def check_fits(loss: Loss, logits: Logits) -> None:

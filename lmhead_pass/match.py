@@ -86,7 +86,6 @@ class Match:
     path: tuple[Node, ...]
     """The nodes that hold logits, from the head on, without the loss."""
     tokens: int | torch.SymInt
-    hidden_size: int
-    vocab_size: int
+    vocab_size: int | torch.SymInt
     compute_dtype: torch.dtype
     rows_per_chunk: int

@@ -19,7 +19,7 @@ from .match import Head, Logits, Loss, Match, Refusal, Refused
 from .rows import follow, is_step
 from .source import place_of
 from .spelling import describe, operation
-from .tensors import tensor_of
+from .tensors import hint, tensor_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,7 +43,7 @@ def _attempt(node: Node) -> Match | Refusal:
 
 def _match(node: Node) -> Match:
     classes = class_count(node)
-    if isinstance(classes, int) and classes < config.min_vocab_size:
+    if hint(classes) < config.min_vocab_size:
         raise Refused(
             f"{classes} classes are fewer than config.min_vocab_size ({config.min_vocab_size})"
         )
@@ -60,18 +60,17 @@ def _match(node: Node) -> Match:
     vocab_size, hidden_size = computed.size(head.vocab_dim), tensor_of(head.hidden).size(-1)
     if computed.dtype not in _DTYPES:
         raise Refused(f"the logits are {computed.dtype}")
-    if not isinstance(vocab_size, int) or not isinstance(hidden_size, int):
-        raise Refused("the size of the vocabulary or of the hidden states is dynamic")
     return Match(
         head=head,
         loss=loss,
         steps=logits.steps,
         path=tuple(path),
         tokens=tensor_of(loss.target).numel(),
-        hidden_size=hidden_size,
         vocab_size=vocab_size,
         compute_dtype=computed.dtype,
-        rows_per_chunk=plan_rows(hidden_size, vocab_size, computed.dtype, computed.device),
+        rows_per_chunk=plan_rows(
+            hint(hidden_size), hint(vocab_size), computed.dtype, computed.device
+        ),
     )
 
 
@@ -151,7 +150,7 @@ def _unused_log_softmaxes(graph: Graph, losses: list[Node]) -> Iterator[Refusal]
                 classes = tensor_of(head.node).size(head.vocab_dim)
             except Refused:
                 continue  # not a head's
-            if isinstance(classes, int) and classes >= config.min_vocab_size:
+            if hint(classes) >= config.min_vocab_size:
                 readers = " and ".join(describe(user) + _at(user) for user in node.users)
                 yield Refusal(node, f"log_softmax goes to {readers or 'nobody'}, not to nll_loss")
 

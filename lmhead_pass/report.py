@@ -13,7 +13,7 @@ from torch.fx import Node
 from .match import Match, Refusal
 from .source import place_of
 from .spelling import describe
-from .tensors import tensor_of
+from .tensors import hint, tensor_of
 
 log = logging.getLogger("lmhead_pass")
 
@@ -100,7 +100,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _avoided(match: Match) -> str:
-    per_token = match.vocab_size * match.compute_dtype.itemsize
+    per_token = hint(match.vocab_size) * match.compute_dtype.itemsize
     if isinstance(match.tokens, int):
         return f"{match.tokens * per_token / 1e6:,.1f} MB"
     return f"{per_token / 1e3:,.1f} kB per token"

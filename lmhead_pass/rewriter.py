@@ -58,8 +58,10 @@ def _insert(graph: Graph, match: Match) -> list[Node]:
     hidden, weight, bias = map(input_of_op, (head.hidden, head.weight, head.bias))
     for step in _needed(match.steps):
         hidden = _on_hidden(emit, hidden, step)
-    if tensor_of(hidden).dim() != 2:
-        hidden = emit("reshape", hidden, -1, match.hidden_size)
+    if tensor_of(hidden).dim() == 1:
+        hidden = emit("unsqueeze", hidden, 0)
+    elif tensor_of(hidden).dim() > 2:
+        hidden = emit("flatten", hidden, 0, -2)
     if head.weight_is_transposed:
         weight = emit("t", weight)
     target = loss.target
@@ -93,7 +95,10 @@ def _on_hidden(emit: "_Emitter", hidden: Node, step: RowStep) -> Node:
         return emit(operator.getitem, hidden, step.args)
     if step.method == "permute":
         return emit("permute", hidden, *step.args, len(step.args))
-    return emit("reshape", hidden, *step.args, tensor_of(hidden).size(-1))
+    size = tensor_of(hidden).size(-1)
+    if not isinstance(size, int):
+        size = emit("size", hidden, -1)
+    return emit("reshape", hidden, *step.args, size)
 
 
 class _Emitter:

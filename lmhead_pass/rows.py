@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .match import Logits, Refused, RowStep
 from .spelling import arguments, describe, operation
@@ -81,7 +82,7 @@ def _flat(args: Any) -> list[Any]:
 def _permute(logits: Logits, node: Node) -> Logits:
     dims = tensor_of(logits.node).dim()
     # Sizes that tell the dimensions apart show where each one goes.
-    probe = torch.empty(range(2, 2 + dims), device="meta")
+    probe = torch.empty(tuple(range(2, 2 + dims)), device="meta")
     moved = _call(node, probe)
     order = [size - 2 for size in moved.shape]
     rows = [dim - (dim > logits.vocab_dim) for dim in order if dim != logits.vocab_dim]
@@ -132,7 +133,9 @@ def _getitem(logits: Logits, node: Node) -> Logits:
 def _takes_all(part: Any, size: Any) -> bool:
     if not isinstance(part, slice) or part.step not in (None, 1) or part.start not in (None, 0):
         return False
-    return part.stop is None or (isinstance(part.stop, int) and same(part.stop >= size, True))
+    return part.stop is None or (
+        isinstance(part.stop, int) and statically_known_true(part.stop >= size)
+    )
 
 
 def _log_softmax(logits: Logits, node: Node) -> Logits:

@@ -36,6 +36,14 @@ def same(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
+def hint(size: int | torch.SymInt) -> int:
+    """The size seen while compiling, for choices that are right for any other size too."""
+    value = size if isinstance(size, int) else size.node.hint
+    if value is None:
+        raise Refused("a size of the head depends on data")
+    return value
+
+
 def product(sizes: Iterable[Any]) -> Any:
     result = 1
     for size in sizes:

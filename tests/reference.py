@@ -1,0 +1,64 @@
+"""The oracle: plain PyTorch in FP64, and errors measured against it."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """What the op has to compute, as its documentation defines it."""
+    return F.cross_entropy(F.linear(hidden, weight, bias), target, class_weight, **options)
+
+
+def leaf(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """A copy that gathers a gradient of its own."""
+    if tensor is None:
+        return None
+    copy = tensor.detach().clone().to(dtype or tensor.dtype)
+    return copy.requires_grad_(tensor.requires_grad and copy.is_floating_point())
+
+
+def run(
+    function: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    upstream: Tensor | None = None,
+) -> list[Tensor]:
+    """``function(*tensors)`` and the gradients of those tensors that require one."""
+    result = function(*tensors)
+    if result.requires_grad:
+        result.backward(None if upstream is None else upstream.to(result.dtype))
+    return [result.detach()] + [t.grad for t in tensors if t is not None and t.requires_grad]
+
+
+def errors(results: Iterable[Tensor], exact: Iterable[Tensor]) -> list[float]:
+    """For each result its largest error, relative to the largest exact value."""
+    return [
+        ((a.double() - b).abs().amax() / b.abs().amax().clamp_min(1e-300)).item()
+        for a, b in zip(results, exact, strict=True)
+    ]
+
+
+def assert_no_worse(
+    results: Sequence[Tensor],
+    unfused: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Errors against FP64 are those of the unfused model, but for rounding.
+
+    That is one rounding to ``dtype``, and a few to the dtype of sums, which are taken in another
+    order. Of FP64 the exact values have as many themselves.
+    """
+    sums = torch.promote_types(dtype, torch.float32)
+    rounding = torch.finfo(dtype).eps + (8 if dtype == torch.float64 else 4) * torch.finfo(sums).eps
+    for ours, theirs in zip(errors(results, exact), errors(unfused, exact), strict=True):
+        assert ours <= theirs + rounding, f"error {ours:.2e}, unfused {theirs:.2e}"

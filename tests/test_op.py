@@ -1,0 +1,324 @@
+"""The op against FP64: values, gradients, and the edges where eager has something to say."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lmhead_pass  # noqa: F401  defines the op
+
+from . import reference
+
+op = torch.ops.lmhead_pass.linear_cross_entropy
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensors(dtype=torch.float32, tokens=37, hidden=16, vocab=101, bias=False, ignored=True):
+    """Leaves hidden, weight and bias, and targets of which some are ignored."""
+    target = torch.randint(vocab, (tokens,))
+    if ignored:
+        target[::5] = -100
+    leaves = [torch.randn(shape).to(dtype) for shape in ((tokens, hidden), (vocab, hidden), vocab)]
+    hidden, weight, bias_ = (leaf.requires_grad_() for leaf in leaves)
+    return hidden, weight, bias_ if bias else None, target
+
+
+def call(
+    hidden,
+    weight,
+    bias,
+    target,
+    class_weight=None,
+    reduction="mean",
+    ignore_index=-100,
+    label_smoothing=0.0,
+    rows=10,
+):
+    return op(
+        *(hidden, weight, bias, target, class_weight),
+        *(reduction, ignore_index, label_smoothing, hidden.dtype, rows),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    ("smoothing", "weighted", "bias"),
+    list(itertools.product((0.0, 0.1), (False, True), (False, True))),
+)
+def test_values_and_gradients(dtype, reduction, smoothing, weighted, bias):
+    inputs = [*tensors(dtype, bias=bias), torch.rand(101).to(dtype) if weighted else None]
+    upstream = torch.randn(37) if reduction == "none" else torch.tensor(1 / 3)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+
+    def ours(*args):
+        return call(*args, **options)
+
+    def plain(*args):
+        return reference.linear_cross_entropy(*args, **options)
+
+    exact = reference.run(plain, [reference.leaf(t, _double(t)) for t in inputs], upstream.double())
+    unfused = reference.run(plain, [reference.leaf(t) for t in inputs], upstream)
+    results = reference.run(ours, [reference.leaf(t) for t in inputs], upstream)
+    reference.assert_no_worse(results, unfused, exact, dtype)
+    assert [r.dtype for r in results[1:]] == [dtype] * (2 + bias)
+
+
+def _double(tensor):
+    return torch.float64 if tensor is not None and tensor.is_floating_point() else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_error_does_not_grow_with_the_number_of_chunks(dtype, reduction):
+    hidden, weight, _, target = tensors(dtype, tokens=512, hidden=32, vocab=300, ignored=False)
+    weight.data *= 0.1
+
+    def norm_error(function, dtype):
+        leaves = [reference.leaf(hidden, dtype), reference.leaf(weight, dtype)]
+        function(*leaves).backward(torch.tensor(1.0 if reduction == "mean" else 1.0).to(dtype))
+        return leaves[1].grad
+
+    def loss(hidden, weight):
+        return F.cross_entropy(hidden @ weight.t(), target, reduction=reduction).mean()
+
+    exact = norm_error(loss, torch.float64)
+    errors = [
+        (
+            norm_error(
+                lambda h, w, rows=512 // chunks: call(h, w, None, target, reduction=reduction, rows=rows)
+                .mean(),
+                dtype,
+            ).double()
+            - exact
+        ).norm()
+        / exact.norm()
+        for chunks in (1, 4, 16, 64)
+    ]  # fmt: skip
+    # A rounding of each chunk's share is independent of the others': it adds one rounding to the
+    # sum's own, however many chunks there are. Sums in the narrow dtype would grow to 4 times that.
+    assert max(errors[1:]) < 2 * errors[0]
+    assert errors[-1] < 1.3 * errors[1]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_opcheck(reduction):
+    torch.library.opcheck(op.default, (*tensors(), None, reduction, -100, 0.0, torch.float32, 10))
+    hidden, weight, bias, target = tensors(bias=True)
+    needed = [True, False, True]
+    problem = [hidden, weight, bias, target, torch.rand(101), reduction, -100, 0.1, torch.float32]
+    problem = [t.detach() if isinstance(t, torch.Tensor) else t for t in problem] + [10]
+    private = torch.ops.lmhead_pass
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(private._forward.default, tuple(problem), test_utils=checks)
+    if reduction == "none":
+        _, row_max, log_sum = private._forward(*problem)
+        arguments = (*problem, needed, row_max, log_sum, torch.rand(37))
+        torch.library.opcheck(private._backward.default, arguments, test_utils=checks)
+    else:
+        arguments = (*problem, needed)
+        torch.library.opcheck(private._forward_and_gradients.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_tokens_ignored(reduction):
+    hidden, weight, bias, target = tensors(bias=True)
+    target.fill_(-100)
+    loss = call(hidden, weight, bias, target, reduction=reduction)
+    plain = reference.linear_cross_entropy(hidden, weight, bias, target, reduction=reduction)
+    torch.testing.assert_close(loss, plain, equal_nan=True)
+    loss.sum().backward()
+    assert all(not leaf.grad.any() for leaf in (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("tokens", [0, 1, 10, 11])
+def test_token_counts(tokens, reduction):
+    inputs = tensors(tokens=tokens, ignored=False)
+    results = reference.run(lambda *a: call(*a, reduction=reduction), inputs, torch.ones(()).expand(
+        tokens if reduction == "none" else ()))  # fmt: skip
+    leaves = [reference.leaf(t) for t in inputs]
+    expected = reference.run(
+        lambda *a: reference.linear_cross_entropy(*a, reduction=reduction),
+        leaves,
+        torch.ones(()).expand(tokens if reduction == "none" else ()),
+    )
+    for result, exact in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, exact, equal_nan=True)
+
+
+@pytest.mark.parametrize(("vocab", "hidden"), [(1, 16), (101, 1), (1, 1)])
+def test_sizes_of_one(vocab, hidden):
+    inputs = tensors(torch.float64, vocab=vocab, hidden=hidden, bias=True)
+    leaves = [reference.leaf(t) for t in inputs]
+    for result, exact in zip(
+        reference.run(call, inputs),
+        reference.run(reference.linear_cross_entropy, leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(result, exact)
+
+
+@pytest.mark.parametrize("bad", [101, -1, 2**40])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_out_of_range_target_is_an_error(bad, requires_grad):
+    hidden, weight, bias, target = tensors()
+    hidden.requires_grad_(requires_grad)
+    weight.requires_grad_(requires_grad)
+    target[3] = bad
+    with pytest.raises(IndexError) as eager:
+        reference.linear_cross_entropy(hidden, weight, bias, target)
+    with pytest.raises(IndexError) as ours:
+        call(hidden, weight, bias, target)
+    assert str(ours.value) == str(eager.value)
+
+
+def test_ignore_index_inside_the_vocabulary():
+    inputs = tensors(torch.float64, ignored=False)
+    inputs[-1][:20] = 7
+    leaves = [reference.leaf(t) for t in inputs]
+    exact = reference.run(lambda *a: reference.linear_cross_entropy(*a, ignore_index=7), leaves)
+    for result, expected in zip(
+        reference.run(lambda *a: call(*a, ignore_index=7), inputs), exact, strict=True
+    ):
+        torch.testing.assert_close(result, expected)
+
+
+def test_strided_hidden_weight_and_target():
+    wide_hidden = torch.randn(16, 74, dtype=torch.float64).requires_grad_()
+    wide_weight = torch.randn(16, 202, dtype=torch.float64).requires_grad_()
+    target = torch.randint(101, (74,))[::2]
+
+    def strided(function):
+        return lambda h, w: function(h.t()[::2], w.t()[::2], None, target)
+
+    results = reference.run(strided(call), [wide_hidden, wide_weight])
+    leaves = [reference.leaf(wide_hidden), reference.leaf(wide_weight)]
+    for result, exact in zip(
+        results, reference.run(strided(reference.linear_cross_entropy), leaves), strict=True
+    ):
+        torch.testing.assert_close(result, exact)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_backward(reduction):
+    hidden, weight, bias, target = tensors(bias=True)
+    loss = call(hidden, weight, bias, target, reduction=reduction).sum()
+    loss.backward(retain_graph=True)
+    once = [leaf.grad.clone() for leaf in (hidden, weight, bias)]
+    loss.backward()
+    for leaf, grad in zip((hidden, weight, bias), once, strict=True):
+        assert torch.equal(leaf.grad, 2 * grad)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_is_refused(reduction):
+    hidden, weight, bias, target = tensors()
+    loss = call(hidden, weight, bias, target, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="no second derivative.*lmhead_pass.disabled"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [("weight",), ("hidden",), ("weight", "hidden", "bias")])
+def test_nothing_is_computed_for_what_needs_no_gradient(frozen, reduction):
+    leaves = dict(zip(("hidden", "weight", "bias"), tensors(bias=True)[:3], strict=True))
+    for name in frozen:
+        leaves[name].requires_grad_(False)
+    target = tensors()[3]
+    with torch.profiler.profile() as profiler:
+        loss = call(*leaves.values(), target, reduction=reduction, rows=64).sum()
+        if loss.requires_grad:
+            loss.backward()
+    products = sum(
+        event.count
+        for event in profiler.key_averages()
+        if event.key in ("aten::mm", "aten::addmm", "aten::addmm_")
+    )
+    recomputed = reduction == "none" and len(frozen) < 3
+    assert products == 1 + recomputed + ("hidden" not in frozen) + ("weight" not in frozen)
+    assert all((leaf.grad is None) == (name in frozen) for name, leaf in leaves.items())
+
+
+def test_huge_and_infinite_logits():
+    """A padded vocabulary masked with -inf, and logits of 1e4, as FP64 sees them."""
+    hidden, weight, _, target = tensors(torch.float32, vocab=128, ignored=False)
+    target %= 100
+    bias = torch.zeros(128)
+    bias[100:] = -torch.inf
+    weight.data *= 1000
+    inputs = [hidden, weight, bias, target]
+    exact = reference.run(
+        reference.linear_cross_entropy, [reference.leaf(t, _double(t)) for t in inputs]
+    )
+    unfused = reference.run(reference.linear_cross_entropy, [reference.leaf(t) for t in inputs])
+    reference.assert_no_worse(reference.run(call, inputs), unfused, exact, torch.float32)
+
+
+def test_confident_rows_keep_their_gradient():
+    """Probabilities that round to 1 in FP32: what is left of ``p - 1`` is the whole gradient."""
+    target = torch.arange(8)
+    hidden = (torch.eye(8, 16) * 20).requires_grad_()
+    weight = torch.eye(101, 16).requires_grad_()
+    inputs = [hidden, weight, None, target]
+    exact = reference.run(
+        reference.linear_cross_entropy, [reference.leaf(t, _double(t)) for t in inputs]
+    )
+    for error in reference.errors(reference.run(call, inputs), exact):
+        assert error < 1e-5
+
+
+def test_float16_gradients_neither_underflow_nor_overflow():
+    """A mean over many tokens, a loss scale after it, and a word that every row has."""
+    hidden, weight, _, target = tensors(torch.float16, tokens=4096, vocab=512, ignored=False)
+    target[:4000] = 3
+    hidden.data += 4
+    inputs = [hidden, weight, None, target]
+    scale = torch.tensor(2.0**10)
+    exact = reference.run(
+        reference.linear_cross_entropy,
+        [reference.leaf(t, _double(t)) for t in inputs],
+        scale.double(),
+    )
+    unfused = reference.run(
+        lambda h, w, b, t: F.cross_entropy(F.linear(h, w).float(), t),
+        [reference.leaf(t) for t in inputs],
+        scale,
+    )
+    results = reference.run(lambda *a: call(*a, rows=512), inputs, scale)
+    reference.assert_no_worse(results, unfused, exact, torch.float16)
+
+
+def test_float16_holds_a_gradient_that_only_the_loss_scale_makes_visible():
+    """Each entry is below FP16's smallest number until it is multiplied by the scale."""
+    hidden, weight, _, target = tensors(torch.float16, tokens=4096, vocab=512, ignored=False)
+    hidden.data *= 2.0**-16
+    scale = torch.tensor(2.0**16)
+    inputs = [hidden, weight, None, target]
+    exact = reference.run(
+        reference.linear_cross_entropy,
+        [reference.leaf(t, _double(t)) for t in inputs],
+        scale.double(),
+    )
+    results = reference.run(lambda *a: call(*a, rows=512), inputs, scale)
+    assert exact[2].abs().max() / scale < 2.0**-24
+    for error in reference.errors(results[1:], exact[1:]):
+        assert error < 8 * torch.finfo(torch.float16).eps
+
+
+def test_autocast_around_the_op_changes_nothing():
+    hidden, weight, bias, target = tensors()
+    plain = call(hidden, weight, bias, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(call(hidden, weight, bias, target), plain)
+
+
+def test_upstream_gradient_is_not_rounded():
+    """BF16 gradients of ``loss / 3`` are those of ``loss``, divided by 3 and rounded once."""
+    hidden, weight, bias, target = tensors(torch.bfloat16)
+    call(hidden, weight, bias, target).backward()
+    whole = weight.grad.float()
+    weight.grad = None
+    (call(hidden, weight, bias, target) / 3).backward()
+    assert torch.equal(weight.grad, (whole * (torch.tensor(1.0) / 3)).bfloat16())

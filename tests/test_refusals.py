@@ -1,0 +1,293 @@
+"""What is left alone: near misses, each with a reason that says what to do or what was found."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+
+import lmhead_pass
+
+from . import forms, reference
+from .backend import rewrite
+from .test_rewriting import inputs
+
+V = forms.V
+
+
+def flat(z, y, **options):
+    return forms.flat(z, y, **options)
+
+
+def two_outputs(h, w, b, y):
+    z = F.linear(h, w)
+    return flat(z, y), z
+
+
+def write_to_hidden(h, w, b, y):
+    h = h * 1
+    z = F.linear(h.detach(), w)
+    h.add_(1)
+    return flat(z, y)
+
+
+def write_to_hidden_through_view(h, w, b, y):
+    h = h.detach() * 1
+    z = F.linear(h, w)
+    h[0].mul_(2)
+    return flat(z, y)
+
+
+def write_to_hidden_by_index(h, w, b, y):
+    h = h.detach() * 1
+    z = F.linear(h, w)
+    h[0] = 0
+    return flat(z, y)
+
+
+def write_to_hidden_by_operator(h, w, b, y):
+    h = h.detach() * 1
+    z = F.linear(h, w)
+    h += 1
+    return flat(z, y)
+
+
+def write_to_hidden_by_out(h, w, b, y):
+    h = h.detach() * 1
+    z = F.linear(h, w)
+    torch.add(h, 1, out=h)
+    return flat(z, y)
+
+
+def write_to_hidden_by_inplace_argument(h, w, b, y):
+    h = h.detach() * 1
+    z = F.linear(h, w)
+    F.relu(h, True)
+    return flat(z, y)
+
+
+def write_to_logits(h, w, b, y):
+    z = F.linear(h, w)
+    z.div_(0.7)
+    return flat(z, y)
+
+
+def write_to_logits_through_view(h, w, b, y):
+    z = F.linear(h, w)
+    z.view(-1, V)[:, 3].fill_(0)
+    return flat(z, y)
+
+
+def write_to_logits_by_index(h, w, b, y):
+    z = F.linear(h, w)
+    z[..., 90:] = -100.0
+    return flat(z, y)
+
+
+def accuracy(h, w, b, y):
+    z = F.linear(h, w)
+    return flat(z, y) + 0 * (z.argmax(-1) == y).float().mean()
+
+
+def hook(h, w, b, y):
+    z = F.linear(h, w)
+    z.register_hook(lambda grad: grad * 2)
+    return flat(z, y)
+
+
+REFUSED = {
+    "returned": (two_outputs, "returns the logits.*returned_logits.*Return the loss alone"),
+    "kept_in_list": (
+        lambda h, w, b, y: (lambda z: (flat(z, y), [z.float()]))(F.linear(h, w)),
+        "returns the logits|reads the logits too",
+    ),
+    "write_to_hidden": (write_to_hidden, "add_ at .* in place between the head and the loss"),
+    "write_to_hidden_through_view": (write_to_hidden_through_view, "mul_ at .* in place between"),
+    "write_to_hidden_by_index": (write_to_hidden_by_index, "setitem at .* in place between"),
+    "write_to_hidden_by_operator": (write_to_hidden_by_operator, "iadd at .* in place between"),
+    "write_to_hidden_by_out": (write_to_hidden_by_out, "add at .* in place between"),
+    "write_to_hidden_by_argument": (write_to_hidden_by_inplace_argument, "relu at .* in place"),
+    "write_to_logits": (write_to_logits, "div_ at .* reads the logits too"),
+    "write_to_logits_through_view": (write_to_logits_through_view, "reads the logits too"),
+    "write_to_logits_by_index": (write_to_logits_by_index, "setitem at .* reads the logits too"),
+    "accuracy": (accuracy, "argmax at .* reads the logits too"),
+    "gathered": (
+        lambda h, w, b, y: -F.log_softmax(F.linear(h, w), -1).gather(-1, y[..., None]).mean(),
+        "log_softmax goes to gather at .*, not to nll_loss",
+    ),
+    "soft_targets": (
+        lambda h, w, b, y: F.cross_entropy(
+            F.linear(h, w).flatten(0, 1), F.one_hot(y, V).flatten(0, 1).to(h.dtype)
+        ),
+        "probabilities of classes",
+    ),
+    "vocabulary_slice": (
+        lambda h, w, b, y: F.cross_entropy(
+            F.linear(h, w)[..., :90].flatten(0, 1), y.flatten() % 90
+        ),
+        "cut along the vocabulary",
+    ),
+    "masked_rows": (
+        lambda h, w, b, y: F.cross_entropy(
+            F.linear(h, w)[[0, 2]].flatten(0, 1), y[[0, 2]].flatten()
+        ),
+        "indexed with tensors|not understood",
+    ),
+    "wrong_dimension": (
+        lambda h, w, b, y: F.nll_loss(F.log_softmax(F.linear(h, w).flatten(0, 1), 0), y.flatten()),
+        "log_softmax runs over dimension 0",
+    ),
+    "classes_in_another_dimension": (
+        lambda h, w, b, y: F.cross_entropy(
+            F.linear(torch.cat([h] * 14, 1)[:, :V], w), y.repeat(1, 14)[:, :V]
+        ),
+        "classes from another dimension",
+    ),
+    "nll_of_logits": (
+        lambda h, w, b, y: F.nll_loss(F.linear(h, w).flatten(0, 1), y.flatten()),
+        "went through no log_softmax",
+    ),
+    "scrambled_reshape": (
+        lambda h, w, b, y: F.cross_entropy(F.linear(h, w).mT.reshape(-1, V), y.flatten()),
+        "reshape to .* does not keep the vocabulary",
+    ),
+    "softcap": (
+        lambda h, w, b, y: flat(torch.tanh(F.linear(h, w) / 30) * 30, y),
+        "the logits come from mul at .*, which is not understood",
+    ),
+    "not_a_linear_layer": (
+        lambda h, w, b, y: flat(torch.cat([F.linear(h, w)] * 2, -1), y),
+        "the logits come from cat",
+    ),
+    "batched_weight": (
+        lambda h, w, b, y: flat(torch.matmul(h, w.t().expand(3, -1, -1)), y),
+        "weight has 3 dimensions",
+    ),
+    "addmm_beta": (
+        lambda h, w, b, y: F.cross_entropy(
+            torch.addmm(b, h.flatten(0, 1), w.t(), beta=0.5), y.flatten()
+        ),
+        "addmm is called with other arguments",
+    ),
+    "einsum_with_rows_moved": (
+        lambda h, w, b, y: flat(torch.einsum("bsh,vh->sbv", h, w), y.t()),
+        "einsum is not understood",
+    ),
+    "up_cast": (
+        lambda h, w, b, y: flat(F.linear(h, w).double(), y).float(),
+        "turns torch.float32 logits into torch.float64",
+    ),
+    "input_logits": (
+        lambda h, w, b, y: flat(h.reshape(-1)[: 3 * V].view(1, 3, V), y[:1, :3]),
+        "an input of this graph",
+    ),
+    "hook": (hook, "register_hook|reads the logits too"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_reason(name, caplog):
+    function, reason = REFUSED[name]
+    tensors = inputs()
+    if name.startswith("write_to_hidden"):  # eager autograd would refuse it too
+        tensors = [tensor.detach() for tensor in tensors]
+    leaves = [reference.leaf(t) for t in tensors]
+    with caplog.at_level("INFO", logger="lmhead_pass"):
+        result = rewrite(function)(*tensors)
+    loss = result[0] if isinstance(result, tuple) else result
+    if loss.requires_grad:
+        loss.backward()
+    assert counters["lmhead_pass"]["rewritten"] == 0
+    assert counters["lmhead_pass"]["refused"] == 1
+    text = "\n".join(r.getMessage() for r in caplog.records if r.name == "lmhead_pass")
+    assert re.search(reason, text), text
+    assert re.search(r"at \S+/tests/(forms|test_refusals).py:\d+ `.+`: ", text), text
+
+    # And the graph is what it was.
+    expected = function(*leaves)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    if expected.requires_grad:
+        expected.backward()
+    assert torch.equal(loss, expected)
+    for tensor, leaf in zip(tensors, leaves, strict=True):
+        assert (tensor.grad is None and leaf.grad is None) or torch.equal(tensor.grad, leaf.grad)
+
+
+def test_small_vocabulary_is_left_alone(caplog):
+    hidden, weight, _, target = inputs()
+    with (
+        lmhead_pass.config.patch(min_vocab_size=V + 1),
+        caplog.at_level("INFO", logger="lmhead_pass"),
+    ):
+        rewrite(lambda h, w, y: flat(F.linear(h, w), y))(hidden, weight, target)
+    assert counters["lmhead_pass"] == {"refused": 1}
+    assert f"{V} classes are fewer than config.min_vocab_size ({V + 1})" in caplog.text
+    torch._dynamo.reset()
+    with lmhead_pass.config.patch(min_vocab_size=V):
+        rewrite(lambda h, w, y: flat(F.linear(h, w), y))(hidden, weight, target)
+    assert counters["lmhead_pass"]["rewritten"] == 1
+
+
+def test_writes_that_matter_to_nobody_do_not_refuse():
+    """Before the head, after the loss, or to something else in between."""
+
+    def function(h, w, y):
+        h = h * 1
+        h.add_(1)
+        z = F.linear(h, w)
+        count = torch.zeros(())
+        count.add_(1)
+        loss = flat(z, y)
+        y.fill_(0)
+        return loss * count
+
+    hidden, weight, _, target = inputs()
+    expected = function(hidden, weight, target.clone())
+    result = rewrite(function)(hidden, weight, target)
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    torch.testing.assert_close(result, expected)
+    assert not target.any()
+
+
+def test_write_to_target_between_head_and_loss_is_seen():
+    def function(h, w, y):
+        z = F.linear(h, w)
+        y[:, 0] = -100
+        return flat(z, y)
+
+    hidden, weight, _, target = inputs()
+    expected = function(hidden, weight, target.clone())
+    torch.testing.assert_close(rewrite(function)(hidden, weight, target), expected)
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+
+
+def test_functorch_transforms_are_left_alone():
+    def function(h, w, y):
+        return torch.func.grad(lambda w: flat(F.linear(h, w), y))(w)
+
+    hidden, weight, _, target = inputs()
+    hidden, weight = hidden.detach(), weight.detach()
+    result = rewrite(function)(hidden, weight, target)
+    assert counters["lmhead_pass"]["rewritten"] == 0
+    torch.testing.assert_close(result, function(hidden, weight, target))
+
+
+def test_failure_inside_the_pass_leaves_the_graph_alone(monkeypatch, caplog):
+    def fail(*_):
+        raise ArithmeticError("on purpose")
+
+    monkeypatch.setattr("lmhead_pass.rewriter._on_hidden", fail)
+    function = lambda h, w, y: flat(F.linear(h, w)[:, 1:], y[:, 1:])  # noqa: E731
+    hidden, weight, _, target = inputs()
+    graphs = []
+    with lmhead_pass.config.patch(strict=False):
+        result = rewrite(function, graphs)(hidden, weight, target)
+    assert torch.equal(result, function(hidden, weight, target))
+    assert graphs[0] == graphs[1]
+    assert counters["lmhead_pass"] == {"failed": 1}
+    assert "on purpose" in caplog.text
+    assert "Please report" in caplog.text
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="on purpose"):
+        rewrite(function)(hidden, weight, target)

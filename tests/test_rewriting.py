@@ -1,0 +1,158 @@
+"""What is rewritten: every form gives the values and gradients of the model as it was written."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+
+from lmhead_pass.graph_pass import lmhead_pass
+
+from . import forms, reference
+from .backend import rewrite
+
+
+def inputs(dtype=torch.float32, batch=3, length=7, hidden=16):
+    """Leaves hidden, weight, bias, and a target."""
+    shapes = ((batch, length, hidden), (forms.V, hidden), (forms.V,))
+    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    return *leaves, torch.randint(forms.V, (batch, length))
+
+
+def check(function, tensors, compiled=None):
+    """``function`` is rewritten, once, and is no worse than eager against FP64."""
+    compiled = compiled or rewrite(function)
+    exact = reference.run(function, [reference.leaf(t, _double(t)) for t in tensors])
+    eager = reference.run(function, list(map(reference.leaf, tensors)))
+    results = reference.run(compiled, tensors)
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    reference.assert_no_worse(results, eager, exact, tensors[0].dtype)
+    assert [r.dtype for r in results] == [r.dtype for r in eager]
+
+
+@pytest.mark.parametrize("name", forms.HEADS)
+def test_head(name):
+    tensors = inputs()
+    if "bias" not in name and "keywords" not in name and "addmm" not in name:
+        tensors[2].requires_grad_(False)
+    check(forms.HEADS[name], tensors)
+
+
+@pytest.mark.parametrize("name", forms.CHAINS)
+def test_chain(name):
+    hidden, weight, _, target = inputs()
+    chain = forms.CHAINS[name]
+    check(lambda h, w, y: chain(F.linear(h, w), y), (hidden, weight, target))
+
+
+@pytest.mark.parametrize("name", forms.LOSSES)
+def test_loss(name):
+    hidden, weight, bias, target = inputs()
+    loss = forms.LOSSES[name]
+    check(
+        lambda h, w, b, y: loss(F.linear(h, w, b).flatten(0, 1), y.flatten()),
+        (hidden, weight, bias, target),
+    )
+
+
+@pytest.mark.parametrize("name", forms.CHAINS)
+def test_chain_with_dynamic_shapes(name):
+    """One compilation serves several batch sizes and lengths."""
+    chain = forms.CHAINS[name]
+
+    def function(h, w, y):
+        return chain(F.linear(h, w), y)
+
+    compiled = rewrite(function, dynamic=True)
+    for batch, length in ((3, 7), (5, 7), (4, 9)):
+        hidden, weight, _, target = inputs(batch=batch, length=length)
+        check(function, (hidden, weight, target), compiled)
+
+
+def test_one_loss_over_a_vector():
+    hidden, weight, bias, _ = inputs()
+    target = torch.tensor(5)
+    check(lambda h, w, b, y: F.cross_entropy(F.linear(h, w, b), y), (hidden[0, 0].detach(), weight, bias, target))  # fmt: skip
+
+
+def test_several_heads():
+    hidden, weight, bias, target = inputs()
+    other = torch.randn(80, 16).requires_grad_()
+    tensors = (hidden, weight, other, target)
+
+    def function(h, w, v, y):
+        return forms.flat(F.linear(h, w), y) + 0.3 * forms.flat(F.linear(h, v), y % 80)
+
+    compiled = rewrite(function)
+    results = reference.run(compiled, tensors)
+    assert counters["lmhead_pass"] == {"rewritten": 2}
+    exact = reference.run(function, [reference.leaf(t, _double(t)) for t in tensors])
+    eager = reference.run(function, [reference.leaf(t) for t in tensors])
+    reference.assert_no_worse(results, eager, exact, torch.float32)
+
+
+def test_several_losses_of_one_head():
+    """Multi-token prediction, or a loop over chunks of the logits."""
+    hidden, weight, _, target = inputs()
+
+    def function(h, w, y):
+        logits = F.linear(h, w)
+        first = forms.flat(logits[:, :3], y[:, :3], reduction="sum")
+        return first + forms.flat(logits[:, 3:], y[:, 3:], reduction="sum")
+
+    compiled = rewrite(function)
+    results = reference.run(compiled, (hidden, weight, target))
+    assert counters["lmhead_pass"] == {"rewritten": 2}
+    tensors = (hidden, weight, target)
+    exact = reference.run(function, [reference.leaf(t, _double(t)) for t in tensors])
+    eager = reference.run(function, [reference.leaf(t) for t in tensors])
+    reference.assert_no_worse(results, eager, exact, torch.float32)
+
+
+def test_pass_can_run_again_on_its_own_result():
+    hidden, weight, _, target = inputs()
+    graphs = []
+
+    def twice(function):
+        def backend(module, example_inputs):
+            for _ in range(2):
+                lmhead_pass(module.graph)
+                module.recompile()
+                graphs.append(module.code)
+            return module.forward
+
+        return torch.compile(function, backend=backend)
+
+    check(lambda h, w, y: forms.flat(F.linear(h, w), y), (hidden, weight, target), twice(
+        lambda h, w, y: forms.flat(F.linear(h, w), y)))  # fmt: skip
+    assert graphs[0] == graphs[1]
+
+
+def test_gradients_flow_only_where_they_did():
+    """The head under no_grad, or its output detached: the loss has no gradient, nor has anything."""
+    hidden, weight, _, target = inputs()
+
+    def under_no_grad(h, w, y):
+        with torch.no_grad():
+            logits = F.linear(h, w)
+        return forms.flat(logits, y) + h.sum() + w.sum()
+
+    def detached(h, w, y):
+        return forms.flat(F.linear(h, w).detach(), y) + h.sum() + w.sum()
+
+    def loss_under_no_grad(h, w, y):
+        logits = F.linear(h, w)
+        with torch.no_grad():
+            loss = forms.flat(logits, y)
+        return loss + h.sum() + w.sum()
+
+    for function in (under_no_grad, detached, loss_under_no_grad):
+        torch._dynamo.reset()
+        counters.clear()
+        for leaf in (hidden, weight):
+            leaf.grad = None
+        check(function, (hidden, weight, target))
+        assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+def _double(tensor):
+    return torch.float64 if tensor.is_floating_point() else None
