@@ -11,7 +11,9 @@ that tensors take on top of inputs and gradients, counted by the profiler in one
 import argparse
 import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -36,19 +38,19 @@ def main() -> None:
     options = parser.parse_args()
 
     rows = [row for dtype in options.dtypes for row in measure(options, getattr(torch, dtype))]
-    print(f"{options.tokens} tokens x {options.hidden} hidden x {options.vocab} words, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}")  # fmt: skip
-    print(f"{'dtype':9} {'implementation':14} {'median ms':>9} {'x compiled':>10} {'scratch MB':>10}")
+    about = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "date": str(date.today()),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    print(f"{options.tokens} tokens x {options.hidden} hidden x {options.vocab} words")
+    print(*about.values(), sep="; ")
+    print("dtype     implementation  median ms  x compiled  scratch MB")
     for row in rows:
-        print("{dtype:9} {impl:14} {median_ms:9.1f} {ratio:10.2f} {scratch_mb:10.1f}".format(**row))
+        line = "{dtype:9} {impl:14} {median_ms:10.1f} {ratio:11.2f} {scratch_mb:11.1f}"
+        print(line.format(**row))
     if options.json:
-        about = {
-            "date": str(date.today()),
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "options": vars(options),
-        }
         with open(options.json, "w") as file:
             json.dump({**about, "rows": rows}, file, indent=1)
 

@@ -65,7 +65,7 @@ def main() -> None:
         start = time.perf_counter()
         loss, norm = step()
         seconds = time.perf_counter() - start
-        print(json.dumps(dict(loss=loss, norm=norm, seconds=seconds)), flush=True)
+        print(json.dumps({"loss": loss, "norm": norm, "seconds": seconds}), flush=True)
 
     moments = [entry for state in optimizer.state.values() for entry in state.values()]
     lasting = sum(tensor.nbytes for tensor in [*model.parameters(), *moments])

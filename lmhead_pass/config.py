@@ -12,11 +12,12 @@ import contextlib
 import os
 import sys
 import types
+from typing import Any
 
 from torch.utils._config_module import install_config_module
 
 
-def _checked(name: str, value: object) -> object:
+def _checked(name: str, value: Any) -> Any:
     """``value``, if setting ``name`` takes it."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     takes, good = {
@@ -31,7 +32,7 @@ def _checked(name: str, value: object) -> object:
     return value
 
 
-def _setting(name: str, default: object) -> object:
+def _setting(name: str, default: Any) -> Any:
     """The default of setting ``name``: the environment's, or else ``default``."""
     text = os.environ.get(f"LMHEAD_PASS_{name.upper()}")
     if text is None:
@@ -66,7 +67,7 @@ def _install() -> None:
     module = sys.modules[__name__]
     install_config_module(module)
 
-    class CheckedConfig(type(module)):
+    class CheckedConfig(type(module)):  # type: ignore[misc]
         def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, _checked(name, value))
 

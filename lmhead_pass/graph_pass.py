@@ -5,13 +5,12 @@ import hashlib
 import importlib
 from pathlib import Path
 
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from . import config
 
 
-class LMHeadPass(CustomGraphPass):
+class GraphPass:
     """Rewrites each linear -> cross entropy over a large vocabulary in a pre-grad graph."""
 
     def __call__(self, graph: Graph) -> None:
@@ -20,12 +19,23 @@ class LMHeadPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """What the rewritten graph depends on: every file of the package and every setting."""
-        settings = repr(sorted(config.get_config_copy().items()))
+        settings = repr(sorted(config.get_config_copy().items()))  # type: ignore[attr-defined]
         return f"lmhead_pass-{_hash_of_package()}-{hashlib.sha256(settings.encode()).hexdigest()}"
 
-    def __reduce__(self) -> str:
+    def __reduce__(self):
         # Copies and pickles (Inductor makes both) are the one pass itself.
-        return "lmhead_pass"
+        return the_pass, ()
+
+
+@functools.cache
+def the_pass() -> GraphPass:
+    """The one pass, as the ``CustomGraphPass`` that Inductor's caches ask for.
+
+    Made on demand, since that class comes with all of Inductor.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    return type("LMHeadPass", (GraphPass, CustomGraphPass), {})()
 
 
 @functools.cache
@@ -35,6 +45,3 @@ def _hash_of_package() -> str:
     for file in sorted(package.rglob("*.py")):
         digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
-
-
-lmhead_pass = LMHeadPass()

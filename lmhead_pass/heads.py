@@ -1,5 +1,7 @@
 """Reads a linear layer, however it is written."""
 
+from collections.abc import Callable
+
 from torch.fx import Node
 
 from .match import Head, Refused
@@ -39,9 +41,9 @@ def _linear(node: Node) -> Head:
 
 def _matmul(node: Node) -> Head:
     call = arguments(node, lambda input, other=None, *, mat2=None: locals())
-    matrix = call and (call["other"] if call["other"] is not None else call["mat2"])
-    if matrix is None:
+    if call is None or (call["other"] is None) == (call["mat2"] is None):
         raise Refused("matmul is called with arguments that are not understood")
+    matrix = call["mat2"] if call["other"] is None else call["other"]
     return Head(node, call["input"], matrix, True, None, _last_dim(node))
 
 
@@ -82,4 +84,9 @@ def _vocab_dim(out: str, word: str, dims: int) -> int:
     return position if "." not in out[:position] else dims - (len(out) - position)
 
 
-_READERS = {"linear": _linear, "matmul": _matmul, "addmm": _addmm, "einsum": _einsum}
+_READERS: dict[str | None, Callable[[Node], Head]] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "addmm": _addmm,
+    "einsum": _einsum,
+}

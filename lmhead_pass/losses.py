@@ -1,5 +1,6 @@
 """Reads a cross entropy over class indices, however it is written."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +11,36 @@ from .match import Logits, Loss, Refused
 from .spelling import arguments, operation
 from .tensors import tensor_of
 
-_SIGNATURES = {
-    "cross_entropy": lambda input, target, weight=None, size_average=None, ignore_index=-100,
-    reduce=None, reduction="mean", label_smoothing=0.0: locals(),
-    "nll_loss": lambda input, target, weight=None, size_average=None, ignore_index=-100,
-    reduce=None, reduction="mean": {"label_smoothing": 0.0, **locals()},
-}  # fmt: skip
+
+def _cross_entropy(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+) -> dict[str, Any]:
+    return locals()
+
+
+def _nll_loss(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+) -> dict[str, Any]:
+    return {**locals(), "label_smoothing": 0.0}
+
+
+_SIGNATURES: dict[str | None, Callable[..., dict[str, Any]]] = {
+    "cross_entropy": _cross_entropy,
+    "nll_loss": _nll_loss,
+}
 
 
 def is_loss(node: Node) -> bool:

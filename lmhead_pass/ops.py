@@ -74,7 +74,7 @@ def _fake_gradients(problem: Problem, needed: list[bool]) -> Gradients:
     return Gradients(
         *(
             tensor.new_empty(tensor.shape, dtype=held_dtype(tensor.dtype))
-            if wanted
+            if wanted and tensor is not None
             else problem.hidden.new_empty(0)
             for tensor, wanted in zip(inputs, needed, strict=True)
         )

@@ -13,6 +13,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 from . import compat
+from .graph_pass import the_pass
 
 _INDUCTOR_CONFIG = "torch._inductor.config"
 _SETTING = "pre_grad_custom_pass"
@@ -47,17 +48,13 @@ def disabled() -> Iterator[None]:
 
 
 def _passes(config, with_ours: bool) -> list[compat.GraphPass]:
-    from .graph_pass import lmhead_pass
-
-    others = [p for p in compat.passes_in(getattr(config, _SETTING)) if p is not lmhead_pass]
-    return [*others, lmhead_pass] if with_ours else others
+    others = [p for p in compat.passes_in(getattr(config, _SETTING)) if p is not the_pass()]
+    return [*others, the_pass()] if with_ours else others
 
 
 def _update(add: bool) -> None:
-    from .graph_pass import lmhead_pass
-
     config = sys.modules[_INDUCTOR_CONFIG]
-    compat.set_default(config, _SETTING, compat.pass_setting([lmhead_pass]) if add else None)
+    compat.set_default(config, _SETTING, compat.pass_setting([the_pass()]) if add else None)
     setattr(config, _SETTING, compat.pass_setting(_passes(config, with_ours=add)))
 
 

@@ -40,12 +40,8 @@ def rewritten(match: Match, inserted: Iterable[Node]) -> None:
     log.info("%s", summary(match))
     before, after = _lines((*match.path, match.loss.node)), _lines(inserted)
     log.debug("before:\n%s\nafter:\n%s", before, after)
-    for name, text in (("before", before), ("after", after)):
-        trace_structured(
-            "artifact",
-            metadata_fn=lambda name=name: {"name": f"lmhead_pass_{name}", "encoding": "string"},
-            payload_fn=lambda text=text: text,
-        )
+    _artifact("lmhead_pass_before", before)
+    _artifact("lmhead_pass_after", after)
 
 
 def refused(refusal: Refusal) -> None:
@@ -81,6 +77,14 @@ def _is_news(text: str) -> bool:
         (told.count(text) for n, told in attempts.items() if n != context.attempt), default=0
     )
     return now.count(text) > earlier
+
+
+def _artifact(name: str, text: str) -> None:
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: text,
+    )
 
 
 def _count(event: str) -> None:

@@ -110,14 +110,12 @@ class _Emitter:
         self.nodes: list[Node] = []
 
     def __call__(self, target: str | Callable[..., Any], *args: Any) -> Node:
-        is_method = isinstance(target, str)
+        kind = "call_method" if isinstance(target, str) else "call_function"
         with self.graph.inserting_before(self.place):
-            node = self.graph.create_node(
-                "call_method" if is_method else "call_function", target, args
-            )
+            node = self.graph.create_node(kind, target, args)
         node.meta.update(self.place.meta)
         values = torch.fx.map_arg(args, value_of)
-        function = getattr(torch.Tensor, target) if is_method else target
+        function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         with torch.no_grad():
             node.meta["example_value"] = function(*values)
         self.nodes.append(node)

@@ -38,8 +38,9 @@ def _rows(shape: Any, vocab_dim: int) -> list[Any]:
 
 
 def _add(logits: Logits, vocab_dim: int, step: RowStep | None) -> Logits:
-    steps = logits.steps if step is None else (*logits.steps, step)
-    return replace(logits, vocab_dim=vocab_dim, steps=steps)
+    if step is None or all(arg == slice(None) for arg in step.args):
+        return replace(logits, vocab_dim=vocab_dim)
+    return replace(logits, vocab_dim=vocab_dim, steps=(*logits.steps, step))
 
 
 def _cast(logits: Logits, node: Node) -> Logits:
@@ -56,21 +57,38 @@ def _reshape(logits: Logits, node: Node) -> Logits:
     for dim in reversed(range(len(after))):
         if same(after[dim], vocab) and same(product(after[dim + 1 :]), behind):
             rows, reshaped = _rows(before, logits.vocab_dim), _rows(after, dim)
-            if len(rows) == len(reshaped) and all(map(same, rows, reshaped)):
-                return _add(logits, dim, None)
-            return _add(logits, dim, RowStep("reshape", _sizes(reshaped, node)))
+            return _add(logits, dim, _as_index(rows, reshaped) or _as_sizes(reshaped, node))
     raise Refused(
         f"{describe(node)} to {list(after)} does not keep the vocabulary's dimension as it is"
     )
 
 
-def _sizes(sizes: list[Any], node: Node) -> tuple[Any, ...]:
-    """Sizes as arguments of a reshape: numbers, or nodes where sizes are dynamic."""
+def _as_index(before: list[Any], after: list[Any]) -> RowStep | None:
+    """A reshape that only adds and drops dimensions of size 1, as an index; else None."""
+    index: list[Any] = []
+    left = list(after)
+    for size in before:
+        if same(size, 1):
+            index.append(0)
+            continue
+        while left and same(left[0], 1):
+            index.append(None)
+            left.pop(0)
+        if not left or not same(left.pop(0), size):
+            return None
+        index.append(slice(None))
+    if not all(same(size, 1) for size in left):
+        return None
+    return RowStep("getitem", (*index, *[None] * len(left)))
+
+
+def _as_sizes(sizes: list[Any], node: Node) -> RowStep:
+    """A reshape to numbers, or to nodes where sizes are dynamic."""
     given = {str(value_of(arg)): arg for arg in _flat(node.args[1:]) if isinstance(arg, Node)}
     named = [size if isinstance(size, int) else given.get(str(size)) for size in sizes]
     if named.count(None) > 1:
         raise Refused(f"{describe(node)} has several dynamic sizes that are not in the graph")
-    return tuple(-1 if size is None else size for size in named)
+    return RowStep("reshape", tuple(-1 if size is None else size for size in named))
 
 
 def _flat(args: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from lmhead_pass.graph_pass import lmhead_pass
+from lmhead_pass.graph_pass import the_pass
 
 
 def rewrite(function: Callable[..., Any], graphs: list[str] | None = None, **options: Any) -> Any:
@@ -22,7 +22,7 @@ def rewrite(function: Callable[..., Any], graphs: list[str] | None = None, **opt
     def backend(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         if graphs is not None:
             graphs.append(module.code)
-        lmhead_pass(module.graph)
+        the_pass()(module.graph)
         module.graph.lint()
         module.recompile()
         if graphs is not None:

@@ -186,13 +186,11 @@ def _exponentiate_(block: Tensor, rows: _Rows, part: slice) -> tuple[Tensor, Ten
     """
     target = rows.target[part]
     target_logit = block.gather(1, target).squeeze(1)
-    loss = 0
-    if rows.spread is not None:
-        loss = -(block @ rows.spread)
+    loss = -(block @ rows.spread) if rows.spread is not None else torch.zeros_like(target_logit)
     block.exp_().scatter_(1, target, 0)
     log_sum = torch.log1p(block.sum(1) + torch.expm1(target_logit))
     nll = log_sum - target_logit
-    loss = loss + rows.pull[part] * nll + rows.spread_sum * log_sum
+    loss += rows.pull[part] * nll + rows.spread_sum * log_sum
     return loss, nll, log_sum
 
 
@@ -235,7 +233,7 @@ class _GradientSums:
         self._sums = Gradients(
             *(
                 tensor.new_zeros(tensor.shape, dtype=dtype)
-                if wanted
+                if wanted and tensor is not None
                 else problem.hidden.new_empty(0)
                 for tensor, dtype, wanted in zip(inputs, dtypes, needed, strict=True)
             )
@@ -271,7 +269,9 @@ class _GradientSums:
         inputs = (self._problem.hidden, self._problem.weight, self._problem.bias)
         return Gradients(
             *(
-                self._unscaled(total).to(held_dtype(tensor.dtype)) if wanted else total
+                self._unscaled(total).to(held_dtype(tensor.dtype))
+                if wanted and tensor is not None
+                else total
                 for tensor, total, wanted in zip(inputs, self._sums, self._needed, strict=True)
             )
         )
