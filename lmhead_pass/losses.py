@@ -9,7 +9,7 @@ from torch.nn import _reduction
 
 from .match import Logits, Loss, Refused
 from .spelling import arguments, operation
-from .tensors import tensor_of
+from .tensors import number_of, tensor_of
 
 
 def _cross_entropy(
@@ -70,12 +70,10 @@ def read_loss(node: Node) -> Loss:
         raise Refused(f"{target.dim()}-d targets do not fit {logits.dim()}-d logits")
     if reduction not in ("mean", "sum", "none"):
         raise Refused(f"reduction is {reduction!r}")
-    if not isinstance(call["ignore_index"], int):
-        raise Refused("ignore_index is computed in the graph; it has to be a number")
-    if not isinstance(call["label_smoothing"], float | int) or not (
-        0.0 <= call["label_smoothing"] <= 1.0
-    ):
-        raise Refused("label_smoothing is not a number between 0 and 1")
+    ignore_index = number_of(call["ignore_index"])
+    label_smoothing = number_of(call["label_smoothing"])
+    if not 0 <= label_smoothing <= 1:
+        raise Refused(f"label_smoothing is {label_smoothing}, not between 0 and 1")
     if call["weight"] is not None:
         _check_class_weight(call["weight"], logits, node)
     return Loss(
@@ -84,8 +82,8 @@ def read_loss(node: Node) -> Loss:
         target=call["target"],
         class_weight=call["weight"],
         reduction=reduction,
-        ignore_index=call["ignore_index"],
-        label_smoothing=float(call["label_smoothing"]),
+        ignore_index=int(ignore_index),
+        label_smoothing=float(label_smoothing),
         wants_log_probabilities=name == "nll_loss",
     )
 

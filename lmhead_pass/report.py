@@ -25,6 +25,8 @@ def summary(item: Match | Refusal) -> str:
     if isinstance(item, Refusal):
         return f"left alone: {where}: {item.reason}"
     hidden, weight = tensor_of(item.head.hidden), tensor_of(item.head.weight)
+    if item.head.weight_is_transposed:
+        weight = weight.t()
     return (
         f"rewritten: {where}: hidden {_type(hidden)}, weight {_type(weight)}, "
         f"reduction {item.loss.reduction}; {item.rows_per_chunk} rows per chunk; "

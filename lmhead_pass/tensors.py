@@ -31,6 +31,21 @@ def tensor_of(node: Any) -> torch.Tensor:
     return value
 
 
+def number_of(argument: Any) -> float | int:
+    """An argument that must be a number. A dynamic one is fixed to what it is, by a guard.
+
+    With ``dynamic=True`` even the attributes of ``nn.CrossEntropyLoss`` come as dynamic numbers.
+    """
+    value = value_of(argument)
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    if isinstance(value, float | int):
+        return value
+    raise Refused(f"{argument} is computed in the graph; it has to be a number")
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are equal, whatever the dynamic sizes turn out to be."""
     return statically_known_true(a == b)
