@@ -13,7 +13,7 @@ import torch
 from . import config
 
 # A GPU's products work in tiles of this many rows, or a divisor of it.
-_GPU_TILE = 256
+_GPU_TILE = 128
 
 
 @dataclass(frozen=True)

@@ -151,13 +151,9 @@ def _loss_kernel(
         tl.store(log_sum_ptr + row, 0.0)
     else:
         target_logit, _ = _target_logit(logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE, SOFTCAP)
-        row_max, log_sum, weighted = _sum_row(
+        loss, row_max, log_sum = _loss(
             logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
-            SMOOTHING, LOGIT_SCALE, SOFTCAP, COLUMNS,
-        )  # fmt: skip
-        loss = _loss(
-            target, target_logit, row_max, log_sum, weighted, vocab, class_weight_ptr,
-            class_weight_sum_ptr, SMOOTHING, SPREAD, Z_LOSS,
+            class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, Z_LOSS, COLUMNS,
         )  # fmt: skip
         tl.store(loss_ptr + row, loss)
         tl.store(row_max_ptr + row, row_max)
@@ -187,13 +183,9 @@ def _gradient_kernel(
             logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE, SOFTCAP
         )
         if loss_ptr is not None:
-            row_max, log_sum, weighted = _sum_row(
+            loss, row_max, log_sum = _loss(
                 logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
-                SMOOTHING, LOGIT_SCALE, SOFTCAP, COLUMNS,
-            )  # fmt: skip
-            loss = _loss(
-                target, target_logit, row_max, log_sum, weighted, vocab, class_weight_ptr,
-                class_weight_sum_ptr, SMOOTHING, SPREAD, Z_LOSS,
+                class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, Z_LOSS, COLUMNS,
             )  # fmt: skip
             tl.store(loss_ptr + row, loss)
         else:
@@ -236,15 +228,17 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _sum_row(
-    logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
-    SMOOTHING: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def _loss(
+    logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
+    SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One read of a row: its largest logit, log_sum, and sum of logits times class weights."""
+    """One read of a row: its loss, its largest logit, and its log_sum."""
     # The smallest number, not -inf: then -inf less the largest so far is -inf and never NaN.
     largest = tl.full([COLUMNS], -3.4028234663852886e38, target_logit.dtype)
     others = tl.zeros([COLUMNS], target_logit.dtype)
+    # For the smoothing: the sum of c_v (z_v - shift). Any shift will do; a near one saves digits.
+    shift = tl.where(tl.abs(target_logit) < float("inf"), target_logit, 0)
     weighted = tl.zeros([COLUMNS], target_logit.dtype)
     blocks = tl.cdiv(vocab, COLUMNS)
     for block in range(0, blocks):
@@ -253,7 +247,7 @@ def _sum_row(
         inside = column < vocab
         logit, _ = _logit(logits_ptr, column, inside, -float("inf"), bias_ptr, LOGIT_SCALE, SOFTCAP)
         if SMOOTHING > 0:
-            share = tl.where(inside, logit, 0)
+            share = tl.where(inside, logit - shift, 0)
             if class_weight_ptr is not None:
                 share *= tl.load(class_weight_ptr + column, mask=inside, other=0).to(logit.dtype)
             weighted += share
@@ -265,26 +259,20 @@ def _sum_row(
         largest = tl.maximum(largest, logit)
     row_max = tl.maximum(tl.max(largest), target_logit)
     total = tl.sum(others * tl.exp(largest - row_max))
-    # The sum less 1, without the 1 where it is the target's own.
+    # The sum with the target's own, less 1: without adding 1 first where that is the target's.
     confident = target_logit == row_max
     excess = tl.where(confident, total, (total - 1) + tl.exp(target_logit - row_max))
-    return row_max, _log1p(excess), tl.sum(weighted)
+    log_sum = _log1p(excess)
 
-
-@triton.jit
-def _loss(
-    target, target_logit, row_max, log_sum, weighted, vocab, class_weight_ptr,
-    class_weight_sum_ptr, SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, Z_LOSS: tl.constexpr,
-):  # fmt: skip
     nll = log_sum - (target_logit - row_max)
     loss = _pull(target, target_logit, vocab, class_weight_ptr, SMOOTHING) * nll
-    lse = row_max + log_sum
     if SMOOTHING > 0:
         spread_sum = _spread_sum(target_logit, class_weight_sum_ptr, SMOOTHING, SPREAD)
-        loss += spread_sum * lse - SPREAD * weighted
+        loss += spread_sum * (log_sum + (row_max - shift)) - SPREAD * tl.sum(weighted)
     if Z_LOSS != 0:
+        lse = row_max + log_sum
         loss += Z_LOSS * lse * lse
-    return loss
+    return loss, row_max, log_sum
 
 
 @triton.jit
