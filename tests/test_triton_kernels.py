@@ -12,7 +12,7 @@ from .triton_device import DEVICE  # before what imports Triton
 
 from lmhead_pass.kernels.triton_rows import Terms, row_gradients, row_losses  # isort: skip
 
-ROWS = 5
+ROWS = 3
 VOCABULARIES = (1, 2, 7, 1000, 4099)
 OPTIONS = {
     "plain": lambda vocab: {},
@@ -45,9 +45,8 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
+# The interpreter computes with numpy, which warns of what the device does in silence.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def _random(*shape):
@@ -108,11 +107,21 @@ def _kernels(logits, target, terms, coefficient, gradient_dtype, in_place):
     return [loss, gradients[0]], [fused_loss, gradients[1]]
 
 
-@pytest.mark.parametrize("in_place", [True, False], ids=["in_place", "apart"])
+def _assert_no_worse(ours, plain, exact, gradient_dtype):
+    dtype, vocab = ours[0].dtype, ours[1].size(1)
+    if dtype == torch.float64:  # the exact values are rounded too: their sums, and their 1 - p
+        for mine, his in zip(ours, exact, strict=True):
+            scale = his.abs().max().clamp_min(1).item()
+            torch.testing.assert_close(mine, his, rtol=0, atol=(vocab + 8) * 2**-52 * scale)
+    else:
+        reference.assert_no_worse(ours[:1], plain[:1], exact[:1], dtype)
+        reference.assert_no_worse(ours[1:], plain[1:], exact[1:], gradient_dtype)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: str(pair[1]))
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_losses_and_gradients(vocab, options, dtypes, in_place):
+def test_losses_and_gradients(vocab, options, dtypes, in_place=True):
     dtype, gradient_dtype = dtypes
     terms = Terms(**OPTIONS[options](vocab))
     logits = (3 * _random(ROWS, vocab)).to(dtype)
@@ -122,9 +131,13 @@ def test_losses_and_gradients(vocab, options, dtypes, in_place):
     exact = _plain_and_gradient(logits, *given, torch.float64)
     plain = _plain_and_gradient(logits, *given, dtype)
     for ours in _kernels(logits, *given, gradient_dtype, in_place):
-        reference.assert_no_worse(ours[:1], plain[:1], exact[:1], dtype)
-        reference.assert_no_worse(ours[1:], plain[1:], exact[1:], gradient_dtype)
+        _assert_no_worse(ours, plain, exact, gradient_dtype)
         assert not ours[1][target == terms.ignore_index].any()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: str(pair[1]))
+def test_gradients_beside_the_logits(dtypes):
+    test_losses_and_gradients(4099, "all", dtypes, in_place=False)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -192,20 +205,16 @@ def test_confident_rows_keep_their_digits(lead, dtypes):
     dtype, gradient_dtype = dtypes
     logits, target = _random(ROWS, 7).to(dtype), torch.arange(ROWS, device=DEVICE)
     logits[target, target] += lead
-    # FP16 reaches 6e-8, so its gradients are scaled.
-    coefficient = torch.full((ROWS,), 2.0**30 if lead > 5 else 1.0, dtype=dtype, device=DEVICE)
-    exact = _plain_and_gradient(logits, target, Terms(), torch.ones_like(coefficient), torch.float64)
+    # A factor that brings the gradients near 1, as FP16 needs.
+    coefficient = torch.full((ROWS,), 2.0 ** round(lead / 0.7), dtype=dtype, device=DEVICE)
     nll, others = _exact_nll(logits.double(), target)
     for loss, gradient in _kernels(logits, target, Terms(), coefficient, gradient_dtype, True):
-        if gradient_dtype == torch.float16 and lead == 40:
-            gradient = torch.zeros_like(gradient)  # below FP16 even so
-            others = torch.zeros_like(others)
         at_target = gradient[target, target].double() / coefficient
-        # A logit of about 40 is itself known to 40 roundings.
-        eps, logits_eps = (torch.finfo(d).eps for d in (gradient_dtype, dtype))
-        torch.testing.assert_close(loss.double(), nll, rtol=64 * logits_eps, atol=0)
-        torch.testing.assert_close(at_target, -others, rtol=eps + 64 * logits_eps, atol=0)
-    assert exact[0].shape == nll.shape
+        # The exponential of a difference of logits knows no more digits than the difference.
+        rounding = (lead + 8) * torch.finfo(dtype).eps
+        torch.testing.assert_close(loss.double(), nll, rtol=rounding, atol=0)
+        rounding += torch.finfo(gradient_dtype).eps
+        torch.testing.assert_close(at_target, -others, rtol=rounding, atol=0)
 
 
 def _exact_nll(logits, target):
@@ -218,14 +227,14 @@ def _exact_nll(logits, target):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_infinite_logits_are_what_they_are_for_cross_entropy(smoothing):
     inf, vocab = float("inf"), 300
-    logits = _random(ROWS, vocab).float()
+    logits = _random(5, vocab).float()
     target = torch.tensor([3, 4, 5, 6, 7], device=DEVICE)
     logits[0, 10:200] = -inf
     logits[1, 4] = -inf  # the target itself
     logits[2, :] = -inf
     logits[3, 9] = inf
     logits[4, 9] = float("nan")
-    given = (target, Terms(label_smoothing=smoothing), torch.ones(ROWS, device=DEVICE))
+    given = (target, Terms(label_smoothing=smoothing), torch.ones(5, device=DEVICE))
     exact = _plain_and_gradient(logits, *given, torch.float64)
     for ours in _kernels(logits, *given, torch.float32, in_place=True):
         for mine, his in zip(ours, exact, strict=True):

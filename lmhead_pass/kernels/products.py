@@ -17,15 +17,17 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
     ``a`` ``[m, k]`` and ``b`` ``[k, n]`` have one dtype; ``out`` is ``[m, n]`` in rows of any
     stride. FP32 operands follow the user's TF32 settings.
     """
+    if a.dtype.itemsize < torch.float32.itemsize and not _widens(out.device.type):
+        # As exact, at the price of wide copies. They are also what keeps a CPU's BF16 products from
+        # reading what lies behind the rows of a strided matrix.
+        a, b = a.float(), b.float()
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=int(add), out=out)
-    elif out.dtype.itemsize <= a.dtype.itemsize:
+    elif out.dtype.itemsize > a.dtype.itemsize:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
+    else:
         assert not add, "a sum is not held in fewer bits than its terms"
         out.copy_(a @ b)
-    elif _widens(out.device.type):
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
-    else:  # as exact, at the price of wide copies of the operands
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
 
 
 @functools.cache
