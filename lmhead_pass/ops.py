@@ -22,7 +22,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .kernels import aten
+from .kernels import dispatch
 from .problem import Gradients, Problem, held_dtype
 
 _PROBLEM = (
@@ -85,22 +85,22 @@ _define(
     "linear_cross_entropy",
     "",
     "Tensor",
-    lambda problem: aten.forward(problem)[0],
+    lambda problem: dispatch.forward(problem)[0],
     _fake_loss,
 )
-_define("_forward", "", "(Tensor, Tensor, Tensor)", aten.forward, _fake_forward)
+_define("_forward", "", "(Tensor, Tensor, Tensor)", dispatch.forward, _fake_forward)
 _define(
     "_forward_and_gradients",
     ", bool[3] needed",
     "(Tensor, Tensor, Tensor, Tensor)",
-    aten.forward_and_gradients,
+    dispatch.forward_and_gradients,
     lambda problem, needed: (_fake_loss(problem), *_fake_gradients(problem, needed)),
 )
 _define(
     "_backward",
     ", bool[3] needed, Tensor row_max, Tensor log_sum, Tensor grad_losses",
     "(Tensor, Tensor, Tensor)",
-    aten.backward,
+    dispatch.backward,
     lambda problem, needed, *_: _fake_gradients(problem, needed),
 )
 _ops = torch.ops.lmhead_pass

@@ -1,0 +1,347 @@
+"""Time, memory and error of a language model's head and loss on a GPU, beside its peers.
+
+    python benchmarks/gpu.py                                # four shapes in BF16
+    python benchmarks/gpu.py --device cpu --sizes 64x32x5000 --rounds 1    # does it run at all
+
+All implementations of a shape and mode run in turn, in one process, on the same inputs, since the
+clocks of a GPU move. The floor is the bare products that the mode needs. Peak bytes are those
+beyond the inputs: gradients are in them. The error is the largest of the gradients of a sample of
+tokens and words, relative to the largest exact one; exact is FP64, but for the log-sum-exp of each
+token, which is taken from FP32 logits (an error near 1e-6; BF16 gradients have one near 1e-3).
+
+Modes: "train" is forward and backward, "forward" is without gradients, and "frozen" is forward and
+backward for the hidden states alone. What an implementation cannot run is left out and named.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from torch import Tensor
+
+import lmhead_pass
+
+SIZES = ["4096x4096x128256", "16384x4096x128256", "8192x2304x256000", "32768x8192x128000"]
+MODES = ["train", "forward", "frozen"]
+IMPLEMENTATIONS = [
+    "floor", "lmhead_pass", "compile", "torch_lce", "auto_chunker", "liger", "cce",
+]  # fmt: skip
+SAMPLE = 32
+
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+Step = Callable[[], None]
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+
+
+class Skipped(Exception):
+    """Why an implementation does not run."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="tokens x hidden x vocabulary")
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--impls", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    rows, skipped = [], []
+    for sizes in options.sizes:
+        inputs = make_inputs(*map(int, sizes.split("x")), dtype, device)
+        for mode in options.modes:
+            measured, left_out = measure(inputs, mode, options.impls, options.rounds)
+            rows += measured
+            skipped += left_out
+        del inputs
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    report = {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "date": str(date.today()),
+        "command": " ".join(["python", *sys.argv]),
+        "rows": rows,
+        "skipped": skipped,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = gpu.lower().removeprefix("nvidia ").replace(" ", "-")
+    file = options.out / f"{name}-{report['date']}.json"
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    file.with_suffix(".md").write_text(markdown(report))
+    print(markdown(report))
+
+
+def make_inputs(tokens: int, hidden: int, vocab: int, dtype, device) -> Inputs:
+    """The same numbers each time, none of them 0: zeros would let a GPU run faster."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    target = torch.randint(vocab, (tokens,), generator=generator, device=device)
+    weight = random(vocab, hidden).mul_(hidden**-0.5)
+    return Inputs(random(tokens, hidden).requires_grad_(), weight, target)
+
+
+def measure(
+    inputs: Inputs, mode: str, names: list[str], rounds: int
+) -> tuple[list[dict], list[dict]]:
+    """Figures of the implementations that run, and the reasons of those that do not."""
+    inputs.weight.requires_grad_(mode == "train")
+    exact = None if mode == "forward" else sampled_gradients(inputs)
+    about = {
+        "tokens": inputs.hidden.size(0),
+        "hidden": inputs.hidden.size(1),
+        "vocab": inputs.weight.size(0),
+        "dtype": str(inputs.hidden.dtype).removeprefix("torch."),
+        "mode": mode,
+    }
+    steps: dict[str, Step] = {}
+    figures: dict[str, dict] = {}
+    skipped = []
+    for name in names:
+        try:
+            step = bare_products(inputs, mode) if name == "floor" else loss_step(name, inputs, mode)
+            step()  # compiles
+            error = None if name == "floor" or exact is None else gradient_error(exact)
+            drop_gradients(inputs)
+            figures[name] = {"peak_bytes": peak_bytes(step, inputs), "grad_error": error}
+            steps[name] = step
+        except (Skipped, torch.OutOfMemoryError) as reason:
+            skipped.append({**about, "impl": name, "reason": str(reason).splitlines()[0]})
+            print("skipped:", skipped[-1], file=sys.stderr)
+        drop_gradients(inputs)
+        if inputs.hidden.is_cuda:
+            torch.cuda.empty_cache()
+
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(milliseconds(step, inputs))
+            drop_gradients(inputs)
+    rows = []
+    for name in steps:
+        row = {**about, "impl": name, "median_ms": statistics.median(times[name])}
+        if "floor" in times:
+            pairs = zip(times[name], times["floor"], strict=True)
+            row["floor_ratio"] = statistics.median(ours / floor for ours, floor in pairs)
+        rows.append({**row, **figures[name]})
+    return rows, skipped
+
+
+def bare_products(inputs: Inputs, mode: str) -> Step:
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+
+    def run() -> None:
+        logits = hidden @ weight.t()
+        gradients = []
+        if mode != "forward":
+            gradients.append(logits @ weight)
+        if mode == "train":
+            gradients.append(logits.t() @ hidden)
+
+    return run
+
+
+def loss_step(name: str, inputs: Inputs, mode: str) -> Step:
+    loss = loss_function(name)
+
+    def run() -> None:
+        with torch.set_grad_enabled(mode != "forward"):
+            value = loss(*inputs)
+        if mode != "forward":
+            value.backward()
+
+    return run
+
+
+def loss_function(name: str) -> LossFunction:
+    return {
+        "lmhead_pass": rewritten,
+        "compile": lambda: unfused(auto_chunker=False),
+        "auto_chunker": lambda: unfused(auto_chunker=True),
+        "torch_lce": torch_lce,
+        "liger": liger,
+        "cce": cce,
+    }[name]()
+
+
+def head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), target)
+
+
+def compiled_head() -> LossFunction:
+    # Dynamo keeps what it compiled with the code of the function: a copy is compiled for itself.
+    copy = types.FunctionType(head.__code__.replace(), head.__globals__)
+    return torch.compile(copy, dynamic=False)
+
+
+def rewritten() -> LossFunction:
+    compiled, counters = compiled_head(), torch._dynamo.utils.counters["lmhead_pass"]
+
+    def run(*inputs: Tensor) -> Tensor:
+        loss = compiled(*inputs)
+        assert counters["rewritten"], "the head was not rewritten"
+        return loss
+
+    counters.clear()
+    return run
+
+
+def unfused(auto_chunker: bool) -> LossFunction:
+    compiled = compiled_head()
+
+    def run(*inputs: Tensor) -> Tensor:
+        # Settings are read where the first call compiles.
+        with (
+            lmhead_pass.disabled(),
+            torch._inductor.config.patch({"auto_chunker.enable": auto_chunker}),
+        ):
+            return compiled(*inputs)
+
+    return run
+
+
+def torch_lce() -> LossFunction:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Skipped(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()  # without them it holds all logits
+    return lambda *inputs: F.linear_cross_entropy(*inputs, options=options)
+
+
+def liger() -> LossFunction:
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError as error:
+        raise Skipped(str(error)) from error
+    return liger_fused_linear_cross_entropy
+
+
+def cce() -> LossFunction:
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise Skipped(str(error)) from error
+    return linear_cross_entropy
+
+
+class Sample(NamedTuple):
+    """Some rows of a tensor, and the exact gradients of these rows in FP64."""
+
+    tensor: Tensor
+    rows: Tensor
+    gradient: Tensor
+
+
+def sampled_gradients(inputs: Inputs) -> list[Sample]:
+    """Of hidden, and of weight where it has a gradient."""
+    hidden, weight, target = inputs.hidden.detach(), inputs.weight.detach(), inputs.target
+    wide = weight.float()
+    log_sums = torch.cat([(part.float() @ wide.t()).logsumexp(1) for part in hidden.split(512)])
+    del wide
+
+    def grad_logits(tokens: Tensor, words: Tensor) -> Tensor:
+        logits = hidden[tokens].double() @ weight[words].double().t()
+        hits = (target[tokens].unsqueeze(1) == words).double()
+        return ((logits - log_sums[tokens].double().unsqueeze(1)).exp() - hits) / target.numel()
+
+    def some(size: int) -> Tensor:
+        return torch.linspace(0, size - 1, min(SAMPLE, size), device=hidden.device).long()
+
+    tokens = some(hidden.size(0))
+    every_word = torch.arange(weight.size(0), device=hidden.device).split(8192)
+    gradient = sum(grad_logits(tokens, words) @ weight[words].double() for words in every_word)
+    samples = [Sample(inputs.hidden, tokens, gradient)]
+    if inputs.weight.requires_grad:
+        words = target[some(hidden.size(0))]  # words that occur, whose gradient is not tiny
+        every_token = torch.arange(hidden.size(0), device=hidden.device)
+        gradient = grad_logits(every_token, words).t() @ hidden.double()
+        samples.append(Sample(inputs.weight, words, gradient))
+    return samples
+
+
+def gradient_error(samples: list[Sample]) -> float:
+    def error(sample: Sample) -> float:
+        difference = sample.tensor.grad[sample.rows] - sample.gradient
+        return (difference.abs().amax() / sample.gradient.abs().amax()).item()
+
+    return max(error(sample) for sample in samples)
+
+
+def drop_gradients(inputs: Inputs) -> None:
+    inputs.hidden.grad = inputs.weight.grad = None
+
+
+def peak_bytes(step: Step, inputs: Inputs) -> int:
+    if not inputs.hidden.is_cuda:
+        from cpu import scratch
+
+        return scratch(step)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def milliseconds(step: Step, inputs: Inputs) -> float:
+    if not inputs.hidden.is_cuda:
+        start = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def markdown(report: dict) -> str:
+    lines = [
+        "{gpu}, torch {torch}, triton {triton}, {date}. `{command}`".format(**report),
+        "",
+        "| tokens x hidden x vocabulary | mode | implementation | ms | x floor | peak MB | error |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for row in report["rows"]:
+        ratio = f"{row['floor_ratio']:.3f}" if "floor_ratio" in row else ""
+        error = "" if row["grad_error"] is None else f"{row['grad_error']:.1e}"
+        what = "{tokens} x {hidden} x {vocab} {dtype} | {mode} | {impl}".format(**row)
+        figures = f"{row['median_ms']:.2f} | {ratio} | {row['peak_bytes'] / 1e6:.0f} | {error}"
+        lines.append(f"| {what} | {figures} |")
+    reasons = sorted({f"- {row['impl']}: {row['reason']}" for row in report["skipped"]})
+    if reasons:
+        lines += ["", "Left out (the JSON says where):", "", *reasons]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""The chunk loop on a GPU: Triton row kernels between the library's matrix products.
+
+For each chunk of rows one product writes FP32 logits into a buffer, one kernel turns them into
+losses and, in place, into gradients in the compute dtype, and two products turn these into
+gradients of ``hidden`` and ``weight``. ``triton_rows.py`` has the formulas.
+
+Nothing here waits for the device, so that it can be captured in a CUDA graph: the number of rows
+that count stays a tensor, and rows that do not count go through the products as zeros.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..chunking import gpu_rows
+from ..problem import Gradients, Problem, held_dtype
+from .products import multiply_into
+from .triton_rows import Terms, row_gradients, row_losses
+
+# Rows of the buffer start at multiples of this, whatever the vocabulary: products read and write
+# 16 bytes at once only where they do.
+_ROW_ALIGNMENT_BYTES = 128
+# See aten.py: how large FP16 gradients of logits are made before they are rounded.
+_FP16_MAGNITUDE = 2.0**8
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss alone: one product. Returns what ``aten.forward`` does."""
+    rows = _Rows(problem)
+    losses, row_max, log_sum = (_per_row(problem) for _ in range(3))
+    for chunk, _, logits in _chunks(problem, gpu_rows(len(rows), problem.batch_chunk_size)):
+        row_losses(
+            logits, rows.target[chunk], rows.terms, losses[chunk], row_max[chunk], log_sum[chunk]
+        )
+    if problem.reduction == "none":
+        return losses, row_max, log_sum
+    return losses.sum() / rows.denominator, row_max, log_sum
+
+
+def forward_and_gradients(problem: Problem, needed: list[bool]) -> tuple[Tensor, ...]:
+    """The scalar loss and its gradients: three products. Returns what aten's namesake does."""
+    rows = _Rows(problem)
+    sums = _GradientSums(problem, needed, rows, rows.denominator.reciprocal().expand(len(rows)))
+    losses = _per_row(problem)
+    for chunk, hidden, logits in _chunks(problem, sums.rows_per_chunk):
+        gradient = _narrow(logits, problem.compute_dtype)
+        row_gradients(
+            logits, rows.target[chunk], rows.terms, gradient, sums.coefficient[chunk],
+            loss=losses[chunk],
+        )  # fmt: skip
+        sums.add(chunk, hidden, gradient)
+    return losses.sum() / rows.denominator, *sums.finish()
+
+
+def backward(
+    problem: Problem, needed: list[bool], row_max: Tensor, log_sum: Tensor, grad_losses: Tensor
+) -> Gradients:
+    """Gradients of per-row losses: three products. Returns what ``aten.backward`` does."""
+    rows = _Rows(problem)
+    sums = _GradientSums(problem, needed, rows, grad_losses.to(problem.accumulate_dtype))
+    for chunk, hidden, logits in _chunks(problem, sums.rows_per_chunk):
+        gradient = _narrow(logits, problem.compute_dtype)
+        row_gradients(
+            logits, rows.target[chunk], rows.terms, gradient, sums.coefficient[chunk],
+            saved=(row_max[chunk], log_sum[chunk]),
+        )  # fmt: skip
+        sums.add(chunk, hidden, gradient)
+    return sums.finish()
+
+
+def _per_row(problem: Problem) -> Tensor:
+    return problem.hidden.new_empty(problem.hidden.size(0), dtype=problem.accumulate_dtype)
+
+
+class _Rows:
+    """The rows, and the constants of their losses (names as in aten's text)."""
+
+    def __init__(self, problem: Problem):
+        vocab, dtype = problem.weight.size(0), problem.accumulate_dtype
+        self.target = problem.target.contiguous()
+        """``[N]``."""
+        counted = self.target != problem.ignore_index
+        in_range = (self.target >= 0) & (self.target < vocab)
+        torch._assert_async((in_range | ~counted).all(), "a target is out of bounds")
+
+        class_weight = problem.class_weight
+        self._target_weight = counted.to(dtype)
+        """``[N]``: c_t, and 0 where the row does not count."""
+        if class_weight is not None:
+            class_weight = class_weight.to(dtype).contiguous()
+            target = self.target.masked_fill(~in_range, 0)
+            self._target_weight *= class_weight.index_select(0, target)
+        self.denominator = (
+            self._target_weight.sum()
+            if problem.reduction == "mean"
+            else self._target_weight.new_ones(())
+        )
+        """``[]``: what the summed loss is divided by."""
+        self._counted = counted
+        self.terms = Terms(
+            ignore_index=problem.ignore_index,
+            bias=None if problem.bias is None else problem.bias.contiguous(),
+            class_weight=class_weight,
+            label_smoothing=problem.label_smoothing,
+        )
+
+    def __len__(self) -> int:
+        return self.target.numel()
+
+    def reach(self, upstream: Tensor) -> Tensor:
+        """``[N]``: bounds on the gradients of each row's logits, but for a factor of 2."""
+        smoothing, class_weight = self.terms.label_smoothing, self.terms.class_weight
+        average = 1 if class_weight is None else class_weight.mean()
+        reach = (1 - smoothing) * self._target_weight + smoothing * average
+        return (upstream * reach).abs().masked_fill(~self._counted, 0)
+
+
+def _chunks(problem: Problem, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each chunk of ``size`` rows: its place, their hidden states, their logits.
+
+    Logits are ``[rows, V]`` in the accumulation dtype, in one buffer that the next chunk
+    overwrites, and do not have the bias yet.
+    """
+    rows, vocab = problem.hidden.size(0), problem.weight.size(0)
+    dtype = problem.accumulate_dtype
+    step = _ROW_ALIGNMENT_BYTES // dtype.itemsize
+    width = (vocab + step - 1) // step * step
+    buffer = problem.hidden.new_empty((min(size, rows), width), dtype=dtype)
+    for start in range(0, rows, size):
+        chunk = slice(start, min(start + size, rows))
+        hidden = problem.hidden[chunk].to(problem.compute_dtype)
+        logits = buffer[: hidden.size(0), :vocab]
+        multiply_into(logits, hidden, problem.compute_weight.t())
+        yield chunk, hidden, logits
+
+
+def _narrow(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[rows, V]`` of ``dtype`` at the front of the memory of each row of ``logits``."""
+    stride = logits.stride(0)
+    whole_rows = logits.as_strided((logits.size(0), stride), (stride, 1))
+    return whole_rows.view(dtype)[:, : logits.size(1)]
+
+
+class _GradientSums:
+    """Gradients of hidden, weight and bias, gathered chunk by chunk."""
+
+    def __init__(self, problem: Problem, needed: list[bool], rows: _Rows, upstream: Tensor):
+        self._problem = problem
+        self._needed = needed
+        self._scale: Tensor | None = None
+        self.coefficient = upstream
+        """``[N]``: the gradient with respect to each row's loss that the chunks must use."""
+        if problem.compute_dtype == torch.float16:
+            self._scale = _power_of_two_scale(rows.reach(upstream))
+            self.coefficient = upstream * self._scale
+
+        hidden, weight, bias = problem.hidden, problem.weight, problem.bias
+        total_dtype, held = problem.accumulate_dtype, held_dtype(weight.dtype)
+        # A sum over chunks is held in FP32. A single chunk has no sum: its product is the gradient,
+        # and the memory of an FP32 copy of it may hold more rows of logits, one for one of the H.
+        saves_sum = needed[1] and held.itemsize < total_dtype.itemsize
+        self.rows_per_chunk = gpu_rows(
+            len(rows), problem.batch_chunk_size, hidden.size(1) if saves_sum else 0
+        )
+        single = len(rows) <= self.rows_per_chunk
+        # Each is written before it is read, unless there is no chunk.
+        new = Tensor.new_empty if len(rows) else Tensor.new_zeros
+        self._sums = Gradients(
+            *(
+                new(hidden, tensor.shape if wanted else 0, dtype=dtype)
+                for tensor, dtype, wanted in (
+                    (hidden, held_dtype(hidden.dtype), needed[0]),
+                    (weight, held if single else total_dtype, needed[1]),
+                    (bias, total_dtype, needed[2]),
+                )
+            )
+        )
+
+    def add(self, chunk: slice, hidden: Tensor, grad_logits: Tensor) -> None:
+        """Add the share of the rows ``chunk``, whose logits have the gradient ``grad_logits``."""
+        for_hidden, for_weight, for_bias = self._needed
+        later = chunk.start > 0
+        if for_hidden:
+            multiply_into(self._sums.hidden[chunk], grad_logits, self._problem.compute_weight)
+        if for_weight:
+            multiply_into(self._sums.weight, grad_logits.t(), hidden, add=later)
+        if for_bias:
+            share = grad_logits.sum(0, dtype=self._sums.bias.dtype)
+            self._sums.bias.copy_(self._sums.bias + share if later else share)
+
+    def finish(self) -> Gradients:
+        """The gradients, each in ``held_dtype`` of its input."""
+        inputs = (self._problem.hidden, self._problem.weight, self._problem.bias)
+        if self._scale is not None:
+            for total in self._sums:
+                total.div_(self._scale)
+        return Gradients(
+            *(
+                total.to(held_dtype(tensor.dtype)) if wanted else total
+                for tensor, total, wanted in zip(inputs, self._sums, self._needed, strict=True)
+            )
+        )
+
+
+def _power_of_two_scale(gradients: Tensor) -> Tensor:
+    """``[]``: the factor that brings the largest of ``gradients`` to the FP16 magnitude wanted."""
+    if not gradients.numel():
+        return gradients.new_ones(())
+    largest = gradients.amax()
+    mantissa, _ = torch.frexp(largest)
+    # The quotient is exact. It is NaN where the largest is 0 or not finite.
+    return (mantissa / largest * _FP16_MAGNITUDE).nan_to_num(nan=1.0, posinf=1.0)

@@ -1,0 +1,367 @@
+"""Triton kernels on rows of logits, with their launchers: row losses, and gradients in place.
+
+One program works on one row. With ``x`` what the product gave, the loss is that of the logits
+
+    z = cap tanh(s (x + b) / cap)             bias b, logit scale s, softcap cap; each may be off
+
+and, with target ``t``, class weights ``c`` (1 if there are none) with sum ``C``, label smoothing
+``e`` over ``V`` classes and z-loss ``k``, a row's loss and gradient are (``aten.py`` has the
+source of all but ``k``, which is PaLM's, https://arxiv.org/abs/2204.02311, section 5):
+
+    lse  = log(sum_v exp z_v)                                           nll = lse - z_t
+    loss = (1 - e) c_t nll + e / V sum_v c_v (lse - z_v) + k lse^2
+    d loss / d z_v = ((1 - e) c_t + m) p_v - e / V c_v                  m = e C / V + 2 k lse
+    d loss / d z_t = m p_t - e / V c_t - (1 - e) c_t (1 - p_t)
+    d z / d x      = s (1 - tanh^2)
+
+``1 - p_t`` is never that subtraction: it would lose the gradient of a confident row. For the same
+reason the sum of exponentials is taken over the others apart from the target.
+
+Everything is computed in the dtype of the logits, FP32 or FP64. What is None or 0 in ``Terms`` is
+not compiled. ``lse`` is held as the largest logit and ``log(sum_v exp(z_v - largest))``: their sum
+would round away what huge logits differ by. A target out of range gives NaN, never a number.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Logits that a program holds at a time: 64 bytes of them in each of 8 warps' threads, which leaves
+# registers for the options and for a second program beside it.
+_BLOCK_BYTES = 1 << 14
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a row's loss is made of, besides its logits and its target (see the module's text)."""
+
+    ignore_index: int = -100
+    """Rows with this target have no loss and no gradient."""
+    bias: Tensor | None = None
+    """``[V]`` contiguous, any floating dtype."""
+    class_weight: Tensor | None = None
+    """``[V]`` contiguous, any floating dtype."""
+    label_smoothing: float = 0.0
+    logit_scale: float | None = None
+    softcap: float | None = None
+    z_loss: float = 0.0
+
+    @cached_property
+    def _class_weight_sum(self) -> Tensor | None:
+        if self.class_weight is None or not self.label_smoothing:
+            return None
+        dtype = torch.promote_types(self.class_weight.dtype, torch.float32)
+        return self.class_weight.sum(dtype=dtype)
+
+    def arguments(self, logits: Tensor) -> dict:
+        """The kernels' arguments that ``Terms`` and the shape of the rows settle."""
+        vocab, itemsize = logits.size(1), logits.dtype.itemsize
+        columns = min(triton.next_power_of_2(vocab), _BLOCK_BYTES // itemsize)
+        return {
+            "vocab": vocab,
+            "ignore_index": self.ignore_index,
+            "bias_ptr": self.bias,
+            "class_weight_ptr": self.class_weight,
+            "class_weight_sum_ptr": self._class_weight_sum,
+            "SMOOTHING": self.label_smoothing,
+            "SPREAD": self.label_smoothing / vocab,
+            "LOGIT_SCALE": self.logit_scale,
+            "SOFTCAP": self.softcap,
+            "Z_LOSS": self.z_loss,
+            "COLUMNS": columns,
+            "num_warps": max(1, columns * itemsize // 2048),
+        }
+
+
+def row_losses(
+    logits: Tensor, target: Tensor, terms: Terms, loss: Tensor, row_max: Tensor, log_sum: Tensor
+) -> None:
+    """Write each row's loss, largest logit, and log of its sum of ``exp(logit - largest)``.
+
+    ``logits`` ``[rows, V]`` FP32 or FP64 are read once; their rows may have any stride. ``target``
+    ``[rows]`` is int64. The outputs ``[rows]`` have the dtype of the logits. All contiguous.
+    """
+    with _on_device_of(logits):
+        _loss_kernel[(logits.size(0),)](
+            logits, logits.stride(0), target, loss, row_max, log_sum, **terms.arguments(logits)
+        )
+
+
+def row_gradients(
+    logits: Tensor,
+    target: Tensor,
+    terms: Terms,
+    gradient: Tensor,
+    coefficient: Tensor | None = None,
+    *,
+    loss: Tensor | None = None,
+    saved: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Write the gradient of each row's loss with respect to what the product gave.
+
+    ``gradient`` ``[rows, V]``, of the dtype of the logits or a narrower one, may be the front of
+    the very memory of each row of ``logits``. ``coefficient`` ``[rows]``, of the dtype of the
+    logits and any stride, is the gradient with respect to the rows' losses; None is 1. Either
+    ``loss`` ``[rows]`` is written, which takes a read of the row more, or ``saved`` is the
+    ``(row_max, log_sum)`` that ``row_losses`` wrote.
+    """
+    row_max, log_sum = saved or (None, None)
+    with _on_device_of(logits):
+        _gradient_kernel[(logits.size(0),)](
+            logits,
+            logits.stride(0),
+            gradient,
+            gradient.stride(0),
+            target,
+            coefficient,
+            0 if coefficient is None else coefficient.stride(0),
+            loss,
+            row_max,
+            log_sum,
+            **terms.arguments(logits),
+        )
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager:
+    # Triton launches on the current device, whatever its arguments are on.
+    if tensor.device.type == "cpu":  # in Triton's interpreter
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(tensor.device.index)
+
+
+@triton.jit
+def _loss_kernel(
+    logits_ptr, logits_stride, target_ptr, loss_ptr, row_max_ptr, log_sum_ptr,
+    vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
+    SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # rows times vocabulary may pass 2^31
+    logits_ptr += row * logits_stride
+    target = tl.load(target_ptr + row)
+    if target == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(row_max_ptr + row, 0.0)
+        tl.store(log_sum_ptr + row, 0.0)
+    else:
+        target_logit, _ = _target_logit(logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE, SOFTCAP)
+        loss, row_max, log_sum = _loss(
+            logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
+            class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, Z_LOSS, COLUMNS,
+        )  # fmt: skip
+        tl.store(loss_ptr + row, loss)
+        tl.store(row_max_ptr + row, row_max)
+        tl.store(log_sum_ptr + row, log_sum)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits_ptr, logits_stride, gradient_ptr, gradient_stride, target_ptr,
+    coefficient_ptr, coefficient_stride, loss_ptr, row_max_ptr, log_sum_ptr,
+    vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
+    SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # rows times vocabulary may pass 2^31
+    logits_ptr += row * logits_stride
+    gradient_ptr += row * gradient_stride
+    target = tl.load(target_ptr + row)
+    if target == ignore_index:
+        if loss_ptr is not None:
+            tl.store(loss_ptr + row, 0.0)
+        for start in range(0, vocab, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            tl.store(gradient_ptr + column, 0.0, mask=column < vocab)
+    else:
+        target_logit, target_slope = _target_logit(
+            logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE, SOFTCAP
+        )
+        if loss_ptr is not None:
+            loss, row_max, log_sum = _loss(
+                logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
+                class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, Z_LOSS, COLUMNS,
+            )  # fmt: skip
+            tl.store(loss_ptr + row, loss)
+        else:
+            row_max = tl.load(row_max_ptr + row)
+            log_sum = tl.load(log_sum_ptr + row)
+
+        # Of the gradient, what multiplies p_v, what is taken from each, and the target's own.
+        nll = log_sum - (target_logit - row_max)
+        pull = _pull(target, target_logit, vocab, class_weight_ptr, SMOOTHING)
+        common = _spread_sum(target_logit, class_weight_sum_ptr, SMOOTHING, SPREAD)
+        if Z_LOSS != 0:
+            common += 2 * Z_LOSS * (row_max + log_sum)
+        at_target = common * tl.exp(-nll) - pull * _one_minus_exp_of_minus(nll)
+        if SMOOTHING > 0:
+            at_target -= _spread(target, vocab, class_weight_ptr, target_logit, SPREAD)
+        if coefficient_ptr is not None:
+            coefficient = tl.load(coefficient_ptr + row * coefficient_stride)
+            at_target *= coefficient
+        else:
+            coefficient = tl.full([], 1, target_logit.dtype)
+        at_target *= target_slope
+        factor = coefficient * (pull + common) * tl.exp(-log_sum)
+
+        # From left to right, because the gradient may lie in the row's own memory. Its element j
+        # then covers bytes of logits at j or before it: what a block's store overwrites, that
+        # block or one before it has loaded. The barrier is for the warps that are behind: none
+        # stores before all have loaded.
+        for start in range(0, vocab, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = column < vocab
+            logit, slope = _logit(
+                logits_ptr, column, inside, -float("inf"), bias_ptr, LOGIT_SCALE, SOFTCAP
+            )
+            gradient = factor * tl.exp(logit - row_max)
+            if SMOOTHING > 0:
+                gradient -= coefficient * _spread(column, vocab, class_weight_ptr, logit, SPREAD)
+            gradient = tl.where(column == target, at_target, gradient * slope)
+            tl.debug_barrier()
+            tl.store(gradient_ptr + column, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _loss(
+    logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
+    SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One read of a row: its loss, its largest logit, and its log_sum."""
+    # The smallest number, not -inf: then -inf less the largest so far is -inf and never NaN.
+    largest = tl.full([COLUMNS], -3.4028234663852886e38, target_logit.dtype)
+    others = tl.zeros([COLUMNS], target_logit.dtype)
+    # For the smoothing: the sum of c_v (z_v - shift). Any shift will do; a near one saves digits.
+    shift = tl.where(tl.abs(target_logit) < float("inf"), target_logit, 0)
+    weighted = tl.zeros([COLUMNS], target_logit.dtype)
+    blocks = tl.cdiv(vocab, COLUMNS)
+    for block in range(0, blocks):
+        # From right to left: the gradient starts at the left, where the cache is then warm.
+        column = (blocks - 1 - block) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = column < vocab
+        logit, _ = _logit(logits_ptr, column, inside, -float("inf"), bias_ptr, LOGIT_SCALE, SOFTCAP)
+        if SMOOTHING > 0:
+            share = tl.where(inside, logit - shift, 0)
+            if class_weight_ptr is not None:
+                share *= tl.load(class_weight_ptr + column, mask=inside, other=0).to(logit.dtype)
+            weighted += share
+        # Each lane has a sum of its own, relative to its own largest: one exponential for each
+        # logit, and nothing passes between threads before the end.
+        logit = tl.where(inside & (column != target), logit, -float("inf"))
+        smaller = tl.exp(-tl.abs(logit - largest))
+        others = tl.where(logit > largest, others * smaller + 1, others + smaller)
+        largest = tl.maximum(largest, logit)
+    row_max = tl.maximum(tl.max(largest), target_logit)
+    total = tl.sum(others * tl.exp(largest - row_max))
+    # The sum with the target's own, less 1: without adding 1 first where that is the target's.
+    confident = target_logit == row_max
+    excess = tl.where(confident, total, (total - 1) + tl.exp(target_logit - row_max))
+    log_sum = _log1p(excess)
+
+    nll = log_sum - (target_logit - row_max)
+    loss = _pull(target, target_logit, vocab, class_weight_ptr, SMOOTHING) * nll
+    if SMOOTHING > 0:
+        spread_sum = _spread_sum(target_logit, class_weight_sum_ptr, SMOOTHING, SPREAD)
+        loss += spread_sum * (log_sum + (row_max - shift)) - SPREAD * tl.sum(weighted)
+    if Z_LOSS != 0:
+        lse = row_max + log_sum
+        loss += Z_LOSS * lse * lse
+    return loss, row_max, log_sum
+
+
+@triton.jit
+def _logit(
+    logits_ptr, column, inside, outside, bias_ptr,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Logits as the loss sees them, and their derivative in what the product gave."""
+    logit = tl.load(logits_ptr + column, mask=inside, other=outside)
+    slope = tl.full([], 1, logit.dtype)
+    if bias_ptr is not None:
+        logit += tl.load(bias_ptr + column, mask=inside, other=0).to(logit.dtype)
+    if LOGIT_SCALE is not None:
+        logit *= LOGIT_SCALE
+        slope *= LOGIT_SCALE
+    if SOFTCAP is not None:
+        tanh, derivative = _tanh(logit / SOFTCAP)
+        return SOFTCAP * tanh, slope * derivative
+    else:
+        return logit, slope
+
+
+@triton.jit
+def _target_logit(
+    logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    in_range = (target >= 0) & (target < vocab)
+    return _logit(logits_ptr, target, in_range, float("nan"), bias_ptr, LOGIT_SCALE, SOFTCAP)
+
+
+@triton.jit
+def _pull(target, like, vocab, class_weight_ptr, SMOOTHING: tl.constexpr):
+    """(1 - e) c_t, in the dtype of ``like``."""
+    pull = tl.full([], 1 - SMOOTHING, like.dtype)
+    if class_weight_ptr is not None:
+        in_range = (target >= 0) & (target < vocab)
+        pull *= tl.load(class_weight_ptr + target, mask=in_range, other=0).to(like.dtype)
+    return pull
+
+
+@triton.jit
+def _spread(column, vocab, class_weight_ptr, like, SPREAD: tl.constexpr):
+    """e / V c_v, in the dtype of ``like``."""
+    spread = tl.full([], SPREAD, like.dtype)
+    if class_weight_ptr is not None:
+        inside = (column >= 0) & (column < vocab)
+        spread *= tl.load(class_weight_ptr + column, mask=inside, other=0).to(like.dtype)
+    return spread
+
+
+@triton.jit
+def _spread_sum(like, class_weight_sum_ptr, SMOOTHING: tl.constexpr, SPREAD: tl.constexpr):
+    """e C / V, in the dtype of ``like``."""
+    if class_weight_sum_ptr is not None:
+        return SPREAD * tl.load(class_weight_sum_ptr).to(like.dtype)
+    else:
+        return tl.full([], SMOOTHING, like.dtype)
+
+
+# Triton has no log1p, expm1 and tanh on every backend. Where these lose no digits they are made of
+# exp and log; near 0, of series long enough for FP64.
+
+
+@triton.jit
+def _log1p(x):
+    # log(1 + x) = 2 artanh(s) = 2 (s + s^3 / 3 + s^5 / 5 + ...)
+    s = x / (2 + x)
+    series = tl.full([], 1 / 23, x.dtype)
+    for power in tl.static_range(21, 0, -2):
+        series = series * s * s + 1 / power
+    return tl.where(tl.abs(x) < 0.5, 2 * s * series, tl.log(1 + x))
+
+
+@triton.jit
+def _one_minus_exp_of_minus(x):
+    # x (1 - x / 2 (1 - x / 3 (1 - ...)))
+    series = tl.full([], 1, x.dtype)
+    for order in tl.static_range(15, 1, -1):
+        series = 1 - x / order * series
+    return tl.where(tl.abs(x) < 0.5, x * series, 1 - tl.exp(-x))
+
+
+@triton.jit
+def _tanh(x):
+    """tanh(x) and its derivative."""
+    e = tl.exp(-2 * tl.abs(x))
+    far = tl.where(x < 0, e - 1, 1 - e) / (1 + e)
+    # Lambert's continued fraction to its seventh level.
+    s = x * x
+    near = x * (135135 + s * (17325 + s * (378 + s)))
+    near /= 135135 + s * (62370 + s * (3150 + s * 28))
+    return tl.where(tl.abs(x) < 0.5, near, far), 4 * e / ((1 + e) * (1 + e))
