@@ -37,11 +37,19 @@ _CPU = _Plan(least=48 << 20, share=1 / 4, most=math.inf, most_rows=math.inf)
 _GPU = _Plan(least=256 << 20, share=1, most=1.45e9, most_rows=4096)
 
 
-def plan_rows(hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+def plan_rows(
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int = 0,
+    gradient_dtype: torch.dtype = torch.float32,
+) -> int:
     """Rows per chunk for logits of ``vocab_size`` columns, from products in ``dtype``.
 
     ``config.batch_chunk_size`` is taken as it is; else ``config.memory_budget`` bytes are
-    filled; else a budget is planned from the sizes. At least one row.
+    filled; else a budget is planned from the sizes, for about ``tokens`` rows in all (0: not known).
+    At least one row. ``gradient_dtype`` is that in which the weight's gradient is wanted.
     """
     if config.batch_chunk_size is not None:
         return config.batch_chunk_size
@@ -54,7 +62,14 @@ def plan_rows(hidden_size: int, vocab_size: int, dtype: torch.dtype, device: tor
     plan = _CPU if on_cpu else _GPU
     budget = max(plan.least, min(plan.most, 4 * vocab_size * hidden_size * plan.share))
     rows = int(max(1, min(plan.most_rows, budget // row_bytes)))
-    return rows if on_cpu else _whole_tiles(rows)
+    if on_cpu:
+        return rows
+    # A sum over chunks is held in FP32. A single chunk has no sum, its product is the gradient:
+    # what an FP32 copy would take may hold more rows of logits, one for one of the hidden size.
+    has_sum = gradient_dtype.itemsize < torch.float32.itemsize
+    if 0 < tokens <= rows + (hidden_size if has_sum else 0):
+        return max(rows, tokens)
+    return _whole_tiles(rows)
 
 
 def _whole_tiles(rows: int) -> int:
@@ -67,12 +82,9 @@ def even_rows(rows: int, most: int) -> int:
     return max(1, math.ceil(rows / chunks))
 
 
-def gpu_rows(rows: int, most: int, spare: int = 0) -> int:
-    """Rows per chunk, for ``rows`` on a GPU: at most ``most``, about even, in whole tiles.
-
-    A single chunk may have ``spare`` rows more: those whose memory it saves elsewhere.
-    """
-    if rows <= most + spare:
+def gpu_rows(rows: int, most: int) -> int:
+    """Rows per chunk, for ``rows`` on a GPU: at most ``most``, about even, in whole tiles."""
+    if rows <= most:
         return max(1, rows)
     tiles = math.ceil(even_rows(rows, most) / _GPU_TILE)
     return min(most, tiles * _GPU_TILE)

@@ -60,16 +60,23 @@ def _match(node: Node) -> Match:
     vocab_size, hidden_size = computed.size(head.vocab_dim), tensor_of(head.hidden).size(-1)
     if computed.dtype not in _DTYPES:
         raise Refused(f"the logits are {computed.dtype}")
+    differentiable = tensor_of(node).requires_grad and tensor_of(head.weight).requires_grad
+    tokens = tensor_of(loss.target).numel()
     return Match(
         head=head,
         loss=loss,
         steps=logits.steps,
         path=tuple(path),
-        tokens=tensor_of(loss.target).numel(),
+        tokens=tokens,
         vocab_size=vocab_size,
         compute_dtype=computed.dtype,
         rows_per_chunk=plan_rows(
-            hint(hidden_size), hint(vocab_size), computed.dtype, computed.device
+            hint(hidden_size),
+            hint(vocab_size),
+            computed.dtype,
+            computed.device,
+            tokens=hint(tokens),
+            gradient_dtype=tensor_of(head.weight).dtype if differentiable else torch.float32,
         ),
     )
 

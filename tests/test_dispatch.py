@@ -114,6 +114,17 @@ def test_rows_on_a_gpu_are_whole_tiles():
 
 
 def test_a_single_chunk_may_use_what_it_saves():
-    assert chunking.gpu_rows(4096, 2816, spare=4096) == 4096
-    assert chunking.gpu_rows(8192, 2816, spare=4096) == 2816
+    def rows(tokens, gradient_dtype=torch.bfloat16):
+        sizes = (4096, 128256, torch.bfloat16, CUDA)
+        return chunking.plan_rows(*sizes, tokens=tokens, gradient_dtype=gradient_dtype)
+
+    assert rows(4096) == 4096
+    assert rows(4096, gradient_dtype=torch.float32) == 2816
+    assert rows(8192) == 2816
     assert chunking.gpu_rows(0, 2816) == 1
+
+
+def test_rows_asked_for_are_a_limit():
+    with config.patch(batch_chunk_size=100):
+        assert chunking.plan_rows(4096, 128256, torch.bfloat16, CUDA, 128, torch.bfloat16) == 100
+    assert chunking.gpu_rows(128, 100) == 100

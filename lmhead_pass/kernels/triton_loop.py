@@ -29,7 +29,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """The loss alone: one product. Returns what ``aten.forward`` does."""
     rows = _Rows(problem)
     losses, row_max, log_sum = (_per_row(problem) for _ in range(3))
-    for chunk, _, logits in _chunks(problem, gpu_rows(len(rows), problem.batch_chunk_size)):
+    for chunk, _, logits in _chunks(problem):
         row_losses(
             logits, rows.target[chunk], rows.terms, losses[chunk], row_max[chunk], log_sum[chunk]
         )
@@ -43,7 +43,7 @@ def forward_and_gradients(problem: Problem, needed: list[bool]) -> tuple[Tensor,
     rows = _Rows(problem)
     sums = _GradientSums(problem, needed, rows, rows.denominator.reciprocal().expand(len(rows)))
     losses = _per_row(problem)
-    for chunk, hidden, logits in _chunks(problem, sums.rows_per_chunk):
+    for chunk, hidden, logits in _chunks(problem):
         gradient = _narrow(logits, problem.compute_dtype)
         row_gradients(
             logits, rows.target[chunk], rows.terms, gradient, sums.coefficient[chunk],
@@ -59,7 +59,7 @@ def backward(
     """Gradients of per-row losses: three products. Returns what ``aten.backward`` does."""
     rows = _Rows(problem)
     sums = _GradientSums(problem, needed, rows, grad_losses.to(problem.accumulate_dtype))
-    for chunk, hidden, logits in _chunks(problem, sums.rows_per_chunk):
+    for chunk, hidden, logits in _chunks(problem):
         gradient = _narrow(logits, problem.compute_dtype)
         row_gradients(
             logits, rows.target[chunk], rows.terms, gradient, sums.coefficient[chunk],
@@ -116,14 +116,14 @@ class _Rows:
         return (upstream * reach).abs().masked_fill(~self._counted, 0)
 
 
-def _chunks(problem: Problem, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each chunk of ``size`` rows: its place, their hidden states, their logits.
+def _chunks(problem: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each chunk of rows: its place, their hidden states, their logits.
 
     Logits are ``[rows, V]`` in the accumulation dtype, in one buffer that the next chunk
     overwrites, and do not have the bias yet.
     """
     rows, vocab = problem.hidden.size(0), problem.weight.size(0)
-    dtype = problem.accumulate_dtype
+    size, dtype = gpu_rows(rows, problem.batch_chunk_size), problem.accumulate_dtype
     step = _ROW_ALIGNMENT_BYTES // dtype.itemsize
     width = (vocab + step - 1) // step * step
     buffer = problem.hidden.new_empty((min(size, rows), width), dtype=dtype)
@@ -157,18 +157,13 @@ class _GradientSums:
 
         hidden, weight, bias = problem.hidden, problem.weight, problem.bias
         total_dtype, held = problem.accumulate_dtype, held_dtype(weight.dtype)
-        # A sum over chunks is held in FP32. A single chunk has no sum: its product is the gradient,
-        # and the memory of an FP32 copy of it may hold more rows of logits, one for one of the H.
-        saves_sum = needed[1] and held.itemsize < total_dtype.itemsize
-        self.rows_per_chunk = gpu_rows(
-            len(rows), problem.batch_chunk_size, hidden.size(1) if saves_sum else 0
-        )
-        single = len(rows) <= self.rows_per_chunk
+        # A sum over chunks is held in FP32. A single chunk has none: its product is the gradient.
+        single = len(rows) <= problem.batch_chunk_size
         # Each is written before it is read, unless there is no chunk.
         new = Tensor.new_empty if len(rows) else Tensor.new_zeros
         self._sums = Gradients(
             *(
-                new(hidden, tensor.shape if wanted else 0, dtype=dtype)
+                new(hidden, tensor.shape if wanted and tensor is not None else 0, dtype=dtype)
                 for tensor, dtype, wanted in (
                     (hidden, held_dtype(hidden.dtype), needed[0]),
                     (weight, held if single else total_dtype, needed[1]),
@@ -197,7 +192,7 @@ class _GradientSums:
                 total.div_(self._scale)
         return Gradients(
             *(
-                total.to(held_dtype(tensor.dtype)) if wanted else total
+                total.to(held_dtype(tensor.dtype)) if wanted and tensor is not None else total
                 for tensor, total, wanted in zip(inputs, self._sums, self._needed, strict=True)
             )
         )
