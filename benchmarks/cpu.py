@@ -122,9 +122,10 @@ def implementations(options: argparse.Namespace, dtype: torch.dtype) -> dict[str
     with lmhead_pass.disabled():
         steps["compiled"] = compiled(unfused)
     steps["three products"] = floor
-    if hasattr(F, "linear_cross_entropy"):
+    if hasattr(F, "linear_cross_entropy"):  # from torch 2.13 on; without options it is not chunked
+        chunked = torch.nn.LinearCrossEntropyOptions()
         steps["torch chunked"] = step(
-            lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target)
+            lambda *inputs: F.linear_cross_entropy(*inputs, options=chunked)
         )
     return steps
 

@@ -48,7 +48,7 @@ def plan_rows(
     """Rows per chunk for logits of ``vocab_size`` columns, from products in ``dtype``.
 
     ``config.batch_chunk_size`` is taken as it is; else ``config.memory_budget`` bytes are
-    filled; else a budget is planned from the sizes, for about ``tokens`` rows in all (0: not known).
+    filled; else a budget is planned from the sizes, for ``tokens`` rows in all (0: not known).
     At least one row. ``gradient_dtype`` is that in which the weight's gradient is wanted.
     """
     if config.batch_chunk_size is not None:
