@@ -1,5 +1,10 @@
 """Every test starts with an empty Dynamo, fresh counters, and a pass that raises its failures."""
 
+import os
+
+# No graph comes from a cache: on a hit the pass would not be called. Torch reads this on import.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
 import pytest
 import torch
 
@@ -16,9 +21,8 @@ def _fresh():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_caches(tmp_path_factory):
-    """Inductor's caches for this session only: on a hit in them the pass would not be called."""
+def _own_cache_folder(tmp_path_factory):
+    """Compiled kernels of this session stay apart from the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        patch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
         yield
