@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import CompileContext
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .recipe import Recipe, refuse_gradient
+from .recipe import Recipe, no_gradient, refuse_gradient
 
 # What is known of a tensor without its values.
 _METADATA = {
@@ -55,7 +57,11 @@ _DERIVING = {
         if hasattr(namespace, name)
     ),
 }
-
+# What torch.compile does beyond that with an input itself, rather than with its values.
+_INSPECTION = {
+    *(Tensor._is_view, Tensor._base.__get__, Tensor._view_func_unsafe, Tensor.untyped_storage),
+    *(Tensor.requires_grad.__set__, torch.autograd.grad),
+}
 _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}
 
 
@@ -126,16 +132,19 @@ class LazyLogits(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling():
-            return super().__torch_function__(func, types, args, kwargs)
+        if CompileContext.try_get() is not None:
+            return _as_input(func, args, kwargs)
         known = _without_reading(func, args, kwargs)
         return _on_values(func, args, kwargs) if known is NotImplemented else known
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            logits = args[0]
+            return cls(logits._cell, logits._like, logits.device, requires_grad=False)
         return _on_values(func, args, kwargs or {})
 
-    # torch.compile asks these of an input of another compiled function. It gets the values.
+    # What torch.compile asks of an input of another compiled function: its values, then.
 
     @property
     def _value(self) -> Tensor:
@@ -148,6 +157,21 @@ class LazyLogits(Tensor):
     def __tensor_unflatten__(inner, context, outer_size, outer_stride) -> "LazyLogits":
         value = inner["_value"]
         return LazyLogits(_Cell(None, value), value, value.device, value.requires_grad)
+
+
+def _as_input(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What torch.compile finds when lazy logits are an input of what it compiles."""
+    if func == Tensor.requires_grad.__get__:
+        return args[0]._requires_grad or args[0].grad_fn is not None
+    with torch._C.DisableTorchFunctionSubclass():
+        if func not in _METADATA and func not in _INSPECTION:
+            args, kwargs = tree_map(_traced_value, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _traced_value(leaf: Any) -> Any:
+    is_traced = isinstance(leaf, LazyLogits) and is_fake(leaf._cell.value)
+    return _TracedValue.apply(leaf) if is_traced and leaf.requires_grad else leaf
 
 
 def _on_values(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -215,3 +239,25 @@ def _guard(logits: LazyLogits) -> None:
         logits._is_guarded = True
         with torch._C.DisableTorchFunctionSubclass():
             refuse_gradient(logits)
+
+
+class _TracedValue(torch.autograd.Function):
+    """Lazy logits in a compiled function that takes them: its backward raises, too."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.ops.lmhead_pass.refuse(gradient)
+
+
+def _refuse(gradient: Tensor) -> Tensor:
+    raise no_gradient()
+
+
+_library = torch.library.Library("lmhead_pass", "FRAGMENT")
+_library.define("refuse(Tensor gradient) -> Tensor")
+_library.impl("refuse", _refuse, "CompositeExplicitAutograd")
+torch.library.register_fake("lmhead_pass::refuse", torch.empty_like, lib=_library)

@@ -57,7 +57,8 @@ class Recipe:
         logits = logits.detach()  # no view to autograd, which would allow no write to it
         if self.requires_grad:
             refuse_gradient(logits)
-        return logits.movedim(-1, self.vocab_dim)
+        is_last = self.vocab_dim == logits.dim() - 1
+        return logits if is_last else logits.movedim(-1, self.vocab_dim)
 
     def _check_unchanged(self) -> None:
         parts = {"hidden states": self.hidden, "weight": self.weight, "bias": self.bias}
