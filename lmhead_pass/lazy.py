@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import CompileContext
-from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .recipe import Recipe, no_gradient, refuse_gradient
+from .recipe import Recipe, refuse_gradient
 
-# What is known of a tensor without its values.
+# What is known of a tensor, or told to it, without its values.
 _METADATA = {
     *(
         getattr(Tensor, name).__get__
@@ -39,7 +38,7 @@ _METADATA = {
         )
         if hasattr(namespace, name)
     ),
-    *(Tensor.__len__, Tensor.__hash__, Tensor.__dir__),
+    *(Tensor.__len__, Tensor.__hash__, Tensor.__dir__, Tensor.register_hook),
 }
 
 # What gives a view, a cast or a detached alias, if all its other arguments are no tensors.
@@ -56,11 +55,6 @@ _DERIVING = {
         )
         if hasattr(namespace, name)
     ),
-}
-# What torch.compile does beyond that with an input itself, rather than with its values.
-_INSPECTION = {
-    *(Tensor._is_view, Tensor._base.__get__, Tensor._view_func_unsafe, Tensor.untyped_storage),
-    *(Tensor.requires_grad.__set__, torch.autograd.grad),
 }
 _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}
 
@@ -121,9 +115,12 @@ class LazyLogits(Tensor):
         )
         self._cell = cell
         self._like = like
-        self._requires_grad = requires_grad
-        self._is_guarded = False
-        return self
+        if not requires_grad:
+            return self
+        # What a compiled function returns, autograd detaches, unless it is a view.
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            refuse_gradient(self)
+            return torch.ops.aten.alias(self)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> "LazyLogits":
@@ -140,7 +137,7 @@ class LazyLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            logits = args[0]
+            logits = args[0]  # autograd, below which this is, gives the result its gradient
             return cls(logits._cell, logits._like, logits.device, requires_grad=False)
         return _on_values(func, args, kwargs or {})
 
@@ -153,25 +150,26 @@ class LazyLogits(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["_value"], None
 
+    def _stable_hash_for_caching(self) -> str:
+        return type(self).__qualname__
+
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride) -> "LazyLogits":
         value = inner["_value"]
-        return LazyLogits(_Cell(None, value), value, value.device, value.requires_grad)
+        return LazyLogits(_Cell(None, value), value, value.device, requires_grad=False)
 
 
 def _as_input(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What torch.compile finds when lazy logits are an input of what it compiles."""
-    if func == Tensor.requires_grad.__get__:
-        return args[0]._requires_grad or args[0].grad_fn is not None
+    """What torch.compile finds when lazy logits are an input of what it compiles.
+
+    It looks at the tensor itself here; the values it gets from ``__tensor_flatten__``.
+    """
+    if func is Tensor._is_view:
+        return False  # see LazyLogits.__new__
+    if func is Tensor.__repr__:
+        return f"{type(args[0]).__qualname__}(...)"
     with torch._C.DisableTorchFunctionSubclass():
-        if func not in _METADATA and func not in _INSPECTION:
-            args, kwargs = tree_map(_traced_value, (args, kwargs))
         return func(*args, **kwargs)
-
-
-def _traced_value(leaf: Any) -> Any:
-    is_traced = isinstance(leaf, LazyLogits) and is_fake(leaf._cell.value)
-    return _TracedValue.apply(leaf) if is_traced and leaf.requires_grad else leaf
 
 
 def _on_values(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -193,7 +191,6 @@ def _without_reading(func: Callable[..., Any], args: tuple, kwargs: dict[str, An
     if any(isinstance(leaf, Tensor) for leaf in tree_leaves((others, kwargs))):
         return NotImplemented
     if func in _METADATA:
-        _guard(logits)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     if func in _DERIVING:
@@ -207,17 +204,18 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
     with torch._C.DisableTorchFunctionSubclass():
         device = logits.device
     if func is Tensor.to:
-        copy = kwargs.pop("copy", False)
-        target, dtype, _, memory_format = torch._C._nn._parse_to(*others, **kwargs)
+        options = {name: value for name, value in kwargs.items() if name != "copy"}
+        target, dtype, _, memory_format = torch._C._nn._parse_to(*others, **options)
         if target not in (None, device):
             return NotImplemented
         others = []
-        kwargs = {"dtype": dtype or like.dtype, "memory_format": memory_format, "copy": copy}
+        kwargs = {**kwargs, "dtype": dtype or like.dtype, "memory_format": memory_format}
+        kwargs.pop("device", None)
     result = func(like, *others, **kwargs)
     if result is like:
         return logits
     requires_grad = (
-        logits._requires_grad
+        logits.requires_grad
         and torch.is_grad_enabled()
         and func not in _DETACHING
         and result.is_floating_point()
@@ -225,39 +223,4 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
     cell = _Cell(_Derived(logits._cell, lambda value: func(value, *others, **kwargs)))
     if not torch._C._is_alias_of(result, like):
         logits._cell.casts.append(weakref.ref(cell))
-    derived = LazyLogits(cell, result, device, requires_grad)
-    _guard(derived)
-    return derived
-
-
-def _guard(logits: LazyLogits) -> None:
-    """Let the wrapper itself refuse gradients, for what does not look behind it.
-
-    That cannot be done when it is made: autograd detaches what a compiled function returns.
-    """
-    if logits._requires_grad and not logits._is_guarded:
-        logits._is_guarded = True
-        with torch._C.DisableTorchFunctionSubclass():
-            refuse_gradient(logits)
-
-
-class _TracedValue(torch.autograd.Function):
-    """Lazy logits in a compiled function that takes them: its backward raises, too."""
-
-    @staticmethod
-    def forward(ctx, logits):
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return torch.ops.lmhead_pass.refuse(gradient)
-
-
-def _refuse(gradient: Tensor) -> Tensor:
-    raise no_gradient()
-
-
-_library = torch.library.Library("lmhead_pass", "FRAGMENT")
-_library.define("refuse(Tensor gradient) -> Tensor")
-_library.impl("refuse", _refuse, "CompositeExplicitAutograd")
-torch.library.register_fake("lmhead_pass::refuse", torch.empty_like, lib=_library)
+    return LazyLogits(cell, result, device, requires_grad)

@@ -98,12 +98,9 @@ class _RefuseGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        raise no_gradient()
-
-
-def no_gradient() -> RuntimeError:
-    return RuntimeError(
-        "lmhead_pass: a gradient would flow into logits that a compiled model returned without "
-        "computing them, and it cannot get through to the model. Compute the loss inside the "
-        f"compiled model, detach() the logits if no gradient is meant, or set {_SETTING}."
-    )
+        raise RuntimeError(
+            "lmhead_pass: a gradient would flow into logits that a compiled model returned without "
+            "computing them, and it cannot get through to the model. Compute the loss inside the "
+            "compiled model, detach() the logits if no gradient is meant, or set "
+            f"{_SETTING}."
+        )
