@@ -103,8 +103,11 @@ class LazyLogits(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, cell: _Cell, like: Tensor, device: torch.device, requires_grad: bool):
-        """``like`` has the size, strides and dtype of the values, and is on the meta device."""
+    def __new__(cls, cell: _Cell, like: Tensor, device: torch.device, source: Tensor | None = None):
+        """``like`` has the size, strides and dtype of the values, and is on the meta device.
+
+        ``source`` is where a gradient would flow to; None if none is required.
+        """
         self = Tensor._make_wrapper_subclass(
             cls,
             like.size(),
@@ -115,16 +118,17 @@ class LazyLogits(Tensor):
         )
         self._cell = cell
         self._like = like
-        if not requires_grad:
+        if source is None:
             return self
         # What a compiled function returns, autograd detaches, unless it is a view.
         with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-            refuse_gradient(self)
+            refuse_gradient(self, source)
             return torch.ops.aten.alias(self)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> "LazyLogits":
-        return cls(_Cell(recipe), recipe.like(), recipe.hidden.device, recipe.requires_grad)
+        source = recipe.weight if recipe.requires_grad else None
+        return cls(_Cell(recipe), recipe.like(), recipe.hidden.device, source)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -138,7 +142,7 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             logits = args[0]  # autograd, below which this is, gives the result its gradient
-            return cls(logits._cell, logits._like, logits.device, requires_grad=False)
+            return cls(logits._cell, logits._like, logits.device)
         return _on_values(func, args, kwargs or {})
 
     # What torch.compile asks of an input of another compiled function: its values, then.
@@ -156,7 +160,7 @@ class LazyLogits(Tensor):
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride) -> "LazyLogits":
         value = inner["_value"]
-        return LazyLogits(_Cell(None, value), value, value.device, requires_grad=False)
+        return LazyLogits(_Cell(None, value), value, value.device)
 
 
 def _as_input(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -223,4 +227,4 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
     cell = _Cell(_Derived(logits._cell, lambda value: func(value, *others, **kwargs)))
     if not torch._C._is_alias_of(result, like):
         logits._cell.casts.append(weakref.ref(cell))
-    return LazyLogits(cell, result, device, requires_grad)
+    return LazyLogits(cell, result, device, logits if requires_grad else None)

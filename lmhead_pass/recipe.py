@@ -56,7 +56,7 @@ class Recipe:
                 logits = logits.to(dtype)
         logits = logits.detach()  # no view to autograd, which would allow no write to it
         if self.requires_grad:
-            refuse_gradient(logits)
+            refuse_gradient(logits, self.weight)
         is_last = self.vocab_dim == logits.dim() - 1
         return logits if is_last else logits.movedim(-1, self.vocab_dim)
 
@@ -69,7 +69,8 @@ class Recipe:
             if tensor.device != self.fingerprint.device:
                 raise _too_late(name, "was moved to another device")
         now = fingerprint(list(parts.values()))
-        for name, differs in zip(parts, (now != self.fingerprint).tolist(), strict=True):
+        differ = (now != self.fingerprint).any(1).tolist()
+        for name, differs in zip(parts, differ, strict=True):
             if differs:
                 raise _too_late(name, "was changed")
 
@@ -82,17 +83,23 @@ def _too_late(part: str, event: str) -> RuntimeError:
     )
 
 
-def refuse_gradient(tensor: Tensor) -> None:
-    """Let ``tensor`` require a gradient, and raise a RuntimeError if one arrives."""
+def refuse_gradient(tensor: Tensor, source: Tensor) -> None:
+    """Let ``tensor`` require a gradient, and raise a RuntimeError if one arrives.
+
+    To autograd it is computed from ``source``: who asks for the gradient of nothing but the head's
+    weight is to hear of it too.
+    """
+    if not source.requires_grad:
+        source = torch.empty(0, requires_grad=True)
     with torch.inference_mode(False), torch.enable_grad():
-        _RefuseGradient.apply(torch.empty(0, requires_grad=True), tensor)
+        _RefuseGradient.apply(source, tensor)
 
 
 class _RefuseGradient(torch.autograd.Function):
     """In place, so that the caller's tensor is the one that the gradient would flow into."""
 
     @staticmethod
-    def forward(ctx, needs_gradient, tensor):
+    def forward(ctx, source, tensor):
         ctx.mark_dirty(tensor)
         return tensor
 

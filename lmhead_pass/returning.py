@@ -3,8 +3,8 @@
     return_lazily(hidden, weight, weight_is_transposed, bias, dtypes, vocab_dim, requires_grad)
 
 takes the fields of a ``Recipe``, dtypes by name, but for the fingerprint, which it makes. It has no
-kernel: traced, it leaves the recipe's tensors as outputs of the graph, and autograd's runtime puts
-them together again after each run.
+kernel: traced, it leaves the recipe's tensors as outputs of the graph, and AOTAutograd's runtime
+puts them together again after each run.
 """
 
 import torch
@@ -44,7 +44,7 @@ class _TracedLogits(Tensor):
     def __tensor_unflatten__(inner, options, outer_size, outer_stride):
         tensors = {name: inner.get(name) for name in _TENSORS}
         recipe = Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True)))
-        return (_TracedLogits if is_fake(recipe.hidden) else LazyLogits.from_recipe)(recipe)
+        return _logits(recipe)
 
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
@@ -67,8 +67,7 @@ def _return_lazily(
     vocab_dim: int,
     requires_grad: bool,
 ) -> Tensor:
-    hidden, weight = hidden.detach(), weight.detach()
-    bias = None if bias is None else bias.detach()
+    hidden = hidden.detach()  # or the model's graph would be kept
     recipe = Recipe(
         hidden=hidden,
         weight=weight,
@@ -79,7 +78,11 @@ def _return_lazily(
         vocab_dim=vocab_dim,
         requires_grad=requires_grad,
     )
-    return _TracedLogits(recipe)
+    return _logits(recipe)
+
+
+def _logits(recipe: Recipe) -> Tensor:
+    return _TracedLogits(recipe) if is_fake(recipe.hidden) else LazyLogits.from_recipe(recipe)
 
 
 _library = torch.library.Library("lmhead_pass", "FRAGMENT")
