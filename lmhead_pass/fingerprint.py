@@ -2,8 +2,8 @@
 
 ``Tensor._version`` would be cheaper, but fused optimizers and writes through ``.data`` do not count
 it up, and a step that changes nothing (at a learning rate of 0) does. Here all bits are summed as
-64-bit integers: the tensor is read twice and never copied. The order of the sums does not matter, so
-the numbers never differ while the contents are the same.
+64-bit integers: the tensor is read twice and never copied. The order of such sums does not matter,
+so the numbers never differ while the contents are the same.
 
 A change of any one element shows. For several to cancel out, they have to do so twice, in sums over
 rows and over columns, modulo 2**64: that takes flips of nothing but sign bits, an even number in

@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -538,3 +539,386 @@ def test_under_autocast_the_weight_is_cast_when_read(model, backend):
     exact = copy.deepcopy(model).double()(inputs[0].double(), inputs[1])[1]
     loss.backward()
     assert_no_worse([logits.detach() + 0], [plain.detach()], [exact.detach()], torch.bfloat16)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, VOCAB), nn.Linear(16, 70, bias=False)
+
+    def forward(self, x, y):
+        first, second = self.first(x), x @ self.second.weight.t()
+        loss = F.cross_entropy(first.flatten(0, 1), y.flatten())
+        return loss + F.cross_entropy(second.flatten(0, 1), y.flatten() % 70), first, second
+
+
+@pytest.mark.parametrize("backend", [rewrite, torch.compile])
+def test_two_heads(backend):
+    model, inputs = TwoHeads(), batch()
+    loss, *logits = backend(model)(*inputs)
+    assert all(map(is_unread, logits))
+    loss.backward()
+    expected = model(*inputs)
+    torch.testing.assert_close([loss, *(x.detach() + 0 for x in logits)], list(expected))
+
+
+def transposed(hidden, weight, y):
+    logits = hidden @ weight
+    return F.cross_entropy(logits, y), logits
+
+
+def cast_weight(hidden, weight, y):
+    logits = F.linear(hidden.bfloat16(), weight.t().bfloat16())
+    return F.cross_entropy(logits.float(), y), logits
+
+
+@pytest.mark.parametrize("function", [transposed, cast_weight])
+def test_no_copy_of_the_weight_is_kept(function):
+    hidden, weight = torch.randn(7, 16), nn.Parameter(torch.randn(16, VOCAB))
+    y = torch.randint(VOCAB, (7,))
+    _, logits = torch.compile(function)(hidden, weight, y)
+    assert logits._cell.source.weight is weight
+    plain = function(hidden, weight, y)[1]
+    torch.testing.assert_close(logits.detach() + 0, plain.detach())
+
+
+def scaled_weight(hidden, weight, y):
+    logits = F.linear(hidden, weight * 2)
+    return F.cross_entropy(logits, y), logits
+
+
+def writes_hidden(hidden, weight, y):
+    logits = F.linear(hidden, weight)
+    loss = F.cross_entropy(logits, y)
+    hidden.mul_(2)
+    return loss, logits
+
+
+def returns_log_probabilities(hidden, weight, y):
+    log_probabilities = F.linear(hidden, weight).log_softmax(-1)
+    return F.nll_loss(log_probabilities, y), log_probabilities
+
+
+def checkpointed(hidden, weight, y):
+    def part(hidden, weight, y):
+        logits = F.linear(hidden, weight)
+        return F.cross_entropy(logits, y), logits
+
+    return torch.utils.checkpoint.checkpoint(part, hidden, weight, y, use_reentrant=False)
+
+
+LEFT_ALONE = {
+    "weight computed": (scaled_weight, "weight is computed in the graph.*'detach'"),
+    "hidden written": (writes_hidden, "mul_ may change the head's input.*'detach'"),
+    "log-probabilities": (returns_log_probabilities, "returns log-probabilities"),
+    "checkpointed": (checkpointed, "gradient checkpointing.*Return the loss alone"),
+}
+
+
+def run_and_read_log(function, caplog, *arguments, backend=rewrite):
+    with caplog.at_level(logging.INFO, logger="lmhead_pass"):
+        result = backend(function)(*arguments)
+    return result, " ".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(("function", "reason"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_what_cannot_be_lazy_is_left_alone(function, reason, caplog):
+    hidden, weight = torch.randn(7, 16), nn.Parameter(torch.randn(VOCAB, 16))
+    y = torch.randint(VOCAB, (7,))
+    arguments = (hidden.clone(), weight, y)
+    backend = torch.compile if function is checkpointed else rewrite
+    (_, logits), log = run_and_read_log(function, caplog, *arguments, backend=backend)
+    assert not isinstance(logits, LazyLogits)
+    assert_same(logits, function(hidden, weight, y)[1])
+    assert re.search(f"left alone.*{reason}", log), log
+
+
+# ---- the setting --------------------------------------------------------------------------------
+
+
+def test_keep_leaves_the_model_alone_and_says_how_not_to(model, caplog):
+    inputs = batch()
+    with lmhead_pass.config.patch(returned_logits="keep"):
+        (loss, logits), log = run_and_read_log(model, caplog, *inputs)
+    assert type(logits) is torch.Tensor
+    assert log.count("config.returned_logits is 'keep'") == 1
+    (loss + logits.sum()).backward()
+
+
+@pytest.mark.parametrize("returns", RETURNS.values(), ids=RETURNS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_detach_returns_plain_tensors_without_a_gradient(returns, autocast, caplog):
+    model, inputs = Model(returns), batch()
+    with (
+        lmhead_pass.config.patch(returned_logits="detach"),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        (loss, result), log = run_and_read_log(model, caplog, *inputs)
+        plain_loss, plain = model(*inputs)
+    assert "logits are returned computed, without a gradient" in log
+    for logits, unfused in zip(leaves(result), leaves(plain), strict=True):
+        assert type(logits) is torch.Tensor and not logits.requires_grad
+        assert torch.equal(logits, unfused.detach())
+    loss.backward()
+    gradient, model.head.weight.grad = model.head.weight.grad, None
+    plain_loss.backward()
+    tolerance = {"rtol": 3e-2, "atol": 3e-3} if autocast else {}
+    torch.testing.assert_close(gradient, model.head.weight.grad, **tolerance)
+
+
+def test_the_log_says_that_logits_are_lazy(model, caplog):
+    _, log = run_and_read_log(model, caplog, *batch())
+    assert "rewritten" in log and "logits are returned lazily, computed if they are read" in log
+
+
+# ---- torch.compile ------------------------------------------------------------------------------
+
+
+def test_another_compiled_function_takes_them_and_compiles_once(model):
+    inputs = batch()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def metric(logits, y):
+        return (logits.argmax(-1) == y).float().mean(), (logits * 2).softmax(-1)
+
+    compiled = torch.compile(model)
+    for step in range(4):
+        logits = compiled(*inputs)[1]
+        if step % 2:
+            logits.sum()
+        actual, expected = metric(logits, inputs[1]), metric._torchdynamo_orig_callable
+        assert_same(actual, expected(model(*inputs)[1], inputs[1]))
+    assert counter.frame_count == 1
+    logits = compiled(*inputs)[1]
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    with pytest.raises(RuntimeError, match=SETTING):
+        metric(logits, inputs[1])
+
+
+@pytest.mark.parametrize("extra", [1.0, nn.Parameter(torch.ones(VOCAB))], ids=["alone", "more"])
+def test_a_gradient_out_of_another_compiled_function_is_refused(model, extra):
+    inputs = batch()
+    compiled = torch.compile(model)
+    second = torch.compile(
+        lambda logits, y: F.cross_entropy((logits * extra).flatten(0, 1), y.flatten())
+    )
+    for _ in range(2):
+        loss, logits = compiled(*inputs)
+        with pytest.raises(RuntimeError, match=SETTING):
+            (loss + second(logits, inputs[1])).backward()
+
+
+def test_a_graph_break_between_making_and_reading():
+    def broken(model, x, y):
+        loss, logits = model(x, y)
+        torch._dynamo.graph_break()
+        return loss, logits.argmax(-1), logits
+
+    model, inputs = Model(), batch()
+    loss, best, _ = torch.compile(broken)(model, *inputs)
+    assert torch.equal(best, model(*inputs)[1].argmax(-1))
+    loss.backward()
+
+
+def test_rows_may_vary_without_a_recompile(model):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    for rows in ((2, 5), (3, 7), (4, 6)):
+        inputs = batch(rows)
+        _, logits = compiled(*inputs)
+        assert is_unread(logits) and logits.shape == (*rows, VOCAB)
+        torch.testing.assert_close(logits.detach() + 0, model(*inputs)[1].detach())
+    assert counter.frame_count == 1
+
+
+def test_both_caches_hit_in_a_second_process(tmp_path):
+    code = """
+        import torch, lmhead_pass
+        from torch._dynamo.utils import counters
+        from lmhead_pass.lazy import LazyLogits
+        torch.manual_seed(0)
+        head = torch.nn.Linear(16, 5000)
+        @torch.compile
+        def model(x, y):
+            logits = head(x)
+            return torch.nn.functional.cross_entropy(logits, y), logits.float()[1:]
+        x, y = torch.randn(8, 16), torch.arange(8)
+        loss, logits = model(x, y)
+        loss.backward()
+        assert isinstance(logits, LazyLogits)
+        torch.testing.assert_close(logits.detach() + 0, head(x)[1:].detach())
+        aot, fx = counters["aot_autograd"], counters["inductor"]
+        print(aot["autograd_cache_hit"], fx["fxgraph_cache_miss"], aot["autograd_cache_bypass"])
+    """
+    caches = {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0",
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
+    }
+    assert output_of(code, **caches).split()[::2] == ["0", "0"]
+    assert output_of(code, **caches) == "1 0 0"
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+class LossOnly(Model):
+    def forward(self, x, y):
+        return super().forward(x, y)[0]
+
+
+def peak_of_training_step(model, inputs):
+    compiled = torch.compile(model)
+    held = []
+
+    def step():
+        output = compiled(*inputs)
+        (output if isinstance(output, torch.Tensor) else output[0]).backward()
+        held.append(output)
+
+    step()
+    held.clear()
+    model.zero_grad()
+    return peak_bytes(step)
+
+
+def test_a_training_step_peaks_where_the_loss_alone_does():
+    sizes = {"hidden": 32, "vocab": 8192}
+    inputs = batch((1024,), **sizes)
+    logits = 1024 * 8192 * 4
+    with lmhead_pass.config.patch(batch_chunk_size=64):
+        alone = peak_of_training_step(LossOnly(**sizes), inputs)
+        assert alone < logits / 4
+        for returns in (RETURNS["as they are"], torch.Tensor.double):
+            assert peak_of_training_step(Model(returns, **sizes), inputs) <= 1.1 * alone
+        with lmhead_pass.disabled():
+            assert peak_of_training_step(Model(**sizes), inputs) >= 2 * logits
+
+
+def test_hidden_states_and_a_fingerprint_are_all_that_is_kept(model):
+    _, logits = torch.compile(model)(*batch())
+    recipe = logits._cell.source
+    assert recipe.weight is model.head.weight and recipe.bias is model.head.bias
+    assert recipe.hidden.shape == (2, 5, 16) and recipe.hidden.grad_fn is None
+    assert recipe.fingerprint.shape == (3, 2)
+    nodes, seen = [logits.grad_fn], []
+    while nodes:
+        seen.append(nodes.pop())
+        nodes += [node for node, _ in seen[-1].next_functions if node is not None]
+    assert not any("Compiled" in node.name() for node in seen) and len(seen) == 3
+    logits.sum()
+    assert logits._cell.source is None
+
+
+# ---- training loops -----------------------------------------------------------------------------
+
+
+def train(model, compiled, steps):
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    losses, accuracies = [], []
+    for step in range(steps):
+        x, y = batch()
+        loss, logits = compiled(x, y)
+        loss.backward()
+        accuracies.append((logits.argmax(-1) == y).float().mean().item())
+        if step % 2:  # gradients accumulate over two steps
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, accuracies
+
+
+def test_accuracy_inside_a_training_loop_with_gradient_accumulation():
+    model = Model()
+    twin = copy.deepcopy(model)
+    expected = train(twin, twin, 6)
+    losses, accuracies = train(model, torch.compile(model), 6)
+    assert accuracies == expected[1]
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-4)
+
+
+def test_accuracy_after_the_optimizer_step_raises(model):
+    x, y = batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss, logits = torch.compile(model)(x, y)
+    loss.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="Read the logits before"):
+        (logits.argmax(-1) == y).float().mean()
+
+
+def tiny_llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_transformers_model_output():
+    model = tiny_llama()
+    tokens = torch.randint(VOCAB, (2, 9))
+    output = torch.compile(model)(input_ids=tokens, labels=tokens)
+    plain = model(input_ids=tokens, labels=tokens)
+    assert type(output) is type(plain) and is_unread(output.logits)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, plain.loss)
+    torch.testing.assert_close(output["logits"].detach() + 0, plain.logits.detach())
+
+
+def test_transformers_trainer_trains_evaluates_and_predicts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    tokens = torch.randint(VOCAB, (24, 9), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    seen = []
+
+    def metrics(prediction):
+        best = prediction.predictions[:, :-1].argmax(-1)
+        return {"accuracy": float((best == prediction.label_ids[:, 1:]).mean())}
+
+    def run(compiled):
+        class Trainer(transformers.Trainer):
+            def compute_loss(self, *args, return_outputs=False, **kwargs):
+                loss, outputs = super().compute_loss(*args, return_outputs=True, **kwargs)
+                seen.append((compiled, is_unread(outputs["logits"])))
+                return (loss, outputs) if return_outputs else loss
+
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / str(compiled)),
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            gradient_accumulation_steps=2,
+            num_train_epochs=1,
+            learning_rate=1e-2,
+            torch_compile=compiled,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_strategy="no",
+            seed=0,
+        )
+        trainer = Trainer(
+            tiny_llama(), arguments, train_dataset=data, eval_dataset=data, compute_metrics=metrics
+        )
+        loss = trainer.train().training_loss
+        evaluated = trainer.evaluate()
+        return loss, evaluated["eval_loss"], evaluated["eval_accuracy"], trainer.predict(data)[0]
+
+    *numbers, predictions = run(compiled=True)
+    *expected, plain = run(compiled=False)
+    assert {unread for compiled, unread in seen if compiled} == {True}
+    np.testing.assert_allclose(numbers, expected, rtol=1e-4)
+    np.testing.assert_allclose(predictions, plain, rtol=1e-3, atol=1e-4)
