@@ -332,9 +332,13 @@ def test_no_gradient_is_refused_where_none_is_meant(returned, model):
     other(read).sum().backward()
     with torch.no_grad():
         other(returned()[0])
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    other(returned()[0]).sum().backward()
+
+
+def test_a_frozen_model_returns_logits_without_a_gradient(returned, model):
+    model.requires_grad_(False)
+    logits, plain = returned()
+    assert not logits.requires_grad and not plain.requires_grad
+    nn.Linear(VOCAB, 1)(logits).sum().backward()
 
 
 # ---- changes between the forward and the reading ------------------------------------------------
