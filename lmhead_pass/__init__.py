@@ -12,6 +12,7 @@ into one op that never holds the ``[tokens, vocabulary]`` logits. ``TORCH_LOGS="
 # import it on every start: nothing here may import torch._inductor or torch._dynamo.
 from . import config
 from . import ops as _ops  # noqa: F401  torch.ops.lmhead_pass, for compiled code from a cache too
+from . import returning as _returning  # noqa: F401
 from .registration import disabled, register, unregister
 
 __all__ = ["config", "disabled", "explain", "register", "unregister"]

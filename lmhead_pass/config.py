@@ -24,7 +24,7 @@ def _checked(name: str, value: Any) -> Any:
         "min_vocab_size": ("an integer of at least 1", whole),
         "batch_chunk_size": ("an integer of at least 1 (rows), or None", whole or value is None),
         "memory_budget": ("an integer of at least 1 (bytes), or None", whole or value is None),
-        "returned_logits": ("'keep'", value == "keep"),
+        "returned_logits": ("'lazy', 'detach' or 'keep'", value in ("lazy", "detach", "keep")),
         "strict": ("True or False", isinstance(value, bool)),
     }.get(name, ("", True))
     if not good:
@@ -56,8 +56,12 @@ batch_chunk_size: int | None = _setting("batch_chunk_size", None)
 memory_budget: int | None = _setting("memory_budget", None)
 """Bytes of logits that exist at once in each call. None: planned from the sizes of the head."""
 
-returned_logits: str = _setting("returned_logits", "keep")
-"""What happens to a head whose logits leave the compiled function: "keep" leaves it alone."""
+returned_logits: str = _setting("returned_logits", "lazy")
+"""What a compiled function returns for the logits of a rewritten loss.
+
+"lazy": a tensor that computes them when they are first read. "detach": the logits, computed and
+without a gradient. "keep": the logits as they were; a loss whose logits are returned is left alone.
+"""
 
 strict: bool = _setting("strict", False)
 """Whether a failure inside the pass is raised. Otherwise it is logged and the graph kept."""

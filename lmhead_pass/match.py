@@ -76,6 +76,17 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Returned:
+    """Logits that leave the graph."""
+
+    head: Head
+    """What they are computed from, perhaps after the graph has run."""
+    logits: Logits
+    path: tuple[Node, ...]
+    """The nodes from the head to them, both included."""
+
+
+@dataclass(frozen=True)
 class Match:
     """A head and a loss, and all that lies between them."""
 
@@ -89,3 +100,5 @@ class Match:
     vocab_size: int | torch.SymInt
     compute_dtype: torch.dtype
     rows_per_chunk: int
+    returned: tuple[Returned, ...]
+    """Logits of the same head that leave the graph, and are to be returned in another way."""

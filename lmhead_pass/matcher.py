@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from . import config, mutation
 from .chunking import plan_rows
 from .heads import is_head, read_head
+from .leaving import returned_logits
 from .losses import check_fits, class_count, is_loss, read_loss
 from .match import Head, Logits, Loss, Match, Refusal, Refused
 from .rows import follow, is_step
@@ -78,6 +79,7 @@ def _match(node: Node) -> Match:
             tokens=hint(tokens),
             gradient_dtype=tensor_of(head.weight).dtype if differentiable else torch.float32,
         ),
+        returned=returned_logits(head),
     )
 
 
@@ -122,22 +124,31 @@ def _between(first: Node, last: Node) -> Iterator[Node]:
 def _other_readers(found: list[Match | Refusal]) -> Iterator[tuple[int, Node]]:
     """Matches with a node that somebody reads who is not part of any match: index and reader."""
     matches = [match for match in found if isinstance(match, Match)]
-    edges = {edge for match in matches for edge in pairwise((*match.path, match.loss.node))}
+    edges = {edge for match in matches for path in _paths(match) for edge in pairwise(path)}
     for index, match in enumerate(found):
         if isinstance(match, Match):
-            for node in match.path:
+            for node in {node for path in _paths(match) for node in path[:-1]}:
                 for user in node.users:
                     uses = sum(leaf is node for leaf in tree_leaves((user.args, user.kwargs)))
-                    if (node, user) not in edges or uses > 1:
+                    if (node, user) not in edges or (uses > 1 and user.op != "output"):
                         yield index, user
                         break
 
 
+def _paths(match: Match) -> Iterator[tuple[Node, ...]]:
+    """From the head to each reader that the rewrite takes the logits from."""
+    yield (*match.path, match.loss.node)
+    for returned in match.returned:
+        yield (*returned.path, match.loss.node.graph.output_node())
+
+
 def _read_by(reader: Node) -> str:
+    if reader.op == "output" and config.returned_logits != "keep":
+        return "the compiled function returns log-probabilities. Return the loss alone"
     if reader.op == "output":
         return (
             "the compiled function returns the logits, or keeps them for code outside the graph, "
-            f"and config.returned_logits is {config.returned_logits!r}. Return the loss alone"
+            "and config.returned_logits is 'keep'. Return the loss alone, or set it to 'lazy'"
         )
     return f"{describe(reader)}{_at(reader)} reads the logits too"
 

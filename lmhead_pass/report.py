@@ -10,6 +10,7 @@ from torch._guards import CompileContext
 from torch._logging import trace_structured
 from torch.fx import Node
 
+from . import config
 from .match import Match, Refusal
 from .source import place_of
 from .spelling import describe
@@ -30,7 +31,7 @@ def summary(item: Match | Refusal) -> str:
     return (
         f"rewritten: {where}: hidden {_type(hidden)}, weight {_type(weight)}, "
         f"reduction {item.loss.reduction}; {item.rows_per_chunk} rows per chunk; "
-        f"{_avoided(item)} of {_name(item.compute_dtype)} logits avoided"
+        f"{_avoided(item)} of {_name(item.compute_dtype)} logits avoided{_returned(item)}"
     )
 
 
@@ -103,6 +104,13 @@ def _type(tensor: torch.Tensor) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _returned(match: Match) -> str:
+    if not match.returned:
+        return ""
+    how = {"lazy": "lazily, computed if they are read", "detach": "computed, without a gradient"}
+    return f"; logits are returned {how[config.returned_logits]}"
 
 
 def _avoided(match: Match) -> str:

@@ -1,5 +1,6 @@
 """Replaces what was matched by one call of the op."""
 
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from . import config, report
-from .match import Match, Refusal, RowStep
+from .match import Match, Refusal, Returned, RowStep
 from .matcher import find
 from .tensors import tensor_of, value_of
 
@@ -23,6 +24,9 @@ def rewrite_graph(graph: Graph) -> None:
         found = find(graph)
         matches = [item for item in found if isinstance(item, Match)]
         inserted = [_insert(graph, match) for match in matches]
+        # Several losses may be of the same logits.
+        leaving = {item.logits.node: item for match in matches for item in match.returned}
+        returned = {node: _return(graph, item) for node, item in leaving.items()}
     except Exception as error:
         for node in reversed([node for node in graph.nodes if node not in known]):
             graph.erase_node(node)
@@ -37,8 +41,11 @@ def rewrite_graph(graph: Graph) -> None:
         report.rewritten(match, nodes)
         match.loss.node.replace_all_uses_with(nodes[-1])
         graph.erase_node(match.loss.node)
-    # Several losses may share a path, or a part of one.
+    for before, after in returned.items():
+        graph.output_node().replace_input_with(before, after)
+    # Paths may share nodes.
     replaced = {node for match in matches for node in match.path}
+    replaced.update(node for item in leaving.values() for node in item.path)
     for node in reversed([node for node in graph.nodes if node in replaced]):
         graph.erase_node(node)
 
@@ -80,6 +87,44 @@ def _insert(graph: Graph, match: Match) -> list[Node]:
         result = emit("to", result, before.dtype)
     result.meta["example_value"] = before
     return emit.nodes
+
+
+def _return(graph: Graph, returned: Returned) -> Node:
+    """Insert what leaves the graph in place of ``returned``."""
+    if config.returned_logits == "detach":
+        return _return_detached(graph, returned)
+    head, logits = returned.head, returned.logits
+    before = tensor_of(logits.node)
+    emit = _Emitter(graph, logits.node)
+    hidden = head.hidden
+    for step in logits.steps:
+        hidden = _on_hidden(emit, hidden, step)
+    dtypes = [tensor_of(node).dtype for node in returned.path]
+    with graph.inserting_before(logits.node):
+        node = graph.call_function(
+            torch.ops.lmhead_pass.return_lazily.default,
+            (
+                *(hidden, head.weight, head.weight_is_transposed, head.bias),
+                [str(dtype).removeprefix("torch.") for dtype, _ in itertools.groupby(dtypes)],
+                *(logits.vocab_dim, before.requires_grad),
+            ),
+        )
+    node.meta.update(logits.node.meta)
+    return node
+
+
+def _return_detached(graph: Graph, returned: Returned) -> Node:
+    """A copy of what made the logits, each node beside its original, without a gradient."""
+    copies: dict[Node, Node] = {}
+    head = returned.head
+    for node in (head.hidden, head.weight, head.bias):
+        if node is not None and node not in copies:
+            copies[node] = _Emitter(graph, head.node)("detach", node)
+    for node in returned.path:
+        with graph.inserting_after(node):
+            copies[node] = graph.node_copy(node, lambda argument: copies.get(argument, argument))
+        copies[node].meta["example_value"] = tensor_of(node).detach()
+    return copies[returned.path[-1]]
 
 
 def _needed(steps: tuple[RowStep, ...]) -> tuple[RowStep, ...]:

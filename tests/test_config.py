@@ -16,7 +16,7 @@ def test_defaults():
             "min_vocab_size": 4096,
             "batch_chunk_size": None,
             "memory_budget": None,
-            "returned_logits": "keep",
+            "returned_logits": "lazy",
             "strict": False,
         }
     )
@@ -29,7 +29,7 @@ def test_defaults():
         ("batch_chunk_size", "256", 256),
         ("batch_chunk_size", "none", None),
         ("memory_budget", "100000000", 100_000_000),
-        ("returned_logits", "keep", "keep"),
+        ("returned_logits", "detach", "detach"),
         ("strict", "1", True),
         ("strict", "0", False),
     ],

@@ -33,7 +33,8 @@ def test_refused(tokens):
             logits = self.head(self.embedding(tokens))
             return flat(logits, tokens), logits
 
-    text = str(lmhead_pass.explain(Returning(), tokens))
+    with lmhead_pass.config.patch(returned_logits="keep"):
+        text = str(lmhead_pass.explain(Returning(), tokens))
     assert "0 rewritten, 1 left alone" in text
     assert "returns the logits" in text
 

@@ -20,11 +20,6 @@ def flat(z, y, **options):
     return forms.flat(z, y, **options)
 
 
-def two_outputs(h, w, b, y):
-    z = F.linear(h, w)
-    return flat(z, y), z
-
-
 def write_to_hidden(h, w, b, y):
     h = h * 1
     z = F.linear(h.detach(), w)
@@ -97,11 +92,6 @@ def hook(h, w, b, y):
 
 
 REFUSED = {
-    "returned": (two_outputs, "returns the logits.*returned_logits.*Return the loss alone"),
-    "kept_in_list": (
-        lambda h, w, b, y: (lambda z: (flat(z, y), [z.float()]))(F.linear(h, w)),
-        "returns the logits|reads the logits too",
-    ),
     "write_to_hidden": (write_to_hidden, "add_ at .* in place between the head and the loss"),
     "write_to_hidden_through_view": (write_to_hidden_through_view, "mul_ at .* in place between"),
     "write_to_hidden_by_index": (write_to_hidden_by_index, "setitem at .* in place between"),

@@ -1,0 +1,230 @@
+"""Logits that a compiled function returns and that nobody has read yet.
+
+A model that returns its logits beside the loss gives :class:`LazyLogits` instead: a tensor with the
+logits' shape, dtype and device that holds the hidden states and the head's own parameters, and
+computes the logits when their values are first needed.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import CompileContext
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .recipe import Recipe, refuse_gradient
+
+# What is known of a tensor, or told to it, without its values.
+_METADATA = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
+            *("requires_grad", "grad_fn", "grad", "is_leaf", "retains_grad", "_version"),
+            *("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta"),
+            *("is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"),
+        )
+    ),
+    *(
+        getattr(namespace, name)
+        for namespace in (Tensor, torch)
+        for name in (
+            *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"),
+            *("is_contiguous", "element_size", "get_device", "is_inference"),
+            *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg"),
+        )
+        if hasattr(namespace, name)
+    ),
+    *(Tensor.__len__, Tensor.__hash__, Tensor.__dir__, Tensor.register_hook),
+}
+
+# What gives a view, a cast or a detached alias, if all its other arguments are no tensors.
+_DERIVING = {
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
+    *(
+        getattr(namespace, name)
+        for namespace in (Tensor, torch)
+        for name in (
+            *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"),
+            *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t"),
+            *("__getitem__", "select", "narrow"),
+            *("to", "float", "half", "bfloat16", "double", "contiguous", "detach"),
+        )
+        if hasattr(namespace, name)
+    ),
+}
+_DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}
+
+
+class _Derived:
+    """A view, a cast or a detached alias of logits that are not read yet."""
+
+    def __init__(self, base: "_Cell", operation: Callable[[Tensor], Tensor]):
+        self.base = base
+        self.operation = operation
+        self.grad_enabled = torch.is_grad_enabled()
+
+    def compute(self) -> Tensor:
+        with torch.set_grad_enabled(self.grad_enabled):
+            return self.operation(self.base.read())
+
+
+class _Cell:
+    """A value that is computed when it is first read, and kept from then on."""
+
+    def __init__(self, source: Recipe | _Derived | None, value: Tensor | None = None):
+        self.source = source
+        self.value = value
+        self.casts: list[weakref.ref[_Cell]] = []
+
+    def read(self) -> Tensor:
+        if self.value is None:
+            # It may be read again elsewhere, so it is computed under no mode of this reader's.
+            with _disable_current_modes(), torch.inference_mode(False):
+                self.value = self.source.compute()
+            self.source = None
+            # Whoever reads may go on to write, which no cast made before must see.
+            for cast in self.casts:
+                if (cell := cast()) is not None:
+                    cell.read()
+            self.casts.clear()
+        return self.value
+
+
+class LazyLogits(Tensor):
+    """A tensor whose values are computed when they are first needed, and kept.
+
+    Its size, dtype, device and whether it requires a gradient are known before. Views, casts and
+    ``detach()`` of unread logits are unread logits. A gradient that would flow into them raises a
+    RuntimeError.
+    """
+
+    @staticmethod
+    def __new__(cls, cell: _Cell, like: Tensor, device: torch.device, source: Tensor | None = None):
+        """``like`` has the size, strides and dtype of the values, and is on the meta device.
+
+        ``source`` is where a gradient would flow to; None if none is required.
+        """
+        self = Tensor._make_wrapper_subclass(
+            cls,
+            like.size(),
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=device,
+        )
+        self._cell = cell
+        self._like = like
+        if source is None:
+            return self
+        # What a compiled function returns, autograd detaches, unless it is a view.
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            refuse_gradient(self, source)
+            return torch.ops.aten.alias(self)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> "LazyLogits":
+        source = recipe.weight if recipe.requires_grad else None
+        return cls(_Cell(recipe), recipe.like(), recipe.hidden.device, source)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if CompileContext.try_get() is not None:
+            return _as_input(func, args, kwargs)
+        known = _without_reading(func, args, kwargs)
+        return _on_values(func, args, kwargs) if known is NotImplemented else known
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            logits = args[0]  # autograd, below which this is, gives the result its gradient
+            return cls(logits._cell, logits._like, logits.device)
+        return _on_values(func, args, kwargs or {})
+
+    # What torch.compile asks of an input of another compiled function: its values, then.
+
+    @property
+    def _value(self) -> Tensor:
+        return self._cell.read()
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["_value"], None
+
+    def _stable_hash_for_caching(self) -> str:
+        return type(self).__qualname__
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, outer_size, outer_stride) -> "LazyLogits":
+        value = inner["_value"]
+        return LazyLogits(_Cell(None, value), value, value.device)
+
+
+def _as_input(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What torch.compile finds when lazy logits are an input of what it compiles.
+
+    It looks at the tensor itself here; the values it gets from ``__tensor_flatten__``.
+    """
+    if func is Tensor._is_view:
+        return False  # see LazyLogits.__new__
+    if func is Tensor.__repr__:
+        return f"{type(args[0]).__qualname__}(...)"
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _on_values(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call ``func`` with the values of the lazy logits among its arguments."""
+    lazy = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)]
+    values = {id(logits): logits._cell.read() for logits in lazy}
+    args, kwargs = tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
+    result = func(*args, **kwargs)
+    # What writes to its argument returns it: the caller's own tensor, not the one behind it.
+    owners = {id(values[id(logits)]): logits for logits in lazy}
+    return tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
+
+
+def _without_reading(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What ``func`` gives for unread logits; NotImplemented if it has to read them."""
+    logits, *others = args or (None,)
+    if not isinstance(logits, LazyLogits) or logits._cell.value is not None:
+        return NotImplemented
+    if any(isinstance(leaf, Tensor) for leaf in tree_leaves((others, kwargs))):
+        return NotImplemented
+    if func in _METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if func in _DERIVING:
+        return _derive(logits, func, others, kwargs)
+    return NotImplemented
+
+
+def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: dict) -> Any:
+    """A view, cast or alias of unread ``logits``; NotImplemented if it is on another device."""
+    like = logits._like
+    with torch._C.DisableTorchFunctionSubclass():
+        device = logits.device
+    if func is Tensor.to:
+        options = {name: value for name, value in kwargs.items() if name != "copy"}
+        target, dtype, _, memory_format = torch._C._nn._parse_to(*others, **options)
+        if target not in (None, device):
+            return NotImplemented
+        others = []
+        kwargs = {**kwargs, "dtype": dtype or like.dtype, "memory_format": memory_format}
+        kwargs.pop("device", None)
+    result = func(like, *others, **kwargs)
+    if result is like:
+        return logits
+    requires_grad = (
+        logits.requires_grad
+        and torch.is_grad_enabled()
+        and func not in _DETACHING
+        and result.is_floating_point()
+    )
+    cell = _Cell(_Derived(logits._cell, lambda value: func(value, *others, **kwargs)))
+    if not torch._C._is_alias_of(result, like):
+        logits._cell.casts.append(weakref.ref(cell))
+    return LazyLogits(cell, result, device, logits if requires_grad else None)
