@@ -56,7 +56,7 @@ _DERIVING = {
         if hasattr(namespace, name)
     ),
 }
-_DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}
+_DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
 class _Derived:
@@ -84,6 +84,7 @@ class _Cell:
         if self.value is None:
             # It may be read again elsewhere, so it is computed under no mode of this reader's.
             with _disable_current_modes(), torch.inference_mode(False):
+                assert self.source is not None
                 self.value = self.source.compute()
             self.source = None
             # Whoever reads may go on to write, which no cast made before must see.
@@ -101,6 +102,9 @@ class LazyLogits(Tensor):
     ``detach()`` of unread logits are unread logits. A gradient that would flow into them raises a
     RuntimeError.
     """
+
+    _cell: _Cell
+    _like: Tensor
 
     @staticmethod
     def __new__(cls, cell: _Cell, like: Tensor, device: torch.device, source: Tensor | None = None):
@@ -139,7 +143,7 @@ class LazyLogits(Tensor):
         return _on_values(func, args, kwargs) if known is NotImplemented else known
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             logits = args[0]  # autograd, below which this is, gives the result its gradient
             return cls(logits._cell, logits._like, logits.device)
@@ -225,6 +229,6 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
         and result.is_floating_point()
     )
     cell = _Cell(_Derived(logits._cell, lambda value: func(value, *others, **kwargs)))
-    if not torch._C._is_alias_of(result, like):
+    if not torch._C._is_alias_of(result, like):  # type: ignore[attr-defined]
         logits._cell.casts.append(weakref.ref(cell))
     return LazyLogits(cell, result, device, logits if requires_grad else None)

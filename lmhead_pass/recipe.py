@@ -61,8 +61,9 @@ class Recipe:
         return logits if is_last else logits.movedim(-1, self.vocab_dim)
 
     def _check_unchanged(self) -> None:
-        parts = {"hidden states": self.hidden, "weight": self.weight, "bias": self.bias}
-        parts = {name: tensor for name, tensor in parts.items() if tensor is not None}
+        parts = {"hidden states": self.hidden, "weight": self.weight}
+        if self.bias is not None:
+            parts["bias"] = self.bias
         for name, tensor in parts.items():
             if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
                 raise _too_late(name, "was freed")

@@ -25,6 +25,8 @@ class _TracedLogits(Tensor):
     It requires no gradient: the compiled backward would be handed a zero for each of the logits.
     """
 
+    recipe: Recipe
+
     @staticmethod
     def __new__(cls, recipe: Recipe) -> "_TracedLogits":
         like = recipe.like()
@@ -46,13 +48,13 @@ class _TracedLogits(Tensor):
         recipe = Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True)))
         return _logits(recipe)
 
-    def __repr__(self, *, tensor_contents=None) -> str:
+    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return _TracedLogits(args[0].recipe)
         raise AssertionError(f"lazy logits are read in the graph that makes them, by {func}")
