@@ -4,9 +4,13 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch.fx import Graph
 
 GraphPass = Callable[[Graph], None]
+
+# What ``x.T`` and ``x.mT`` are in a graph: a getattr or, in torch 2.15, one of these.
+TRANSPOSING_ATTRIBUTES = (torch.ops.aten.numpy_T, torch.ops.aten.mT)
 
 
 class PassChain:

@@ -56,6 +56,8 @@ def may_write(node: Node) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     if target in _WRITING_OPERATORS:
         return True
     name, module = target.__name__, target.__module__ or ""

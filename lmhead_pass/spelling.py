@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from .compat import TRANSPOSING_ATTRIBUTES
+
 _NAMES = {
     "linear": ["linear"],
     "matmul": ["matmul", "__matmul__", "mm"],
@@ -38,6 +40,7 @@ _FUNCTIONS = {
     for namespace in _NAMESPACES
     if hasattr(namespace, name)
 }
+_FUNCTIONS |= dict.fromkeys(TRANSPOSING_ATTRIBUTES, "permute")
 _ATTRIBUTES = {"T": "permute", "mT": "permute"}
 
 
