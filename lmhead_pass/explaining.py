@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from .match import Match
+from .match import Rewrite
 from .matcher import find
 from .report import summary
 from .source import place_in
@@ -82,8 +82,10 @@ def _look_at(module: GraphModule, explanation: Explanation) -> None:
     for part in module.modules():
         if isinstance(part, GraphModule):
             for item in find(part.graph):
-                rewritten = isinstance(item, Match)
-                (explanation.rewritten if rewritten else explanation.refused).append(summary(item))
+                if isinstance(item, Rewrite):
+                    explanation.rewritten += map(summary, item.matches)
+                else:
+                    explanation.refused.append(summary(item))
     reason = getattr(module, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
         explanation.graph_breaks.append(_break_sentence(reason))

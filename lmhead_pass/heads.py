@@ -17,7 +17,7 @@ def read_head(node: Node) -> Head:
     """Describe the linear layer that ``node`` computes; Refused if it is none."""
     head = _READERS[operation(node)](node)
     weight, hidden, logits = tensor_of(head.weight), tensor_of(head.hidden), tensor_of(node)
-    if weight.dim() != 2:
+    if weight.dim() != 2 and operation(node) != "conv1d":
         raise Refused(f"the head's weight has {weight.dim()} dimensions; only 2 are a linear layer")
     if not (hidden.device == weight.device == logits.device):
         raise Refused("hidden states, weight and logits of the head are on different devices")
@@ -84,9 +84,24 @@ def _vocab_dim(out: str, word: str, dims: int) -> int:
     return position if "." not in out[:position] else dims - (len(out) - position)
 
 
+def _conv1d(node: Node) -> Head:
+    """With a kernel of 1, on ``[..., H, rows]``."""
+    call = arguments(
+        node,
+        lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: locals(),
+    )
+    if call is None or call["groups"] != 1 or tensor_of(call["weight"]).size(-1) != 1:
+        raise Refused("conv1d is a linear layer only with a kernel of 1")
+    if call["stride"] not in (1, (1,), [1]) or call["padding"] not in (0, (0,), [0], "valid"):
+        raise Refused("conv1d has a stride or padding")
+    dim = _last_dim(node) - 1
+    return Head(node, call["input"], call["weight"], False, call["bias"], dim, hidden_dim=-2)
+
+
 _READERS: dict[str | None, Callable[[Node], Head]] = {
     "linear": _linear,
     "matmul": _matmul,
     "addmm": _addmm,
     "einsum": _einsum,
+    "conv1d": _conv1d,
 }

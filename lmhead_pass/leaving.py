@@ -1,60 +1,66 @@
-"""Follows logits from the head to where they leave the graph."""
+"""Logits that leave the graph: whether they can be computed when they are read, and what then
+stands for them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from . import config, mutation
-from .match import Head, Logits, Refused, Returned
-from .rows import follow, is_step
+from .emitter import Emitter, emit_hidden, nodes_read
+from .match import Logits, Refused
 from .spelling import describe, operation
 from .tensors import tensor_of
 
 _INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
 
 
-def returned_logits(head: Head) -> tuple[Returned, ...]:
-    """What of the head's logits leaves the graph after nothing but steps on rows and casts.
-
-    Nothing if config.returned_logits is "keep". Refused if it is "lazy" and they cannot be.
-    """
-    if config.returned_logits == "keep":
-        return ()
-    paths = list(_paths((Logits(head.node, head.vocab_dim),)))
-    if paths and config.returned_logits == "lazy":
-        head = _head_for_later(head)
-    return tuple(Returned(head, path[-1], tuple(logits.node for logits in path)) for path in paths)
-
-
-def _paths(path: tuple[Logits, ...]) -> Iterator[tuple[Logits, ...]]:
-    logits = path[-1]
-    for reader in logits.node.users:
-        if reader.op == "output" and not logits.are_log_probabilities:
-            yield path
-        elif is_step(reader) and reader.args and reader.args[0] is logits.node:
-            try:
-                after = follow(logits, reader)
-            except Refused:
-                continue  # it reads the logits in another way
-            yield from _paths((*path, after))
-
-
-def _head_for_later(head: Head) -> Head:
-    """``head`` with an input of the graph as its weight; Refused if that would not do later."""
-    if not _is_whole(head.node.graph):
-        raise Refused(
-            "the logits leave a part of the graph (gradient checkpointing, say) and not the "
-            "compiled function itself. Return the loss alone"
-        )
-    weight, is_transposed = _input_weight(head)
-    kept = [node for node in (head.hidden, weight, head.bias) if node is not None]
-    for writer in mutation.writers(_after(head.node), of=kept):
+def check_returned(logits: Logits) -> Logits:
+    """``logits``, ready to be emitted; Refused if what stands for them cannot be computed."""
+    if logits.stage != "logits":
+        raise Refused("the compiled function returns log-probabilities. Return the loss alone")
+    if config.returned_logits == "detach":
+        return logits
+    logits = _for_later(logits)
+    for writer in mutation.writers(_after(logits.head.node), of=nodes_read(logits)):
         raise Refused(
             f"the logits are returned, and {describe(writer)} may change the head's input, weight "
             f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
         )
-    return replace(head, weight=weight, weight_is_transposed=is_transposed)
+    return logits
+
+
+def emit_lazily(graph: Graph, logits: Logits) -> Node:
+    """Insert, at the end of the graph, what stands for ``logits`` until they are read."""
+    emit = Emitter(graph, graph.output_node())
+    hidden = emit_hidden(emit, logits, logits.steps)
+    head, value = logits.head, tensor_of(logits.node)
+    bias, steps = _recipe(logits)
+    with graph.inserting_before(emit.place):
+        node = graph.call_function(
+            torch.ops.lmhead_pass.return_lazily.default,
+            (
+                *(hidden, head.weight, head.weight_is_transposed, bias, steps),
+                *(logits.vocab_dim, value.requires_grad),
+            ),
+        )
+    node.meta.update(logits.node.meta)
+    return node
+
+
+def _for_later(logits: Logits) -> Logits:
+    """``logits`` with an input of the graph as the head's weight; Refused if there is none."""
+    if not _is_whole(logits.head.node.graph):
+        raise Refused(
+            "the logits leave a part of the graph (gradient checkpointing, say) and not the "
+            "compiled function itself. Return the loss alone"
+        )
+    _recipe(logits)
+    weight, is_transposed = _input_weight(logits)
+    head = replace(logits.head, weight=weight, weight_is_transposed=is_transposed)
+    return replace(logits, head=head)
 
 
 def _is_whole(graph: Graph) -> bool:
@@ -62,8 +68,29 @@ def _is_whole(graph: Graph) -> bool:
     return "dynamo_compile_id" in graph.owning_module.meta
 
 
-def _input_weight(head: Head) -> tuple[Node, bool]:
+def _recipe(logits: Logits) -> tuple[Node | None, list[str]]:
+    """The bias, and the steps of a ``Recipe`` from the product on."""
+    bias = logits.head.bias
+    steps = [("cast", tensor_of(logits.head.node).dtype)]
+    for name, *operands in logits.history:
+        if name == "add_tensor" and bias is None and operands[1] == 1:
+            bias, operands = operands[0], []
+        if any(isinstance(operand, Node) for operand in operands):
+            raise Refused(
+                "the logits are returned after a second bias or a mask of the vocabulary, and "
+                f"cannot be computed afterwards. {_INSTEAD}"
+            )
+        steps.append((name, *operands))
+    return bias, [" ".join(map(_word, step)) for step in steps]
+
+
+def _word(part: Any) -> str:
+    return str(part).removeprefix("torch.")
+
+
+def _input_weight(logits: Logits) -> tuple[Node, bool]:
     """The graph's input that is the head's weight, and whether it is ``[H, V]``."""
+    head = logits.head
     node, is_transposed = head.weight, head.weight_is_transposed
     while node.op == "call_function" or node.op == "call_method":
         source = node.args[0] if node.args else None

@@ -77,7 +77,6 @@ def read_loss(node: Node) -> Loss:
     if call["weight"] is not None:
         _check_class_weight(call["weight"], logits, node)
     return Loss(
-        node=node,
         logits=call["input"],
         target=call["target"],
         class_weight=call["weight"],
@@ -100,8 +99,10 @@ def check_fits(loss: Loss, logits: Logits) -> None:
     """Refused unless ``loss`` takes its softmax over the vocabulary of ``logits``."""
     if _class_dim(tensor_of(logits.node).dim()) != logits.vocab_dim:
         raise Refused("the loss takes its classes from another dimension than the vocabulary's")
-    if loss.wants_log_probabilities and not logits.are_log_probabilities:
+    if loss.wants_log_probabilities and logits.stage != "log_probabilities":
         raise Refused("nll_loss is taken of logits that went through no log_softmax")
+    if logits.stage not in ("logits", "log_probabilities") or logits.factor != 1:
+        raise Refused("the loss is taken of what is made of the softmax, not of logits")
 
 
 def _class_dim(dims: int) -> int:

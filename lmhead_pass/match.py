@@ -1,10 +1,13 @@
 """What stands between finding and replacing: a match, described, or a refusal, with its reason."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
+
+# The ignore_index of readers that ignore nothing: no target is this number.
+NOTHING_IGNORED = -(1 << 63)
 
 
 class Refused(Exception):
@@ -26,14 +29,15 @@ class Head:
     node: Node
     """What computes the logits."""
     hidden: Node
-    """``[*rows, H]``"""
+    """``[*rows, H]``, or with ``H`` in another place: ``hidden_dim``."""
     weight: Node
-    """``[V, H]``, or ``[H, V]`` if ``weight_is_transposed``."""
+    """``[V, H]``, or ``[H, V]`` if ``weight_is_transposed``, or ``[V, H, 1]`` of a convolution."""
     weight_is_transposed: bool
     bias: Node | None
     """``[V]``"""
     vocab_dim: int
     """Which dimension of the logits is the vocabulary; the others are ``rows``, in order."""
+    hidden_dim: int = -1
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class RowStep:
     """An operation on the rows of the logits, as it is to be done on the hidden states instead.
 
     ``method`` is ``"reshape"`` (args: the row sizes), ``"permute"`` (args: the order of the row
-    dimensions) or ``"getitem"`` (args: an index for each row dimension). The hidden dimension comes
-    after the rows, and is left as it is.
+    dimensions), ``"getitem"`` (args: an index for each row dimension), ``"piece"`` (args: a method
+    that gives a tuple, its arguments, the dimension, and which piece is taken) or ``"mul"``,
+    ``"div"`` (args: a factor or divisor that is one number, or one for each row with a 1 for the
+    vocabulary). The hidden dimension comes after the rows, and is left as it is.
     """
 
     method: str
@@ -50,21 +56,103 @@ class RowStep:
 
 
 @dataclass(frozen=True)
-class Logits:
-    """What a node between head and loss holds."""
+class Bias:
+    """A number for each word, added to the logits."""
 
     node: Node
+    """``[V]``, perhaps with dimensions of size 1 around it; a mask if there is a ``fill``."""
+    factor: float = 1.0
+    fill: float | None = None
+    """What is added where the mask ``node`` is True; 0 elsewhere."""
+    words: tuple[int, int] | None = None
+    """The part of ``node`` that is added; None: all of it."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """What becomes of each of the head's logits ``x`` (without the head's own bias):
+
+    z = scale x + biases + shift                    or, with a cap,
+    z = cap tanh(scale x + biases + inner) + shift
+    """
+
+    scale: float = 1.0
+    biases: tuple[Bias, ...] = ()
+    inner: float = 0.0
+    cap: float | None = None
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a node after the head holds."""
+
+    node: Node
+    head: Head
     vocab_dim: int
+    extent: "Extent"
+    values: Values
     steps: tuple[RowStep, ...] = ()
     """From the head's rows to this node's."""
-    are_log_probabilities: bool = False
+    words: tuple[int, int] | None = None
+    """The part of the vocabulary that counts; None: all of it. Behind it may be words so unlikely
+    that they count for nothing."""
+    stage: str = "logits"
+    """``logits``; what a softmax makes of them: ``probabilities``, ``log_probabilities``; and the
+    products ``selected`` and ``selected_logits`` (of log-probabilities or logits and a one-hot
+    ``index``), ``p_log_p``, ``p_z``."""
+    factor: float = 1.0
+    """By which what ``stage`` names is multiplied, beyond ``logits``."""
+    index: Node | None = None
+    is_detached: bool = False
+    """Whether the gradient that would have come back ends on the way to this node."""
+    history: tuple[tuple[Any, ...], ...] = ()
+    """What was done to the values, in order, from the head's on: an operation and its operand."""
+
+    def same_values(self, other: "Logits") -> bool:
+        """Whether both hold the same function of the same logits, row by row."""
+        return self._made_alike(other) and row_order(self.steps) == row_order(other.steps)
+
+    def holds_all_of(self, other: "Logits") -> bool:
+        """Whether the rows of ``other`` are among those of this, and the same function."""
+        steps = row_order(self.steps)
+        return (
+            self._made_alike(other)
+            and other.steps[: len(steps)] == steps
+            and not any(step.method in ("mul", "div") for step in other.steps[len(steps) :])
+        )
+
+    def _made_alike(self, other: "Logits") -> bool:
+        made, others = (
+            (held.head.node, held.values, held.words, held.is_detached) for held in (self, other)
+        )
+        return made == others
+
+
+class Extent:
+    """Which elements of the head's logits a node holds: all nodes of one extent hold the same."""
+
+    def __init__(self, parent: "Extent | None" = None):
+        self.parent = parent
+
+    def is_within(self, other: "Extent") -> bool:
+        extent: Extent | None = self
+        while extent is not None and extent is not other:
+            extent = extent.parent
+        return extent is other
+
+
+def row_order(steps: tuple[RowStep, ...]) -> tuple[RowStep, ...]:
+    """``steps`` without those that change the shape of the rows alone, not which come when."""
+    while steps and steps[-1].method == "reshape":
+        steps = steps[:-1]
+    return steps
 
 
 @dataclass(frozen=True)
 class Loss:
     """A cross entropy of logits and class indices."""
 
-    node: Node
     logits: Node
     target: Node
     class_weight: Node | None
@@ -76,29 +164,82 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Returned:
-    """Logits that leave the graph."""
+class Reader:
+    """A node that reads logits, and that the op can compute instead."""
 
-    head: Head
-    """What they are computed from, perhaps after the graph has run."""
+    node: Node
     logits: Logits
-    path: tuple[Node, ...]
-    """The nodes from the head to them, both included."""
+    kind: str
+    """``loss``: a Loss. ``log_probability``, ``logit``: those of the words ``target``.
+    ``logsumexp``, ``argmax``, ``max``, ``entropy``, ``expected_logit``: one number for each row.
+    ``returned``: the logits leave the graph."""
+    loss: Loss | None = None
+    target: Node | None = None
+    factor: float = 1.0
+    keeps_dim: bool = False
+    """Whether the vocabulary's dimension is kept, with a size of 1."""
+    is_summed: bool = False
+    """Whether the rows' numbers are summed as well."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a node takes from logits that can be known without their values."""
+
+    logits: Logits
+    kind: str
+    """``size``: that of the dimension ``operand``. ``to``: the dtype, for the tensor ``operand``.
+    ``expand``: the shape, for the tensor ``operand``."""
+    operand: Any
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """A weighted sum of per-row losses, whose weights do not depend on the losses."""
+
+    nodes: tuple[Node, ...]
+    """From what reads the losses to the sum, a single number."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A head and a loss, and all that lies between them."""
+    """What one call of the op computes: a loss of logits, or other readers of the same logits."""
 
-    head: Head
-    loss: Loss
-    steps: tuple[RowStep, ...]
-    """What is done to the rows between them."""
-    path: tuple[Node, ...]
-    """The nodes that hold logits, from the head on, without the loss."""
+    readers: tuple[Reader, ...]
+    """All of the same rows and values of the same head's logits."""
+    place: Node
+    """The call comes before this node."""
+    weighting: Weighting | None
+    """What is done to the per-row losses of the only reader, if that is a weighted sum."""
     tokens: int | torch.SymInt
     vocab_size: int | torch.SymInt
     compute_dtype: torch.dtype
     rows_per_chunk: int
-    returned: tuple[Returned, ...]
-    """Logits of the same head that leave the graph, and are to be returned in another way."""
+    returns_logits: bool
+    """Whether logits of the same head leave the graph, in another way than before."""
+
+    @property
+    def logits(self) -> Logits:
+        return self.readers[0].logits
+
+    @property
+    def node(self) -> Node:
+        """The reader that the match is named after."""
+        return self.readers[0].node
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A head whose logits go to nothing but what the op computes."""
+
+    matches: tuple[Match, ...]
+    returned: tuple[Logits, ...]
+    """What of them leaves the graph and is to be computed when it is read."""
+    nodes: tuple[Node, ...]
+    """What computes the logits and what is made of them: not needed any more, in graph order."""
+    facts: dict[Node, Fact]
+    """What looks at the logits' shape or dtype alone."""
+
+
+def with_values(logits: Logits, **changes: Any) -> Logits:
+    return replace(logits, values=replace(logits.values, **changes))

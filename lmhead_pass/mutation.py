@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
-from .tensors import value_of
+from .tensors import memory_of
 
 _WRITING_OPERATORS = {
     operator.setitem,
@@ -35,12 +34,19 @@ _WRITING_FUNCTIONS = {F.embedding, F.embedding_bag, F.batch_norm, F.instance_nor
 
 def writers(nodes: Iterable[Node], of: Iterable[Node]) -> Iterator[Node]:
     """Those of ``nodes`` that may write to the memory of any of the tensors ``of``."""
-    memory = {storage for node in of for storage in _storages(node)}
+    memory = {storage for node in of for storage in memory_of(node)}
     for node in nodes:
         if may_write(node) and any(
-            not memory.isdisjoint(_storages(argument)) for argument in node.all_input_nodes
+            not memory.isdisjoint(memory_of(argument)) for argument in _written_by(node)
         ):
             yield node
+
+
+def _written_by(node: Node) -> list[Node]:
+    """Those of the arguments of ``node`` that it may write to."""
+    if "out" not in node.kwargs and (node.op == "call_method" or node.target in _WRITING_OPERATORS):
+        return [argument for argument in node.args[:1] if isinstance(argument, Node)]
+    return node.all_input_nodes
 
 
 def may_write(node: Node) -> bool:
@@ -74,9 +80,3 @@ def may_write(node: Node) -> bool:
 
 def _bound(node: Node) -> dict[str, object]:
     return inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments
-
-
-def _storages(node: Node) -> set[int]:
-    """The memory that a node's value lives in, as its fake tensors share it."""
-    values = tree_leaves(value_of(node))
-    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}

@@ -4,6 +4,7 @@ And the checks that keep a late computation honest: nothing may have changed in 
 gradient may flow into what it gives.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,9 @@ class Recipe:
     """``[V]``"""
     fingerprint: Tensor
     """Of ``tensors`` when the model ran."""
-    dtypes: tuple[torch.dtype, ...]
-    """The product's, then those that the logits are cast to, in order."""
+    steps: tuple[str, ...]
+    """From the product on, in order, a word for the operation and its operands after spaces. The
+    first is the cast of hidden states and weight, before the product."""
     vocab_dim: int
     """Where the vocabulary is in the logits; their other dimensions are ``rows``, in order."""
     requires_grad: bool
@@ -42,23 +44,36 @@ class Recipe:
         """A tensor with the logits' size, strides and dtype, on the meta device."""
         vocab_size = self.weight.size(1 if self.weight_is_transposed else 0)
         shape = (*self.hidden.shape[:-1], vocab_size)
-        return torch.empty(shape, dtype=self.dtypes[-1], device="meta").movedim(-1, self.vocab_dim)
+        product = torch.empty(shape, dtype=self._product_dtype, device="meta")
+        bias = None if self.bias is None else torch.empty_like(self.bias, device="meta")
+        return torch.empty_like(self._after_steps(product, bias)).movedim(-1, self.vocab_dim)
 
     def compute(self) -> Tensor:
         """The logits; RuntimeError if what they are computed from has changed."""
         self._check_unchanged()
-        dtype = self.dtypes[0]
+        dtype = self._product_dtype
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
             weight = self.weight.t() if self.weight_is_transposed else self.weight
-            bias = None if self.bias is None else self.bias.to(dtype)
-            logits = F.linear(self.hidden.to(dtype), weight.to(dtype), bias)
-            for dtype in self.dtypes[1:]:
-                logits = logits.to(dtype)
+            weight = weight.flatten(1)  # of a convolution
+            fused = None if self.bias is None or "add_tensor" in self.steps else self.bias.to(dtype)
+            product = F.linear(self.hidden.to(dtype), weight.to(dtype), fused)
+            logits = self._after_steps(product, self.bias)
         logits = logits.detach()  # no view to autograd, which would allow no write to it
         if self.requires_grad:
             refuse_gradient(logits, self.weight)
         is_last = self.vocab_dim == logits.dim() - 1
         return logits if is_last else logits.movedim(-1, self.vocab_dim)
+
+    @property
+    def _product_dtype(self) -> torch.dtype:
+        return getattr(torch, self.steps[0].split()[1])
+
+    def _after_steps(self, logits: Tensor, bias: Tensor | None) -> Tensor:
+        """``[*rows, V]``: what the model's own steps make of the product."""
+        for step in self.steps[1:]:
+            name, *operands = step.split()
+            logits = _STEPS[name](logits, bias, *operands)
+        return logits
 
     def _check_unchanged(self) -> None:
         parts = {"hidden states": self.hidden, "weight": self.weight}
@@ -74,6 +89,25 @@ class Recipe:
         for name, differs in zip(parts, differ, strict=True):
             if differs:
                 raise _too_late(name, "was changed")
+
+
+def _fill(logits: Tensor, bias: Tensor | None, start: str, value: str) -> Tensor:
+    return logits.index_fill(
+        -1, torch.arange(int(start), logits.size(-1), device=logits.device), float(value)
+    )
+
+
+_STEPS: dict[str, Callable[..., Tensor]] = {
+    "cast": lambda logits, bias, dtype: logits.to(getattr(torch, dtype)),
+    "mul": lambda logits, bias, factor: logits * float(factor),
+    "div": lambda logits, bias, divisor: logits / float(divisor),
+    "add": lambda logits, bias, number: logits + float(number),
+    "add_tensor": lambda logits, bias: logits + bias.flatten(),
+    "tanh": lambda logits, bias: logits.tanh(),
+    "sigmoid": lambda logits, bias: logits.sigmoid(),
+    "fill": _fill,
+    "words": lambda logits, bias, start, stop: logits[..., int(start) : int(stop)].contiguous(),
+}
 
 
 def _too_late(part: str, event: str) -> RuntimeError:

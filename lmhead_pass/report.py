@@ -21,18 +21,26 @@ log = logging.getLogger("lmhead_pass")
 
 def summary(item: Match | Refusal) -> str:
     """One sentence on what became of a loss, and why."""
-    node = item.loss if isinstance(item, Refusal) else item.loss.node
+    node = item.loss if isinstance(item, Refusal) else item.node
     where = f"{describe(node)} at {place_of(node) or 'unknown place'}"
     if isinstance(item, Refusal):
         return f"left alone: {where}: {item.reason}"
-    hidden, weight = tensor_of(item.head.hidden), tensor_of(item.head.weight)
-    if item.head.weight_is_transposed:
+    head = item.logits.head
+    hidden, weight = tensor_of(head.hidden), tensor_of(head.weight)
+    if head.weight_is_transposed:
         weight = weight.t()
+    also = "".join(f", with {describe(reader.node)}" for reader in item.readers[1:])
     return (
-        f"rewritten: {where}: hidden {_type(hidden)}, weight {_type(weight)}, "
-        f"reduction {item.loss.reduction}; {item.rows_per_chunk} rows per chunk; "
+        f"rewritten: {where}{also}: hidden {_type(hidden)}, weight {_type(weight)}, "
+        f"{_how(item)}; {item.rows_per_chunk} rows per chunk; "
         f"{_avoided(item)} of {_name(item.compute_dtype)} logits avoided{_returned(item)}"
     )
+
+
+def _how(match: Match) -> str:
+    if match.weighting is not None:
+        return "reduction a weighted sum"
+    return f"reduction {match.readers[0].loss.reduction if match.readers[0].loss else 'none'}"
 
 
 def rewritten(match: Match, inserted: Iterable[Node]) -> None:
@@ -41,7 +49,8 @@ def rewritten(match: Match, inserted: Iterable[Node]) -> None:
         return
     _count("rewritten")
     log.info("%s", summary(match))
-    before, after = _lines((*match.path, match.loss.node)), _lines(inserted)
+    before = _lines((match.logits.head.node, *(reader.node for reader in match.readers)))
+    after = _lines(inserted)
     log.debug("before:\n%s\nafter:\n%s", before, after)
     _artifact("lmhead_pass_before", before)
     _artifact("lmhead_pass_after", after)
@@ -107,7 +116,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _returned(match: Match) -> str:
-    if not match.returned:
+    if not match.returns_logits:
         return ""
     how = {"lazy": "lazily, computed if they are read", "detach": "computed, without a gradient"}
     return f"; logits are returned {how[config.returned_logits]}"

@@ -1,8 +1,8 @@
 """The node that makes lazy logits in a compiled graph.
 
-    return_lazily(hidden, weight, weight_is_transposed, bias, dtypes, vocab_dim, requires_grad)
+    return_lazily(hidden, weight, weight_is_transposed, bias, steps, vocab_dim, requires_grad)
 
-takes the fields of a ``Recipe``, dtypes by name, but for the fingerprint, which it makes. It has no
+takes the fields of a ``Recipe``, but for the fingerprint, which it makes. It has no
 kernel: traced, it leaves the recipe's tensors as outputs of the graph, and AOTAutograd's runtime
 puts them together again after each run.
 """
@@ -16,7 +16,7 @@ from .lazy import LazyLogits
 from .recipe import Recipe
 
 _TENSORS = ("hidden", "weight", "bias", "fingerprint")
-_OPTIONS = ("weight_is_transposed", "dtypes", "vocab_dim", "requires_grad")
+_OPTIONS = ("weight_is_transposed", "steps", "vocab_dim", "requires_grad")
 
 
 class _TracedLogits(Tensor):
@@ -65,7 +65,7 @@ def _return_lazily(
     weight: Tensor,
     weight_is_transposed: bool,
     bias: Tensor | None,
-    dtypes: list[str],
+    steps: list[str],
     vocab_dim: int,
     requires_grad: bool,
 ) -> Tensor:
@@ -76,7 +76,7 @@ def _return_lazily(
         weight_is_transposed=weight_is_transposed,
         bias=bias,
         fingerprint=fingerprint([part for part in (hidden, weight, bias) if part is not None]),
-        dtypes=tuple(getattr(torch, name) for name in dtypes),
+        steps=tuple(steps),
         vocab_dim=vocab_dim,
         requires_grad=requires_grad,
     )
@@ -90,6 +90,6 @@ def _logits(recipe: Recipe) -> Tensor:
 _library = torch.library.Library("lmhead_pass", "FRAGMENT")
 _library.define(
     "return_lazily(Tensor hidden, Tensor weight, bool weight_is_transposed, Tensor? bias, "
-    "str[] dtypes, int vocab_dim, bool requires_grad) -> Tensor"
+    "str[] steps, int vocab_dim, bool requires_grad) -> Tensor"
 )
 _library.impl("return_lazily", _return_lazily, "CompositeImplicitAutograd")

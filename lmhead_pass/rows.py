@@ -1,7 +1,7 @@
-"""Follows logits from the head to the loss: which dimension is the vocabulary, which rows remain.
+"""Follows the shape of logits from the head on: which dimension is the vocabulary, which rows remain.
 
-Everything between head and loss that keeps the vocabulary whole acts on rows alone, so it can be
-done to the hidden states, before the head, with the same result.
+Everything that keeps the vocabulary whole acts on rows alone, so it can be done to the hidden
+states, before the head, with the same result.
 """
 
 from collections.abc import Callable
@@ -12,41 +12,96 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .match import Logits, Refused, RowStep
+from .match import Extent, Logits, Refused, RowStep
 from .spelling import arguments, describe, operation
 from .tensors import product, same, tensor_of, value_of
+from .values import cut_words
 
 
-def is_step(node: Node) -> bool:
+def is_row_step(node: Node) -> bool:
     return operation(node) in _FOLLOWERS
 
 
-def follow(logits: Logits, node: Node) -> Logits:
+def follow_rows(logits: Logits, node: Node) -> Logits:
     """What ``node`` holds, which takes ``logits`` as its first argument; Refused if not logits."""
-    before, after = tensor_of(logits.node), tensor_of(node)
-    if before.device != after.device:
-        raise Refused(f"{describe(node)} moves the logits from {before.device} to {after.device}")
-    if not after.is_floating_point() or (after.dtype == torch.float64) != (
-        before.dtype == torch.float64
-    ):
-        raise Refused(f"{describe(node)} turns {before.dtype} logits into {after.dtype}")
-    return replace(_FOLLOWERS[operation(node)](logits, node), node=node)
+    return _FOLLOWERS[operation(node)](logits, node)
+
+
+def is_pieces(node: Node) -> bool:
+    return operation(node) in ("pieces", "unbind")
+
+
+def follow_pieces(logits: Logits, node: Node) -> list[Logits]:
+    """What the parts hold that ``node`` cuts ``logits`` into."""
+    value = value_of(node)
+    call = arguments(node, _PIECES[operation(node)])
+    if call is None or not isinstance(value, tuple | list) or not isinstance(call["dim"], int):
+        raise Refused(f"{describe(node)} is called with arguments that are not understood")
+    dims = tensor_of(logits.node).dim()
+    dim = call["dim"] % dims
+    if dim == logits.vocab_dim:
+        raise Refused(f"{describe(node)} cuts the logits along the vocabulary")
+    row = dim - (dim > logits.vocab_dim)
+    drops = operation(node) == "unbind"
+    method = "unbind" if drops else describe(node)
+    sizes = () if drops else (call["sizes"],)
+    vocab_dim = logits.vocab_dim - (drops and dim < logits.vocab_dim)
+    return [
+        _add(logits, vocab_dim, RowStep("piece", (method, sizes, row, number)), takes_all=False)
+        for number in range(len(value))
+    ]
+
+
+def _unbind(input, dim=0) -> dict[str, Any]:
+    return locals()
+
+
+def _pieces(
+    input,
+    sizes=None,
+    dim=0,
+    *,
+    chunks=None,
+    split_size=None,
+    split_size_or_sections=None,
+    indices_or_sections=None,
+) -> dict[str, Any]:
+    named = [
+        given
+        for given in (sizes, chunks, split_size, split_size_or_sections, indices_or_sections)
+        if given is not None
+    ]
+    if len(named) != 1:
+        raise TypeError
+    return {"input": input, "sizes": named[0], "dim": dim}
+
+
+_PIECES: dict[str | None, Callable[..., dict[str, Any]]] = {"pieces": _pieces, "unbind": _unbind}
 
 
 def _rows(shape: Any, vocab_dim: int) -> list[Any]:
     return [size for dim, size in enumerate(shape) if dim != vocab_dim]
 
 
-def _add(logits: Logits, vocab_dim: int, step: RowStep | None) -> Logits:
-    if step is None or all(arg == slice(None) for arg in step.args):
+def _add(logits: Logits, vocab_dim: int, step: RowStep | None, takes_all: bool = True) -> Logits:
+    """``step`` after those of ``logits``; ``takes_all`` says whether it leaves out no row."""
+    if step is None or (step.method == "getitem" and all(map(_is_full, step.args))):
         return replace(logits, vocab_dim=vocab_dim)
-    return replace(logits, vocab_dim=vocab_dim, steps=(*logits.steps, step))
+    extent = logits.extent if takes_all else Extent(logits.extent)
+    return replace(logits, vocab_dim=vocab_dim, steps=(*logits.steps, step), extent=extent)
+
+
+def _is_full(part: Any) -> bool:
+    return isinstance(part, slice) and part == slice(None)
 
 
 def _cast(logits: Logits, node: Node) -> Logits:
-    if tensor_of(logits.node).shape != tensor_of(node).shape:
+    before, after = tensor_of(logits.node), tensor_of(node)
+    if before.shape != after.shape:
         raise Refused(f"{describe(node)} changes the shape of the logits")
-    return logits
+    if after.dtype == before.dtype:
+        return logits
+    return replace(logits, history=(*logits.history, ("cast", after.dtype)))
 
 
 def _reshape(logits: Logits, node: Node) -> Logits:
@@ -118,56 +173,101 @@ def _call(node: Node, value: torch.Tensor) -> torch.Tensor:
 
 def _getitem(logits: Logits, node: Node) -> Logits:
     call = arguments(node, lambda input, index: locals())
-    shape = tensor_of(logits.node).shape
     if call is None:
         raise Refused("the logits are indexed in a way that is not understood")
     index = call["index"] if isinstance(call["index"], tuple) else (call["index"],)
-    if not all(part is None or part is ... or type(part) in (int, slice) for part in index):
-        raise Refused("the logits are indexed with tensors; only numbers and slices are understood")
-    full = slice(None)
-    missing = len(shape) - sum(part is not None and part is not ... for part in index)
-    if ... in index:
-        place = index.index(...)
-        index = (*index[:place], *[full] * missing, *index[place + 1 :])
-    else:
-        index = (*index, *[full] * missing)
+    return _indexed(logits, _whole_index(index, tensor_of(logits.node).dim()))
 
+
+def _select(logits: Logits, node: Node) -> Logits:
+    return _along(logits, node, arguments(node, lambda input, dim, index: locals()))
+
+
+def _narrow(logits: Logits, node: Node) -> Logits:
+    call = arguments(node, lambda input, dim, start, length: locals())
+    if call is None or type(call["start"]) is not int or type(call["length"]) is not int:
+        raise Refused(f"{describe(node)} is called with arguments that are not understood")
+    part = slice(call["start"], call["start"] + call["length"])
+    return _along(logits, node, {"dim": call["dim"], "index": part})
+
+
+def _along(logits: Logits, node: Node, call: dict[str, Any] | None) -> Logits:
+    if call is None or not isinstance(call["dim"], int):
+        raise Refused(f"{describe(node)} is called with arguments that are not understood")
+    dims = tensor_of(logits.node).dim()
+    index = [slice(None)] * dims
+    index[call["dim"]] = call["index"]
+    return _indexed(logits, _whole_index(tuple(index), dims))
+
+
+def _whole_index(index: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
+    """``index`` with something for each of ``dims`` dimensions, and no ellipsis."""
+    for part in index:
+        if not (part is None or part is ... or type(part) in (int, slice) or _is_tensor(part)):
+            raise Refused("the logits are indexed in a way that is not understood")
+    full = [slice(None)] * (dims - sum(part is not None and part is not ... for part in index))
+    place = next((place for place, part in enumerate(index) if part is ...), len(index))
+    return (*index[:place], *full, *index[place + 1 :])
+
+
+def _is_tensor(part: Any) -> bool:
+    if not isinstance(part, Node) or not isinstance(value_of(part), torch.Tensor):
+        return False
+    value = tensor_of(part)
+    if value.dtype != torch.int64 or value.dim() != 1:
+        raise Refused(
+            f"the logits are indexed with a {value.dim()}-d tensor of {value.dtype}; numbers, "
+            "slices and a vector of integers are understood"
+        )
+    return True
+
+
+def _indexed(logits: Logits, index: tuple[Any, ...]) -> Logits:
+    shape = tensor_of(logits.node).shape
+    if sum(_is_tensor(part) for part in index) > 1:
+        raise Refused("the logits are indexed with several tensors")
     rows: list[Any] = []
-    vocab_dim = dim = 0  # in the result; in the logits
+    words, vocab_dim, dim = slice(None), 0, 0  # vocab_dim is that of the result
     for part in index:
         if part is not None and dim == logits.vocab_dim:
-            if not _takes_all(part, shape[dim]):
-                raise Refused(
-                    "the logits are cut along the vocabulary, so the softmax is over other words "
-                    "than the head gives"
-                )
-            vocab_dim = sum(not isinstance(kept, int) for kept in rows)
+            words, vocab_dim = part, sum(not isinstance(kept, int) for kept in rows)
         else:
             rows.append(part)
         dim += part is not None
-    return _add(logits, vocab_dim, RowStep("getitem", tuple(rows)) if rows else None)
+    kept = all(part is None or _is_full(part) for part in rows)
+    cut = _cut_along(logits, words, shape[logits.vocab_dim])
+    return _add(cut, vocab_dim, RowStep("getitem", tuple(rows)) if rows else None, takes_all=kept)
 
 
-def _takes_all(part: Any, size: Any) -> bool:
-    if not isinstance(part, slice) or part.step not in (None, 1) or part.start not in (None, 0):
+def _cut_along(logits: Logits, words: Any, vocab: Any) -> Logits:
+    """``logits`` with the words that a slice takes, as it takes them."""
+    if _takes_all(words, vocab):
+        return logits
+    if not isinstance(words, slice) or not isinstance(vocab, int) or words.step not in (None, 1):
+        raise Refused("the logits are indexed along the vocabulary")
+    if not all(part is None or isinstance(part, int) for part in (words.start, words.stop)):
+        raise Refused("the logits are cut along the vocabulary to a dynamic size")
+    if logits.stage != "logits":
+        raise Refused("some words are cut out behind the softmax")
+    start, stop, _ = words.indices(vocab)
+    cut = cut_words(logits, start, stop)
+    history = (*logits.history, ("words", start, stop))
+    return replace(cut, extent=Extent(logits.extent), history=history)
+
+
+def _takes_all(words: Any, vocab: Any) -> bool:
+    if not isinstance(words, slice) or words.step not in (None, 1) or words.start not in (None, 0):
         return False
-    return part.stop is None or (
-        isinstance(part.stop, int) and statically_known_true(part.stop >= size)
+    return words.stop is None or (
+        isinstance(words.stop, int) and statically_known_true(words.stop >= vocab)
     )
 
 
-def _log_softmax(logits: Logits, node: Node) -> Logits:
-    call = arguments(
-        node, lambda input, dim=None, third=None, *, _stacklevel=3, dtype=None: locals()
-    )
-    dims = tensor_of(logits.node).dim()
-    if call is None or not isinstance(call["dim"], int):
-        raise Refused("log_softmax is called without a dimension, or not understood")
-    if call["dim"] % max(dims, 1) != logits.vocab_dim:
-        raise Refused(
-            f"log_softmax runs over dimension {call['dim']}, which is not the vocabulary's"
-        )
-    return replace(logits, are_log_probabilities=True)
+def _expand(logits: Logits, node: Node) -> Logits:
+    before, after = tensor_of(logits.node).shape, tensor_of(node).shape
+    if len(before) != len(after) or not all(map(same, before, after)):
+        raise Refused(f"{describe(node)} repeats the logits")
+    return logits
 
 
 _FOLLOWERS: dict[str | None, Callable[[Logits, Node], Logits]] = {
@@ -175,5 +275,8 @@ _FOLLOWERS: dict[str | None, Callable[[Logits, Node], Logits]] = {
     "reshape": _reshape,
     "permute": _permute,
     "getitem": _getitem,
-    "log_softmax": _log_softmax,
+    "select": _select,
+    "narrow": _narrow,
+    "index_select": _select,
+    "expand": _expand,
 }

@@ -36,3 +36,9 @@ def place_in(stack_trace: str) -> Place | None:
         return None
     frame = (users or frames)[-1]
     return Place(frame["file"], int(frame["line"]), (frame["code"] or "").strip())
+
+
+def at(node: Node) -> str:
+    """Where ``node`` comes from, to follow its name in a sentence."""
+    place = place_of(node)
+    return f" at {place}" if place else ""

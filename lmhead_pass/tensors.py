@@ -7,6 +7,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from .match import Refused
 from .spelling import describe
@@ -31,6 +32,17 @@ def tensor_of(node: Any) -> torch.Tensor:
     return value
 
 
+def memory_of(node: Node) -> set[int]:
+    """The memory that a node's value lives in, as its fake tensors share it."""
+    values = tree_leaves(value_of(node))
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
+
+
+def is_number(argument: Any) -> bool:
+    """Whether an argument is a number, and not a tensor of one."""
+    return not isinstance(value_of(argument), torch.Tensor | None)
+
+
 def number_of(argument: Any) -> float | int:
     """An argument that must be a number. A dynamic one is fixed to what it is, by a guard.
 
@@ -41,7 +53,7 @@ def number_of(argument: Any) -> float | int:
         return float(value)
     if isinstance(value, torch.SymInt):
         return int(value)
-    if isinstance(value, float | int):
+    if isinstance(value, float | int) and not isinstance(value, bool):
         return value
     raise Refused(f"{argument} is computed in the graph; it has to be a number")
 
@@ -64,3 +76,16 @@ def product(sizes: Iterable[Any]) -> Any:
     for size in sizes:
         result = result * size
     return result
+
+
+def gradients_are_recorded(node: Node) -> bool:
+    """Whether the graph is outside ``no_grad`` and ``inference_mode`` at ``node``."""
+    recorded = True
+    for earlier in node.graph.nodes:
+        if earlier is node:
+            return recorded
+        if earlier.target is torch._C._set_grad_enabled:
+            recorded = bool(earlier.args[0])
+        elif earlier.target is torch.autograd.grad_mode._enter_inference_mode:
+            return False
+    raise AssertionError("a node is in its graph")

@@ -3,6 +3,8 @@
 Each is a function of hidden ``[B, S, H]``, weight ``[V, H]``, bias ``[V]`` and target ``[B, S]``.
 """
 
+import operator
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -36,6 +38,17 @@ HEADS = {
     "einsum_classes_second": lambda h, w, b, y: F.cross_entropy(
         torch.einsum("bsh,vh->bvs", h, w), y
     ),
+    "inner": lambda h, w, b, y: flat(torch.inner(h, w), y),
+    "conv1d": lambda h, w, b, y: F.cross_entropy(F.conv1d(h.mT, w.unsqueeze(-1), b), y),
+    "bias_added": lambda h, w, b, y: flat(F.linear(h, w) + b, y),
+    "bias_added_first": lambda h, w, b, y: flat(b + h @ w.t(), y),
+    "bias_added_in_rows": lambda h, w, b, y: flat(F.linear(h, w).add(b[None, None]), y),
+    "bias_added_in_place": lambda h, w, b, y: flat(F.linear(h, w).add_(b), y),
+    "bias_twice": lambda h, w, b, y: flat(F.linear(h, w, b) - b.detach().flip(0), y),
+    "bias_of_classes_second": lambda h, w, b, y: F.cross_entropy((h @ w.t()).mT + b[:, None], y),
+    "bias_scaled": lambda h, w, b, y: flat(F.linear(h, w, b) * 0.3 + b, y),
+    "weight_cut": lambda h, w, b, y: flat(F.linear(h, w[:90], b[:90]), y % 90),
+    "weight_cast": lambda h, w, b, y: flat(F.linear(h, w.type_as(h)), y),
 }
 
 CHAINS = {
@@ -101,6 +114,82 @@ CHAINS = {
 }
 
 
+CHAINS |= {
+    "divided": lambda z, y: flat(z / 0.7, y),
+    "multiplied": lambda z, y: flat(0.0625 * z, y),
+    "divided_by_method": lambda z, y: flat(z.div(2).float(), y),
+    "negated": lambda z, y: flat(-z, y),
+    "shifted_values": lambda z, y: flat(3 - (z - 2) * 0.5, y),
+    "softcap": lambda z, y: flat(torch.tanh(z / 30) * 30, y),
+    "softcap_method": lambda z, y: flat(z.div(5.0).tanh().mul(-5.0), y),
+    "sigmoid_softcap": lambda z, y: flat(30 * torch.sigmoid(z / 7.5), y),
+    "sigmoid_softcap_shifted": lambda z, y: flat(23 * torch.sigmoid((z + 5) / 7.5), y),
+    "softcap_of_scaled": lambda z, y: flat(2 * torch.tanh((0.5 * z - 1) / 2) + 7, y),
+    "temperature": lambda z, y: flat(z / torch.tensor(1.5), y),
+    "temperature_by_row": lambda z, y: flat(z * torch.linspace(0.5, 2, z.size(1))[:, None], y),
+    "vocabulary_cut": lambda z, y: flat(z[..., :90], y % 90),
+    "vocabulary_cut_at_both_ends": lambda z, y: flat(z[..., 3:90].float(), y % 87),
+    "vocabulary_narrowed": lambda z, y: flat(z.narrow(-1, 0, 90), y % 90),
+    "padding_masked": lambda z, y: flat(
+        z.masked_fill(torch.arange(V) >= 90, float("-inf")), y % 90
+    ),
+    "row_by_number": lambda z, y: F.cross_entropy(z.select(1, 2), y[:, 2]),
+    "rows_by_index": lambda z, y: F.cross_entropy(
+        z[:, torch.tensor([2, 0, 2])].flatten(0, 1), y[:, [2, 0, 2]].flatten()
+    ),
+    "rows_by_index_select": lambda z, y: flat(
+        z.index_select(1, torch.tensor([1, 3])), y[:, [1, 3]]
+    ),
+    "rows_narrowed": lambda z, y: flat(torch.narrow(z, 1, 1, 3), y[:, 1:4]),
+    "chunk": lambda z, y: flat(z.chunk(2, dim=1)[1], y.chunk(2, 1)[1]),
+    "split": lambda z, y: flat(torch.split(z, 2, 1)[0], y[:, :2]),
+    "split_sizes": lambda z, y: flat(z.split([1, z.size(1) - 1], dim=1)[1], y[:, 1:]),
+    "tensor_split": lambda z, y: flat(z.tensor_split(3, 1)[2], y.tensor_split(3, 1)[2]),
+    "unbind": lambda z, y: F.cross_entropy(z.unbind(0)[1], y[1]),
+    "expanded": lambda z, y: flat(z.expand(-1, -1, V), y),
+}
+
+
+def written(z, write):
+    write(z)
+    return z
+
+
+def mask_padding(z):
+    z[..., 90:] = float("-inf")
+
+
+def divide_a_slice(z):
+    z = z[:, 1:]
+    z.div_(0.5)
+    return z
+
+
+# Logits are written to in place.
+WRITES = {
+    "div_": lambda z, y: flat(written(z, lambda z: z.div_(0.7)), y),
+    "mul_result": lambda z, y: flat(z.mul_(0.25), y),
+    "div_operator": lambda z, y: flat(operator.itruediv(z, 2.0), y),
+    "through_a_view": lambda z, y: flat(written(z, lambda z: z.view(-1, V).mul_(0.5)), y),
+    "after_a_view": lambda z, y: F.cross_entropy(
+        written(z.view(-1, V), lambda _: z.mul_(0.5)), y.view(-1)
+    ),
+    "before_a_slice": lambda z, y: flat(written(z, lambda z: z.sub_(1))[:, :-1], y[:, 1:]),
+    "of_a_slice": lambda z, y: flat(divide_a_slice(z), y[:, 1:]),
+    "after_a_slice": lambda z, y: flat(written(z[:, 1:], lambda _: z.mul_(3)), y[:, 1:]),
+    "of_a_cast": lambda z, y: flat(written(z.float(), lambda z: z.mul_(0.5)), y),
+    "tanh_": lambda z, y: flat(z.div_(5).tanh_() * 5, y),
+    "padding": lambda z, y: flat(written(z, mask_padding), y % 90),
+    "padding_of_a_view": lambda z, y: flat(
+        written(z, lambda z: mask_padding(z.view(-1, V))), y % 90
+    ),
+    "padding_by_fill_": lambda z, y: flat(
+        written(z, lambda z: z[:, :, 90:].fill_(-torch.inf)), y % 90
+    ),
+    "after_the_loss": lambda z, y: (flat(z.float(), y), z.mul_(2))[0],
+}
+
+
 def _class_weight(z):
     return torch.linspace(0.5, 2.0, V, dtype=z.dtype)
 
@@ -131,3 +220,72 @@ LOSSES = {
     "log_softmax_none": lambda z, y: F.nll_loss(F.log_softmax(z, -1), y, reduction="none").sum(),
     "log_softmax_twice": lambda z, y: F.cross_entropy(F.log_softmax(z, -1), y),
 }  # fmt: skip
+
+
+def nll(z, y):
+    """Per-row losses by hand."""
+    return z.logsumexp(-1) - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+
+def selective_log_softmax(z, y):
+    """As in TRL: a loop over sequences, so that no log_softmax of all logits is held."""
+    chosen = z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return chosen - torch.stack([torch.logsumexp(row, dim=-1) for row in z])
+
+
+def _mask(y):
+    return (y % 3 > 0).float()
+
+
+# Log-probabilities of the targets, written otherwise than as nll_loss: [B, S, V] -> [B, S].
+LOG_PROBABILITIES = {
+    "gather": lambda z, y: F.log_softmax(z, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1),
+    "gather_function": lambda z, y: torch.gather(z.log_softmax(-1), 2, y[..., None])[..., 0],
+    "gather_keywords": lambda z, y: torch.gather(
+        z.log_softmax(-1), dim=-1, index=y[..., None]
+    ).squeeze(-1),
+    "take_along_dim": lambda z, y: torch.take_along_dim(
+        z.log_softmax(-1), y[..., None], dim=-1
+    ).squeeze(-1),
+    "negated": lambda z, y: -(-F.log_softmax(z, -1)).gather(-1, y[..., None]).squeeze(-1),
+    "arange": lambda z, y: F.log_softmax(z.flatten(0, 1), -1)[
+        torch.arange(y.numel()), y.flatten()
+    ].view_as(y),
+    "arange_twice": lambda z, y: z.log_softmax(-1)[
+        torch.arange(z.size(0))[:, None], torch.arange(z.size(1))[None], y
+    ],
+    "one_hot": lambda z, y: (F.one_hot(y, V) * F.log_softmax(z, -1)).sum(-1),
+    "one_hot_cast": lambda z, y: (z.log_softmax(-1) * F.one_hot(y, V).to(z.dtype)).sum(dim=-1),
+    "softmax_log": lambda z, y: torch.softmax(z, -1).log().gather(-1, y[..., None])[..., 0],
+    "logsumexp": lambda z, y: -nll(z, y),
+    "logsumexp_kept": lambda z, y: (
+        z.gather(-1, y[..., None]) - z.logsumexp(-1, keepdim=True)
+    ).squeeze(-1),
+    "normalised": lambda z, y: (z - z.logsumexp(-1, keepdim=True)).gather(-1, y[..., None])[..., 0],
+    "one_hot_of_logits": lambda z, y: (F.one_hot(y, V) * z).sum(-1) - torch.logsumexp(z, -1),
+    "selective": selective_log_softmax,
+    "categorical": lambda z, y: torch.distributions.Categorical(
+        logits=z, validate_args=False
+    ).log_prob(y),
+    "cross_entropy": lambda z, y: -F.cross_entropy(z.mT, y, reduction="none"),
+    "softcapped": lambda z, y: (
+        (20 * torch.tanh(z / 20)).log_softmax(-1).gather(2, y[..., None])[..., 0]
+    ),
+    "scaled": lambda z, y: -nll(z / 0.7, y),
+    "negative_scale": lambda z, y: -nll(z * -0.3, y),
+    "written": lambda z, y: -nll(z.div_(0.7), y),
+}
+
+# What is made of them.
+PER_TOKEN = {
+    "mean": lambda p, y: -p.mean(),
+    "masked": lambda p, y: -(p * _mask(y)).sum() / _mask(y).sum(),
+    "by_sequence": lambda p, y: -((p * _mask(y)).sum(-1) / _mask(y).sum(-1)).mean(),
+    "weights": lambda p, y: (p * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(),
+    "items": lambda p, y: -p.sum() / torch.tensor(y.numel() - 2),
+    "ratio": lambda p, y: (-torch.exp(p - p.detach()) * _mask(y)).sum() / _mask(y).sum(),
+    "preference": lambda p, y: -F.logsigmoid((p[:1].sum(1) - p[1:].sum(1)) * 0.1).mean(),
+    "clipped": lambda p, y: torch.min(
+        torch.exp(p + 4.0), torch.exp(p + 4.0).clamp(0.8, 1.2)
+    ).mean(),
+}

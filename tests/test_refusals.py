@@ -62,27 +62,70 @@ def write_to_hidden_by_inplace_argument(h, w, b, y):
     return flat(z, y)
 
 
-def write_to_logits(h, w, b, y):
-    z = F.linear(h, w)
-    z.div_(0.7)
-    return flat(z, y)
-
-
-def write_to_logits_through_view(h, w, b, y):
+def write_one_word(h, w, b, y):
     z = F.linear(h, w)
     z.view(-1, V)[:, 3].fill_(0)
     return flat(z, y)
 
 
-def write_to_logits_by_index(h, w, b, y):
+def write_some_words(h, w, b, y):
     z = F.linear(h, w)
     z[..., 90:] = -100.0
     return flat(z, y)
 
 
-def accuracy(h, w, b, y):
+def write_words_in_between(h, w, b, y):
     z = F.linear(h, w)
-    return flat(z, y) + 0 * (z.argmax(-1) == y).float().mean()
+    z[..., 80:90] = -torch.inf
+    return flat(z, y % 80)
+
+
+def write_rows(h, w, b, y):
+    z = F.linear(h, w)
+    z[:, 0] = -torch.inf
+    return flat(z[:, 1:], y[:, 1:])
+
+
+def write_to_some_rows(h, w, b, y):
+    z = F.linear(h, w)
+    z[:, 1:].div_(2)
+    return flat(z, y)
+
+
+def write_without_gradient(h, w, b, y):
+    z = F.linear(h, w)
+    with torch.no_grad():
+        z.mul_(2)
+    return flat(z, y)
+
+
+def write_to_detached(h, w, b, y):
+    z = F.linear(h, w)
+    z.detach().mul_(2)
+    return flat(z, y)
+
+
+def copy_over(h, w, b, y):
+    z = F.linear(h, w)
+    z.copy_(z.flip(-1).detach())
+    return flat(z, y)
+
+
+def put_into_another(h, w, b, y):
+    z = F.linear(h, w)
+    other = torch.zeros(3, 7, V)
+    other[:] = z
+    return flat(other, y)
+
+
+def spread(h, w, b, y):
+    z = F.linear(h, w)
+    return flat(z, y) + 0 * z.detach().std(-1).mean()
+
+
+def entropy_bonus(h, w, b, y):
+    z = F.linear(h, w)
+    return flat(z, y) + 0.1 * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()
 
 
 def hook(h, w, b, y):
@@ -98,25 +141,68 @@ REFUSED = {
     "write_to_hidden_by_operator": (write_to_hidden_by_operator, "iadd at .* in place between"),
     "write_to_hidden_by_out": (write_to_hidden_by_out, "add at .* in place between"),
     "write_to_hidden_by_argument": (write_to_hidden_by_inplace_argument, "relu at .* in place"),
-    "write_to_logits": (write_to_logits, "div_ at .* reads the logits too"),
-    "write_to_logits_through_view": (write_to_logits_through_view, "reads the logits too"),
-    "write_to_logits_by_index": (write_to_logits_by_index, "setitem at .* reads the logits too"),
-    "accuracy": (accuracy, "argmax at .* reads the logits too"),
-    "gathered": (
-        lambda h, w, b, y: -F.log_softmax(F.linear(h, w), -1).gather(-1, y[..., None]).mean(),
-        "log_softmax goes to gather at .*, not to nll_loss",
+    "write_one_word": (write_one_word, "indexed along the vocabulary"),
+    "write_some_words": (write_some_words, "setitem at .* sets logits to -100.0, not to -inf"),
+    "write_words_in_between": (write_words_in_between, "words that are not the last"),
+    "write_rows": (write_rows, "setitem at .* writes to logits in place where|to a part"),
+    "write_to_some_rows": (write_to_some_rows, "div_ at .* writes to the logits in place"),
+    "write_without_gradient": (write_without_gradient, "mul_ at .* writes to the logits in place"),
+    "write_to_detached": (write_to_detached, "mul_ at .* writes to the logits in place"),
+    "copy_over": (copy_over, "flip at .* reads the logits too"),
+    "put_into_another": (put_into_another, "the logits come from zeros"),
+    "spread": (spread, "std at .* reads the logits too"),
+    "entropy_bonus": (entropy_bonus, "sum at .* needs a gradient"),
+    "words_from_few_rows": (
+        lambda h, w, b, y: -F.log_softmax(F.linear(h, w), -1).gather(-1, y[:2, :, None]).mean(),
+        "gather at .* picks other than one word of each row",
+    ),
+    "several_words": (
+        lambda h, w, b, y: (
+            -F.log_softmax(F.linear(h, w), -1).gather(-1, y[:, :, None].expand(-1, -1, 2)).mean()
+        ),
+        "gather at .* picks other than one word of each row",
+    ),
+    "mean_of_words": (
+        lambda h, w, b, y: -F.log_softmax(F.linear(h, w), -1).mean(),
+        "log_softmax goes to mean at",
+    ),
+    "two_softcaps": (
+        lambda h, w, b, y: flat(torch.tanh(torch.tanh(F.linear(h, w))), y),
+        "second softcap",
+    ),
+    "clamped": (
+        lambda h, w, b, y: flat(F.linear(h, w).clamp(-5, 5), y),
+        "the logits come from clamp at .*, which is not understood",
+    ),
+    "scaled_by_word": (
+        lambda h, w, b, y: flat(F.linear(h, w) * b, y),
+        "scales the words of the vocabulary apart",
+    ),
+    "scaled_after_bias": (
+        lambda h, w, b, y: flat(F.linear(h, w, b) * torch.tensor(2.0), y),
+        "scales by a tensor after a bias",
+    ),
+    "added_logits": (
+        lambda h, w, b, y: flat(F.linear(h, w) + F.linear(h * 2, w), y),
+        "add puts logits together|adds a tensor to the logits that is not a bias",
+    ),
+    "added_by_row": (
+        lambda h, w, b, y: flat(F.linear(h, w) + y[..., None].float(), y),
+        "is not a bias",
+    ),
+    "dropped_out": (
+        lambda h, w, b, y: flat(F.dropout(F.linear(h, w), 0.0), y),
+        "the logits come from dropout",
+    ),
+    "masked_by_row": (
+        lambda h, w, b, y: flat(F.linear(h, w).masked_fill((y == 3)[..., None], -torch.inf), y * 0),
+        "other than a mask of the vocabulary",
     ),
     "soft_targets": (
         lambda h, w, b, y: F.cross_entropy(
             F.linear(h, w).flatten(0, 1), F.one_hot(y, V).flatten(0, 1).to(h.dtype)
         ),
         "probabilities of classes",
-    ),
-    "vocabulary_slice": (
-        lambda h, w, b, y: F.cross_entropy(
-            F.linear(h, w)[..., :90].flatten(0, 1), y.flatten() % 90
-        ),
-        "cut along the vocabulary",
     ),
     "masked_rows": (
         lambda h, w, b, y: F.cross_entropy(
@@ -126,7 +212,7 @@ REFUSED = {
     ),
     "wrong_dimension": (
         lambda h, w, b, y: F.nll_loss(F.log_softmax(F.linear(h, w).flatten(0, 1), 0), y.flatten()),
-        "log_softmax runs over dimension 0",
+        "log_softmax at .* runs over dimension 0",
     ),
     "classes_in_another_dimension": (
         lambda h, w, b, y: F.cross_entropy(
@@ -140,11 +226,7 @@ REFUSED = {
     ),
     "scrambled_reshape": (
         lambda h, w, b, y: F.cross_entropy(F.linear(h, w).mT.reshape(-1, V), y.flatten()),
-        "reshape to .* does not keep the vocabulary",
-    ),
-    "softcap": (
-        lambda h, w, b, y: flat(torch.tanh(F.linear(h, w) / 30) * 30, y),
-        "the logits come from mul at .*, which is not understood",
+        "reshape at .* to .* does not keep the vocabulary",
     ),
     "not_a_linear_layer": (
         lambda h, w, b, y: flat(torch.cat([F.linear(h, w)] * 2, -1), y),
@@ -267,7 +349,7 @@ def test_failure_inside_the_pass_leaves_the_graph_alone(monkeypatch, caplog):
     def fail(*_):
         raise ArithmeticError("on purpose")
 
-    monkeypatch.setattr("lmhead_pass.rewriter._on_hidden", fail)
+    monkeypatch.setattr("lmhead_pass.serving.emit_weight", fail)
     function = lambda h, w, y: flat(F.linear(h, w)[:, 1:], y[:, 1:])  # noqa: E731
     hidden, weight, _, target = inputs()
     graphs = []

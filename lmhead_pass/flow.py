@@ -1,0 +1,290 @@
+"""Where a head's logits go: what each node holds of them, and who reads them.
+
+A walk forward in graph order, not back from a loss: writes in place (``logits.div_(2)``) have no
+edge to the loss that comes after them, and change what every other name of the logits holds.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .match import Bias, Extent, Fact, Head, Logits, Reader, Refused, Values
+from .readers import read, read_maximum
+from .rows import follow_pieces, follow_rows, is_pieces, is_row_step
+from .softmaxes import (
+    follow_softmax,
+    is_softmax_step,
+    less_logsumexp,
+    times,
+    times_one_hot,
+)
+from .source import at
+from .spelling import describe, is_in_place, operation
+from .tensors import gradients_are_recorded, memory_of, same, tensor_of, value_of
+from .values import fill_words, follow_values, is_value_step, words_filled
+
+
+@dataclass(frozen=True)
+class _Spoiled:
+    """What a node holds after a write to it that is not understood."""
+
+    writer: Node
+
+
+@dataclass
+class Flow:
+    """The logits of a head, followed to the end of the graph."""
+
+    head: Head
+    readers: list[Reader] = field(default_factory=list)
+    """Whom the op can serve, in graph order."""
+    strangers: dict[Node, str] = field(default_factory=dict)
+    """Who else reads or writes the logits, and why that is not understood."""
+    nodes: set[Node] = field(default_factory=set)
+    """What is not needed once the readers are served: all that holds logits, and writes to them."""
+    returned: list[Logits] = field(default_factory=list)
+    """What leaves the graph."""
+    facts: dict[Node, Fact] = field(default_factory=dict)
+    """What looks at the logits' shape or dtype alone."""
+
+
+def follow_logits(head: Head) -> Flow:
+    """Follow what ``head`` computes through its graph."""
+    return _Walk(head).run()
+
+
+class _Walk:
+    def __init__(self, head: Head):
+        inputs = [node for node in (head.hidden, head.weight, head.bias) if node is not None]
+        self.logits = Logits(
+            node=head.node,
+            head=head,
+            vocab_dim=head.vocab_dim,
+            extent=Extent(),
+            values=Values(biases=() if head.bias is None else (Bias(head.bias),)),
+            is_detached=not tensor_of(head.node).requires_grad
+            and any(tensor_of(node).requires_grad for node in inputs),
+        )
+        self.holds: dict[Node, Any] = {head.node: self.logits}
+        """Logits, what is spoiled, or for a node that is a tuple a list of Logits or Readers (None
+        for what has nothing to do with the logits)."""
+        self.flow = Flow(head, nodes={head.node})
+        self.absorbed: set[Node] = set()
+        """What makes a step of the walk besides logits; not needed if nobody else reads it."""
+
+    def run(self) -> Flow:
+        for node in _from(self.logits.node):
+            inputs = [source for source in node.all_input_nodes if source in self.holds]
+            if inputs:
+                try:
+                    self._visit(node, inputs)
+                except Refused as refused:
+                    self.flow.strangers[node] = _with_place(str(refused), node)
+        self._drop_what_was_absorbed()
+        return self.flow
+
+    def _visit(self, node: Node, inputs: list[Node]) -> None:
+        for source in inputs:
+            if isinstance(held := self.holds[source], _Spoiled):
+                raise Refused(
+                    f"{describe(held.writer)}{at(held.writer)} writes to the logits in place, and "
+                    "what is in them afterwards is not understood"
+                )
+        if node.op == "output":
+            return self._leave(inputs)
+        if is_in_place(node):
+            return self._write(node)
+        if operation(node) == "getitem" and isinstance(held := self.holds[inputs[0]], list):
+            if type(node.args[1]) is not int:
+                raise Refused(f"{describe(node)} takes several parts of a tuple")
+            return self._take(node, held[node.args[1]])
+        logits = self._first(node, inputs)
+        if (fact := self._fact(logits, node)) is not None:
+            self.flow.facts[node] = fact
+        elif (reader := read(logits, node)) is not None:
+            self.flow.readers.append(reader)
+        elif (maximum := read_maximum(logits, node)) is not None:
+            self._hold(node, maximum)
+        elif operation(node) == "broadcast_tensors":
+            self._broadcast(node, logits)
+        elif is_pieces(node):
+            self._hold(node, follow_pieces(logits, node))
+        else:
+            self._hold(node, self._checked(logits, self._step(logits, node, inputs), node))
+        return None
+
+    def _first(self, node: Node, inputs: list[Node]) -> Logits:
+        logits = self.holds[inputs[0]]
+        if not isinstance(logits, Logits):
+            raise Refused(f"{describe(node)} reads a tuple of logits")
+        return logits
+
+    def _step(self, logits: Logits, node: Node, inputs: list[Node]) -> Logits:
+        if len(inputs) == 2 and operation(node) == "mul":
+            return times(*(self.holds[source] for source in inputs))
+        if (chain := less_logsumexp(logits, node)) is not None:
+            self.absorbed.update(chain)
+            return replace(logits, stage="log_probabilities")
+        if (hot := times_one_hot(logits, node)) is not None:
+            self.absorbed.update(hot[1])
+            stage = "selected" if logits.stage == "log_probabilities" else "selected_logits"
+            return replace(logits, stage=stage, index=hot[0])
+        if len(inputs) > 1:
+            raise Refused(f"{describe(node)} puts logits together")
+        if is_value_step(node):
+            return follow_values(logits, node)
+        if not node.args or node.args[0] is not logits.node:
+            raise Refused("")
+        if is_softmax_step(node):
+            return follow_softmax(logits, node)
+        if is_row_step(node):
+            return follow_rows(logits, node)
+        raise Refused("")
+
+    def _checked(self, before: Logits, after: Logits, node: Node) -> Logits:
+        """``after`` as what ``node`` holds, with its dtype and whether it has a gradient."""
+        old, new = tensor_of(before.node), tensor_of(node)
+        if old.device != new.device:
+            raise Refused(f"{describe(node)} moves the logits from {old.device} to {new.device}")
+        if not new.is_floating_point() or (new.dtype == torch.float64) != (
+            old.dtype == torch.float64
+        ):
+            raise Refused(f"{describe(node)} turns {old.dtype} logits into {new.dtype}")
+        if before.is_detached and new.requires_grad:
+            raise Refused(f"{describe(node)} brings a gradient into detached logits")
+        is_detached = before.is_detached or (old.requires_grad and not new.requires_grad)
+        history = after.history
+        if old.dtype != new.dtype and history[-1:] != (("cast", new.dtype),):
+            history = (*history, ("cast", new.dtype))  # by promotion
+        return replace(after, node=node, is_detached=is_detached, history=history)
+
+    def _hold(self, node: Node, held: Any) -> None:
+        self.holds[node] = held
+        self.flow.nodes.add(node)
+
+    def _take(self, node: Node, item: Any) -> None:
+        if isinstance(item, Reader):
+            self.flow.readers.append(replace(item, node=node))
+        elif item is not None:
+            before = next(source for source in node.args[0].all_input_nodes if source in self.holds)
+            self._hold(node, self._checked(self.holds[before], item, node))
+
+    def _broadcast(self, node: Node, logits: Logits) -> None:
+        """Logits and others, brought to one shape: that of the logits."""
+        shape, place = tensor_of(logits.node).shape, node.args.index(logits.node)
+        after = value_of(node)[place].shape
+        if len(shape) != len(after) or not all(map(same, after, shape)):
+            raise Refused(f"{describe(node)} repeats the logits")
+        self._hold(node, [logits if number == place else None for number in range(len(node.args))])
+        for user in node.users:
+            if user.args[1] != place:
+                self.flow.facts[user] = Fact(logits, "expand", node.args[user.args[1]])
+
+    def _fact(self, logits: Logits, node: Node) -> Fact | None:
+        """What ``node`` looks up of the logits besides their values; None if it reads them."""
+        if node.op == "call_method" and node.target == "size" and type(node.args[-1]) is int:
+            return Fact(logits, "size", node.args[1])
+        if node.op == "call_method" and node.target in ("type_as", "to") and len(node.args) == 2:
+            source, like = node.args
+            if like is logits.node and source not in self.holds and not node.kwargs:
+                return Fact(logits, "to", source)
+        return None
+
+    def _leave(self, inputs: list[Node]) -> None:
+        for source in inputs:
+            logits = self.holds[source]
+            if not isinstance(logits, Logits):
+                raise Refused("a tuple of logits leaves the graph")
+            self.flow.returned.append(logits)
+
+    def _write(self, node: Node) -> None:
+        """A write in place to logits: it changes all that is in the same memory."""
+        written = node.args[0]
+        before = self.holds.get(written)
+        if (
+            not isinstance(before, Logits)
+            or len(node.all_input_nodes) > 2
+            or any(source in self.holds for source in node.all_input_nodes[1:])
+        ):
+            raise Refused(f"{describe(node)} puts logits into another tensor")
+        change = self._change_by(node, before)
+        is_recorded = gradients_are_recorded(node) or not tensor_of(written).requires_grad
+        for other, held in list(self.holds.items()):
+            if memory_of(written).isdisjoint(memory_of(other)):
+                continue
+            changed = None
+            if is_recorded and isinstance(held, Logits) and held.extent.is_within(before.extent):
+                if tensor_of(other).requires_grad == tensor_of(written).requires_grad:
+                    changed = change(held)
+            self.holds[other] = changed or _Spoiled(node)
+        self.flow.nodes.add(node)
+        if isinstance(value_of(node), torch.Tensor):
+            self.holds[node] = replace(self._checked(before, change(before), node), node=node)
+
+    def _change_by(self, node: Node, written: Logits) -> Callable[[Logits], Logits | None]:
+        """What the write ``node`` makes of other logits in the memory of ``written``; None: unclear.
+
+        Refused if it is not even clear for what is written.
+        """
+        if written.stage != "logits":
+            raise Refused(f"{describe(node)} writes to {written.stage.replace('_', '-')} in place")
+        if operation(node) == "setitem":
+            start, fill = words_filled(written, node)
+            return lambda held: (
+                fill_words(held, start, fill) if _words_agree(held, written) else None
+            )
+        follow_values(written, node)
+        by_number = len(node.all_input_nodes) == 1
+
+        def change(held: Logits) -> Logits | None:
+            if held.stage != "logits" or not (by_number or _look_alike(held, written)):
+                return None
+            # The follower looks for the logits among the node's arguments.
+            result = follow_values(replace(held, node=written.node), node)
+            return replace(result, node=held.node)
+
+        return change
+
+    def _drop_what_was_absorbed(self) -> None:
+        """Readers that only made a step of the walk are no readers."""
+        gone = {node for node in self.absorbed if self._is_inside(node)}
+        self.flow.readers = [reader for reader in self.flow.readers if reader.node not in gone]
+        self.flow.nodes |= gone
+
+    def _is_inside(self, node: Node) -> bool:
+        return all(
+            user in self.flow.nodes or (user in self.absorbed and self._is_inside(user))
+            for user in node.users
+        )
+
+
+def _with_place(reason: str, node: Node) -> str:
+    name = describe(node)
+    return f"{name}{at(node)}{reason.removeprefix(name)}" if reason.startswith(name) else reason
+
+
+def _from(node: Node) -> Iterator[Node]:
+    while node.op != "output":
+        node = node.next
+        yield node
+
+
+def _words_agree(a: Logits, b: Logits) -> bool:
+    """Whether word 0 of both is the same."""
+    return (a.words or (0, 0))[0] == (b.words or (0, 0))[0]
+
+
+def _look_alike(a: Logits, b: Logits) -> bool:
+    """Whether both have the same elements in the same places."""
+    shapes = tensor_of(a.node).shape, tensor_of(b.node).shape
+    return (
+        a.extent is b.extent
+        and a.vocab_dim == b.vocab_dim
+        and a.words == b.words
+        and a.steps == b.steps
+        and len(shapes[0]) == len(shapes[1])
+        and all(map(same, *shapes))
+    )

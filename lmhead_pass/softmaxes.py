@@ -1,0 +1,141 @@
+"""Follows softmaxes of logits, and what is made of them before a single word is read."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch.fx import Node
+
+from .match import Logits, Refused
+from .spelling import arguments, operation
+from .tensors import same, tensor_of
+
+# How a node that a tensor was reshaped or cast from is found again.
+_SHAPED = ("reshape", "cast", "expand")
+
+
+def is_softmax_step(node: Node) -> bool:
+    return operation(node) in _FOLLOWERS
+
+
+def follow_softmax(logits: Logits, node: Node) -> Logits:
+    """What ``node`` holds, which takes a softmax of ``logits``, or the log of one."""
+    return _FOLLOWERS[operation(node)](logits, node)
+
+
+def _log_softmax(logits: Logits, node: Node) -> Logits:
+    _check_dim(logits, node)
+    if logits.stage not in ("logits", "log_probabilities") or logits.factor != 1:
+        raise Refused(f"log_softmax is taken of {logits.stage.replace('_', '-')}")
+    return replace(logits, stage="log_probabilities")
+
+
+def _softmax(logits: Logits, node: Node) -> Logits:
+    _check_dim(logits, node)
+    if logits.stage != "logits":
+        raise Refused(f"softmax is taken of {logits.stage.replace('_', '-')}")
+    return replace(logits, stage="probabilities")
+
+
+def _log(logits: Logits, node: Node) -> Logits:
+    if logits.stage != "probabilities" or logits.factor != 1:
+        raise Refused(f"log is taken of {logits.stage.replace('_', '-')}")
+    return replace(logits, stage="log_probabilities")
+
+
+def _check_dim(logits: Logits, node: Node) -> None:
+    call = arguments(
+        node, lambda input, dim=None, third=None, *, _stacklevel=3, dtype=None: locals()
+    )
+    name, dims = operation(node), tensor_of(logits.node).dim()
+    if call is None or not isinstance(call["dim"], int):
+        raise Refused(f"{name} is called without a dimension, or not understood")
+    if call["dim"] % max(dims, 1) != logits.vocab_dim:
+        raise Refused(f"{name} runs over dimension {call['dim']}, which is not the vocabulary's")
+
+
+_FOLLOWERS: dict[str | None, Callable[[Logits, Node], Logits]] = {
+    "log_softmax": _log_softmax,
+    "softmax": _softmax,
+    "log": _log,
+}
+
+
+def less_logsumexp(logits: Logits, node: Node) -> list[Node] | None:
+    """If ``node`` is ``logits - logsumexp(logits)``: the nodes from the logsumexp on; else None."""
+    call = arguments(node, lambda input, other: locals())
+    if operation(node) != "sub" or call is None or call["input"] is not logits.node:
+        return None
+    if not isinstance(call["other"], Node):
+        return None
+    chain = origin(call["other"])
+    if operation(chain[0]) != "logsumexp" or chain[0].args[:1] != (logits.node,):
+        return None
+    value = tensor_of(call["other"])
+    if value.dim() != tensor_of(logits.node).dim() or not same(value.size(logits.vocab_dim), 1):
+        return None
+    return chain
+
+
+def times_one_hot(logits: Logits, node: Node) -> tuple[Node, list[Node]] | None:
+    """If ``node`` is ``logits * one_hot(index)``: the index, and the nodes from the one-hot on."""
+    call = arguments(node, lambda input, other: locals())
+    if operation(node) != "mul" or call is None:
+        return None
+    if logits.stage not in ("logits", "log_probabilities"):
+        return None
+    other = call["other"] if call["input"] is logits.node else call["input"]
+    if not isinstance(other, Node):
+        return None
+    chain = origin(other)
+    hot = arguments(chain[0], lambda input, num_classes=-1: locals())
+    if operation(chain[0]) != "one_hot" or hot is None:
+        return None
+    shapes = tensor_of(chain[0]).shape, tensor_of(logits.node).shape
+    if (
+        logits.vocab_dim != len(shapes[1]) - 1
+        or not all(map(same, *shapes))
+        or (
+            len(shapes[0]) != len(shapes[1]) or any(operation(step) != "cast" for step in chain[1:])
+        )
+    ):
+        return None
+    return hot["input"], chain
+
+
+def origin(node: Node) -> list[Node]:
+    """The nodes from what ``node`` is a reshape or cast of, to ``node``."""
+    chain = [node]
+    while operation(chain[0]) in _SHAPED and chain[0].args and isinstance(chain[0].args[0], Node):
+        chain.insert(0, chain[0].args[0])
+    return chain
+
+
+def summed_dims(node: Node) -> tuple[Any, bool] | None:
+    """Over which dimensions ``sum`` runs (None: all) and whether it keeps them; None if unclear."""
+    call = arguments(
+        node, lambda input, dim=None, keepdim=False, *, axis=None, dtype=None: locals()
+    )
+    if call is None:
+        return None
+    dim = call["dim"] if call["axis"] is None else call["axis"]
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        dim = dim[0]
+    return dim, bool(call["keepdim"])
+
+
+def times(first: Logits, second: Logits) -> Logits:
+    """The product of probabilities and their logs, or of probabilities and logits."""
+    stages = {first.stage: first, second.stage: second}
+    if (
+        "probabilities" not in stages
+        or not first.same_values(second)
+        or (first.vocab_dim != second.vocab_dim)
+    ):
+        raise Refused("logits are multiplied by logits")
+    probabilities = stages.pop("probabilities")
+    (stage, other), *_ = (*stages.items(), (None, first))
+    if stage not in ("logits", "log_probabilities"):
+        raise Refused("probabilities are multiplied by probabilities")
+    made = "p_z" if stage == "logits" else "p_log_p"
+    return replace(probabilities, stage=made, factor=probabilities.factor * other.factor)
