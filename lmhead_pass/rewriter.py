@@ -77,8 +77,8 @@ def _insert(graph: Graph, match: Match) -> list[Node]:
 
     result = emit(
         torch.ops.lmhead_pass.linear_cross_entropy.default,
-        *(hidden, weight, bias, target, loss.class_weight),
-        *(loss.reduction, loss.ignore_index, loss.label_smoothing),
+        *(hidden, weight, bias, target, loss.class_weight, None),
+        *(loss.reduction, loss.ignore_index, loss.label_smoothing, 1.0, None),
         *(match.compute_dtype, match.rows_per_chunk),
     )
     if loss.reduction == "none" and target is not loss.target:

@@ -39,7 +39,8 @@ def _head(hidden, weight, target, reduction="mean"):
 
 def _op(hidden, weight, target, reduction="mean", rows=256):
     return torch.ops.lmhead_pass.linear_cross_entropy(
-        hidden, weight, None, target, None, reduction, -100, 0.0, hidden.dtype, rows
+        *(hidden, weight, None, target, None, None, reduction, -100, 0.0, 1.0, None),
+        *(hidden.dtype, rows),
     )
 
 
@@ -176,7 +177,7 @@ target = torch.zeros(8, dtype=torch.long, device="cuda")
 target[3] = {bad}
 loss = torch.ops.lmhead_pass.linear_cross_entropy(
     torch.randn(8, 16, device="cuda"), torch.randn(100, 16, device="cuda"), None, target, None,
-    "mean", -100, 0.0, torch.float32, 8,
+    None, "mean", -100, 0.0, 1.0, None, torch.float32, 8,
 )
 print("a number:", loss.item())
 """
@@ -194,13 +195,14 @@ def test_target_out_of_range_is_a_device_assert(bad):
 def test_scratch_is_the_chunk_and_the_sum():
     tokens, hidden, vocab, rows = 8192, 1024, 32000, 1024
     *leaves, target = _inputs(tokens=tokens, hidden=hidden, vocab=vocab)
-    problem = Problem(*leaves, None, target, None, "mean", -100, 0.0, torch.bfloat16, rows)
+    options = ("mean", -100, 0.0, 1.0, None, torch.bfloat16, rows)
+    problem = Problem(*leaves, None, target, None, None, *options)
     with torch.no_grad():
-        triton_loop.forward_and_gradients(problem, [True, True, False])
+        triton_loop.forward_and_gradients(problem, [True, True, False], [])
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        results = triton_loop.forward_and_gradients(problem, [True, True, False])
+        results = triton_loop.forward_and_gradients(problem, [True, True, False], [])
     peak = torch.cuda.max_memory_allocated() - before
     gradients = sum(result.nbytes for result in results)
     chunk, total = 4 * rows * vocab, 4 * vocab * hidden
