@@ -44,6 +44,14 @@ def _op(hidden, weight, target, reduction="mean", rows=256):
     )
 
 
+def _op_with_measures(hidden, weight, target, reduction="mean", rows=256):
+    loss, lse, *_ = torch.ops.lmhead_pass.linear_cross_entropy_and_measures(
+        *(hidden, weight, None, target, None, None, reduction, -100, 0.0, 0.5, 30.0),
+        *(hidden.dtype, rows, ["logsumexp", "argmax", "max", "entropy", "logits"]),
+    )
+    return loss + lse if reduction == "none" else loss
+
+
 def _gradients(function, leaves, target, upstream, **options):
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     loss = function(*leaves, target, **options)
@@ -104,23 +112,25 @@ def test_fp32_products_follow_the_tf32_setting():
     assert losses["highest"] != losses["high"]
 
 
+@pytest.mark.parametrize("function", [_op, _op_with_measures])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_nothing_waits_for_the_device(dtype, reduction, no_sync):
+def test_nothing_waits_for_the_device(dtype, reduction, function, no_sync):
     *leaves, target = _inputs(dtype)
     upstream = torch.ones(target.numel(), device=CUDA)
-    _gradients(_op, leaves, target, upstream, reduction=reduction)
+    _gradients(function, leaves, target, upstream, reduction=reduction)
 
 
+@pytest.mark.parametrize("function", [_op, _op_with_measures])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_captured_in_a_cuda_graph(dtype, reduction):
+def test_captured_in_a_cuda_graph(dtype, reduction, function):
     *leaves, target = _inputs(dtype)
     upstream = torch.ones(target.numel(), device=CUDA)
-    expected = _gradients(_op, leaves, target, upstream, reduction=reduction)  # compiles kernels
+    expected = _gradients(function, leaves, target, upstream, reduction=reduction)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = _gradients(_op, leaves, target, upstream, reduction=reduction)
+        results = _gradients(function, leaves, target, upstream, reduction=reduction)
     graph.replay()
     assert all(map(torch.equal, results, expected))
     # Replayed for other tensors in the same memory, with another number of rows that count.
@@ -130,7 +140,7 @@ def test_captured_in_a_cuda_graph(dtype, reduction):
         target[:100] = -100
     graph.replay()
     for result, again in zip(
-        results, _gradients(_op, leaves, target, upstream, reduction=reduction), strict=True
+        results, _gradients(function, leaves, target, upstream, reduction=reduction), strict=True
     ):
         assert torch.equal(result, again)
 

@@ -233,6 +233,18 @@ def test_fp16_gradients_neither_underflow_nor_overflow(factor, logit_scale):
     reference.assert_no_worse(gradients[:2], unfused[1:], exact[1:], torch.float16)
 
 
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_fp16_gradients_of_logsumexp_neither_underflow_nor_overflow(factor):
+    problem = _problem(torch.float16, reduction="none")
+    zeros, of_lse = torch.zeros(TOKENS, device=DEVICE), torch.rand(TOKENS, device=DEVICE)
+    exact, unfused = (_plain(problem, zeros, kind, of_lse) for kind in (torch.float64, None))
+    _, row_max, log_sum, _ = triton_loop.forward(problem, ["logsumexp"])
+    saved, needed = (row_max, log_sum), [True, True, False]
+    gradients = triton_loop.backward(problem, needed, *saved, None, factor * of_lse)
+    results = [gradient.double() / factor for gradient in gradients[:2]]
+    reference.assert_no_worse(results, unfused[1:], exact[1:], torch.float16)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [0, 6])
