@@ -1,20 +1,31 @@
-"""The op that a match is rewritten to: schemas, kernels, fake kernels and autograd.
+"""The ops that a match is rewritten to: schemas, kernels, fake kernels and autograd.
 
 ``torch.ops.lmhead_pass.linear_cross_entropy`` is what stands in a rewritten graph:
 
-    linear_cross_entropy(hidden, weight, bias, target, class_weight, reduction, ignore_index,
-                         label_smoothing, compute_dtype, batch_chunk_size) -> loss
+    linear_cross_entropy(hidden, weight, bias, target, class_weight, coefficient, reduction,
+                         ignore_index, label_smoothing, logit_scale, softcap, compute_dtype,
+                         batch_chunk_size) -> loss
+    linear_cross_entropy_and_measures(..., measures) -> [loss, *measures]
 
-Its arguments are the fields of ``lmhead_pass.problem.Problem``. The loss is ``[]``, or ``[N]`` for
-reduction "none", in the accumulation dtype: FP32, or FP64 for FP64 products. It equals
+Their arguments are the fields of ``lmhead_pass.problem.Problem``. The loss is ``[]``, or ``[N]``
+for reduction "none", in the accumulation dtype: FP32, or FP64 for FP64 products. With
 
-    torch.nn.functional.cross_entropy(
-        torch.nn.functional.linear(hidden, weight, bias), target, class_weight, ...)
+    logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
+    logits = softcap * torch.tanh(logits / softcap)                       where there is a softcap
 
-and raises an IndexError where that does. Autograd runs on three private ops: the loss alone; the
-loss with its gradients in one pass (three products), where the reduction gives a scalar; and the
-gradients recomputed in the backward (a fourth product) for "none", where each row's upstream
-gradient is not known before.
+it equals
+
+    torch.nn.functional.cross_entropy(logits, target, class_weight, ...)
+
+and raises an IndexError where that does. A ``coefficient``, for reduction "sum" only, multiplies
+the rows' losses before they are added. It is a constant: no gradient flows to it.
+
+Measures are of each row's logits, whether the row counts or not: ``kernels/measures.py`` lists
+them. Of the measures "logsumexp" has a gradient, with reduction "none" only; the others have none.
+
+Autograd runs on three private ops: the loss alone; the loss with its gradients in one pass (three
+products), where the reduction gives a scalar; and the gradients recomputed in the backward (a
+fourth product) for "none", where each row's upstream gradient is not known before.
 """
 
 import dataclasses
@@ -22,17 +33,17 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .kernels import dispatch
+from .kernels import dispatch, measures
 from .problem import Gradients, Problem, held_dtype
 
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
-    "str reduction, int ignore_index, float label_smoothing, ScalarType compute_dtype, "
-    "SymInt batch_chunk_size"
+    "Tensor? coefficient, str reduction, int ignore_index, float label_smoothing, "
+    "float logit_scale, float? softcap, ScalarType compute_dtype, SymInt batch_chunk_size"
 )
 _FIELDS = [field.name for field in dataclasses.fields(Problem)]
 _TENSORS = _FIELDS.index("reduction")  # the fields before it are tensors
-_NOT_DIFFERENTIABLE = [None] * (len(_FIELDS) - len(Gradients._fields))
+_NOT_DIFFERENTIABLE = [None] * (len(_FIELDS) + 1 - len(Gradients._fields))  # and the measures
 
 _library = torch.library.Library("lmhead_pass", "DEF")
 
@@ -61,12 +72,16 @@ def _fake_loss(problem: Problem) -> Tensor:
     return problem.hidden.new_empty(shape, dtype=problem.accumulate_dtype)
 
 
-def _fake_forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_measures(problem: Problem, names: list[str]) -> list[Tensor]:
+    return list(measures.allocate(problem, names).values())
+
+
+def _fake_forward(problem: Problem, names: list[str]) -> list[Tensor]:
     row_max, log_sum = (
         problem.hidden.new_empty(problem.target.shape, dtype=problem.accumulate_dtype)
         for _ in range(2)
     )
-    return _fake_loss(problem), row_max, log_sum
+    return [_fake_loss(problem), row_max, log_sum, *_fake_measures(problem, names)]
 
 
 def _fake_gradients(problem: Problem, needed: list[bool]) -> Gradients:
@@ -81,24 +96,40 @@ def _fake_gradients(problem: Problem, needed: list[bool]) -> Gradients:
     )
 
 
+def _loss_and_measures(problem: Problem, names: list[str]) -> list[Tensor]:
+    loss, _, _, *measures = dispatch.forward(problem, names)
+    return [loss, *measures]
+
+
 _define(
     "linear_cross_entropy",
     "",
     "Tensor",
-    lambda problem: dispatch.forward(problem)[0],
+    lambda problem: dispatch.forward(problem, [])[0],
     _fake_loss,
 )
-_define("_forward", "", "(Tensor, Tensor, Tensor)", dispatch.forward, _fake_forward)
+_define(
+    "linear_cross_entropy_and_measures",
+    ", str[] measures",
+    "Tensor[]",
+    _loss_and_measures,
+    lambda problem, names: [_fake_loss(problem), *_fake_measures(problem, names)],
+)
+_define("_forward", ", str[] measures", "Tensor[]", dispatch.forward, _fake_forward)
 _define(
     "_forward_and_gradients",
-    ", bool[3] needed",
-    "(Tensor, Tensor, Tensor, Tensor)",
+    ", bool[3] needed, str[] measures",
+    "Tensor[]",
     dispatch.forward_and_gradients,
-    lambda problem, needed: (_fake_loss(problem), *_fake_gradients(problem, needed)),
+    lambda problem, needed, names: [
+        _fake_loss(problem),
+        *_fake_gradients(problem, needed),
+        *_fake_measures(problem, names),
+    ],
 )
 _define(
     "_backward",
-    ", bool[3] needed, Tensor row_max, Tensor log_sum, Tensor grad_losses",
+    ", bool[3] needed, Tensor row_max, Tensor log_sum, Tensor? grad_losses, Tensor? grad_logsumexp",
     "(Tensor, Tensor, Tensor)",
     dispatch.backward,
     lambda problem, needed, *_: _fake_gradients(problem, needed),
@@ -111,20 +142,26 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
+        *problem, names = arguments
         needed = list(ctx.needs_input_grad[:3])
-        loss, *gradients = _ops._forward_and_gradients(*arguments, needed)
+        loss, *results = _ops._forward_and_gradients(*problem, needed, names)
+        gradients, measures = results[:3], results[3:]
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [
             tensor.dtype if wanted else None
             for tensor, wanted in zip(arguments[:3], needed, strict=True)
         ]
-        return loss
+        ctx.mark_non_differentiable(*measures)
+        ctx.set_materialize_grads(False)
+        return loss, *measures
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, *_):
         _refuse_double_backward()
         gradients = (
-            _scale(gradient, grad_loss).to(dtype) if dtype is not None else None
+            _scale(gradient, grad_loss).to(dtype)
+            if grad_loss is not None and dtype is not None
+            else None
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *gradients, *_NOT_DIFFERENTIABLE
@@ -135,17 +172,28 @@ class _GradientsInBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        losses, row_max, log_sum = _ops._forward(*arguments)
-        ctx.save_for_backward(*arguments[:_TENSORS], row_max, log_sum)
-        ctx.options = arguments[_TENSORS:]
-        return losses
+        *problem, names = arguments
+        losses, row_max, log_sum, *measures = _ops._forward(*problem, names)
+        ctx.save_for_backward(*problem[:_TENSORS], row_max, log_sum)
+        ctx.options = problem[_TENSORS:]
+        ctx.logsumexp = names.index("logsumexp") if "logsumexp" in names else None
+        ctx.mark_non_differentiable(
+            *(measure for place, measure in enumerate(measures) if place != ctx.logsumexp)
+        )
+        ctx.set_materialize_grads(False)
+        return losses, *measures
 
     @staticmethod
-    def backward(ctx, grad_losses):
+    def backward(ctx, grad_losses, *grad_measures):
         _refuse_double_backward()
+        grad_logsumexp = None if ctx.logsumexp is None else grad_measures[ctx.logsumexp]
+        if grad_losses is None and grad_logsumexp is None:
+            return None, None, None, *_NOT_DIFFERENTIABLE
         needed = list(ctx.needs_input_grad[:3])
         *tensors, row_max, log_sum = ctx.saved_tensors
-        gradients = _ops._backward(*tensors, *ctx.options, needed, row_max, log_sum, grad_losses)
+        gradients = _ops._backward(
+            *(*tensors, *ctx.options, needed, row_max, log_sum, grad_losses, grad_logsumexp)
+        )
         gradients = (
             gradient.to(tensor.dtype) if wanted else None
             for gradient, tensor, wanted in zip(gradients, tensors[:3], needed, strict=True)
@@ -167,15 +215,29 @@ def _refuse_double_backward() -> None:
         )
 
 
-def _differentiable(*arguments):
+def _function(problem: tuple) -> type[torch.autograd.Function] | None:
+    """What differentiates a call with the arguments ``problem``; None if nothing has to."""
     wanted = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in arguments[:3]
+        tensor is not None and tensor.requires_grad for tensor in problem[:3]
     )
     if not wanted:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _ops.linear_cross_entropy(*arguments)
-    by_row = arguments[_TENSORS] == "none"
-    return (_GradientsInBackward if by_row else _GradientsInForward).apply(*arguments)
+        return None
+    return _GradientsInBackward if problem[_TENSORS] == "none" else _GradientsInForward
+
+
+def _differentiable(*problem):
+    if function := _function(problem):
+        return function.apply(*problem, [])[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.linear_cross_entropy(*problem)
+
+
+def _differentiable_with_measures(*arguments):
+    if function := _function(arguments[:-1]):
+        return list(function.apply(*arguments))
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.linear_cross_entropy_and_measures(*arguments)
 
 
 _library.impl("linear_cross_entropy", _differentiable, "Autograd")
+_library.impl("linear_cross_entropy_and_measures", _differentiable_with_measures, "Autograd")

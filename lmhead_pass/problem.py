@@ -22,16 +22,29 @@ class Problem:
     """``[N]`` int64: class indices in ``[0, V)``, or ``ignore_index``."""
     class_weight: Tensor | None
     """``[V]`` floating point: the ``weight`` argument of ``cross_entropy``."""
+    coefficient: Tensor | None
+    """``[N]`` floating point: what each row's loss is multiplied by, for reduction "sum" only."""
     reduction: str
     """``"mean"``, ``"sum"`` or ``"none"``."""
     ignore_index: int
     """Rows with this target count for nothing."""
     label_smoothing: float
     """In ``[0, 1]``."""
+    logit_scale: float
+    """What logits are multiplied by, bias and all. Not 0; 1 is off."""
+    softcap: float | None
+    """Positive: logits ``z`` become ``softcap * tanh(z / softcap)``, after the scale."""
     compute_dtype: torch.dtype
     """The dtype of the matrix products: under autocast it is not that of the tensors."""
     batch_chunk_size: int
     """At most this many rows of logits exist at once."""
+
+    def __post_init__(self) -> None:
+        if self.coefficient is not None and self.reduction != "sum":
+            raise ValueError(
+                "lmhead_pass: linear_cross_entropy takes a coefficient for each row with reduction "
+                f"'sum' only, not with '{self.reduction}'"
+            )
 
     @property
     def accumulate_dtype(self) -> torch.dtype:

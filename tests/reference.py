@@ -7,16 +7,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Logits as the loss sees them: FP32, or FP64, after the product."""
+    product = F.linear(hidden, weight, bias)
+    scaled = product.to(torch.promote_types(product.dtype, torch.float32)) * logit_scale
+    return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None = None,
+    coefficient: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
     **options,
 ) -> Tensor:
     """What the op has to compute, as its documentation defines it."""
-    return F.cross_entropy(F.linear(hidden, weight, bias), target, class_weight, **options)
+    z = logits(hidden, weight, bias, logit_scale, softcap)
+    if class_weight is not None:
+        class_weight = class_weight.to(z.dtype)
+    if coefficient is not None:
+        assert reduction == "sum"
+        losses = F.cross_entropy(z, target, class_weight, reduction="none", **options)
+        return (losses * coefficient.to(z.dtype)).sum()
+    return F.cross_entropy(z, target, class_weight, reduction=reduction, **options)
+
+
+def measures(z: Tensor) -> dict[str, Tensor]:
+    """All measures of logits ``z``, in the dtype of ``z``."""
+    return {
+        "logsumexp": z.logsumexp(-1),
+        "argmax": z.argmax(-1),
+        "max": z.amax(-1),
+        "entropy": torch.special.entr(z.softmax(-1)).sum(-1),
+        "logits": z,
+    }
 
 
 def leaf(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:

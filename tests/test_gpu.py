@@ -39,8 +39,17 @@ def _head(hidden, weight, target, reduction="mean"):
 
 def _op(hidden, weight, target, reduction="mean", rows=256):
     return torch.ops.lmhead_pass.linear_cross_entropy(
-        hidden, weight, None, target, None, reduction, -100, 0.0, hidden.dtype, rows
+        *(hidden, weight, None, target, None, None, reduction, -100, 0.0, 1.0, None),
+        *(hidden.dtype, rows),
     )
+
+
+def _op_with_measures(hidden, weight, target, reduction="mean", rows=256):
+    loss, lse, *_ = torch.ops.lmhead_pass.linear_cross_entropy_and_measures(
+        *(hidden, weight, None, target, None, None, reduction, -100, 0.0, 0.5, 30.0),
+        *(hidden.dtype, rows, ["logsumexp", "argmax", "max", "entropy", "logits"]),
+    )
+    return loss + lse if reduction == "none" else loss
 
 
 def _gradients(function, leaves, target, upstream, **options):
@@ -103,23 +112,25 @@ def test_fp32_products_follow_the_tf32_setting():
     assert losses["highest"] != losses["high"]
 
 
+@pytest.mark.parametrize("function", [_op, _op_with_measures])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_nothing_waits_for_the_device(dtype, reduction, no_sync):
+def test_nothing_waits_for_the_device(dtype, reduction, function, no_sync):
     *leaves, target = _inputs(dtype)
     upstream = torch.ones(target.numel(), device=CUDA)
-    _gradients(_op, leaves, target, upstream, reduction=reduction)
+    _gradients(function, leaves, target, upstream, reduction=reduction)
 
 
+@pytest.mark.parametrize("function", [_op, _op_with_measures])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_captured_in_a_cuda_graph(dtype, reduction):
+def test_captured_in_a_cuda_graph(dtype, reduction, function):
     *leaves, target = _inputs(dtype)
     upstream = torch.ones(target.numel(), device=CUDA)
-    expected = _gradients(_op, leaves, target, upstream, reduction=reduction)  # compiles kernels
+    expected = _gradients(function, leaves, target, upstream, reduction=reduction)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = _gradients(_op, leaves, target, upstream, reduction=reduction)
+        results = _gradients(function, leaves, target, upstream, reduction=reduction)
     graph.replay()
     assert all(map(torch.equal, results, expected))
     # Replayed for other tensors in the same memory, with another number of rows that count.
@@ -129,7 +140,7 @@ def test_captured_in_a_cuda_graph(dtype, reduction):
         target[:100] = -100
     graph.replay()
     for result, again in zip(
-        results, _gradients(_op, leaves, target, upstream, reduction=reduction), strict=True
+        results, _gradients(function, leaves, target, upstream, reduction=reduction), strict=True
     ):
         assert torch.equal(result, again)
 
@@ -176,7 +187,7 @@ target = torch.zeros(8, dtype=torch.long, device="cuda")
 target[3] = {bad}
 loss = torch.ops.lmhead_pass.linear_cross_entropy(
     torch.randn(8, 16, device="cuda"), torch.randn(100, 16, device="cuda"), None, target, None,
-    "mean", -100, 0.0, torch.float32, 8,
+    None, "mean", -100, 0.0, 1.0, None, torch.float32, 8,
 )
 print("a number:", loss.item())
 """
@@ -194,13 +205,14 @@ def test_target_out_of_range_is_a_device_assert(bad):
 def test_scratch_is_the_chunk_and_the_sum():
     tokens, hidden, vocab, rows = 8192, 1024, 32000, 1024
     *leaves, target = _inputs(tokens=tokens, hidden=hidden, vocab=vocab)
-    problem = Problem(*leaves, None, target, None, "mean", -100, 0.0, torch.bfloat16, rows)
+    options = ("mean", -100, 0.0, 1.0, None, torch.bfloat16, rows)
+    problem = Problem(*leaves, None, target, None, None, *options)
     with torch.no_grad():
-        triton_loop.forward_and_gradients(problem, [True, True, False])
+        triton_loop.forward_and_gradients(problem, [True, True, False], [])
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        results = triton_loop.forward_and_gradients(problem, [True, True, False])
+        results = triton_loop.forward_and_gradients(problem, [True, True, False], [])
     peak = torch.cuda.max_memory_allocated() - before
     gradients = sum(result.nbytes for result in results)
     chunk, total = 4 * rows * vocab, 4 * vocab * hidden

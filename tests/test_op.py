@@ -1,16 +1,20 @@
 """The op against FP64: values, gradients, and the edges where eager has something to say."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-import lmhead_pass  # noqa: F401  defines the op
+from lmhead_pass.kernels import aten
+from lmhead_pass.problem import Problem
 
 from . import reference
 
 op = torch.ops.lmhead_pass.linear_cross_entropy
+op_and_measures = torch.ops.lmhead_pass.linear_cross_entropy_and_measures
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,15 +34,21 @@ def call(
     bias,
     target,
     class_weight=None,
+    coefficient=None,
+    *,
     reduction="mean",
     ignore_index=-100,
     label_smoothing=0.0,
     rows=10,
+    logit_scale=1.0,
+    softcap=None,
+    measures=None,
 ):
-    return op(
-        *(hidden, weight, bias, target, class_weight),
-        *(reduction, ignore_index, label_smoothing, hidden.dtype, rows),
+    arguments = (
+        *(hidden, weight, bias, target, class_weight, coefficient),
+        *(reduction, ignore_index, label_smoothing, logit_scale, softcap, hidden.dtype, rows),
     )
+    return op(*arguments) if measures is None else op_and_measures(*arguments, measures)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,19 +60,25 @@ def call(
 def test_values_and_gradients(dtype, reduction, smoothing, weighted, bias):
     inputs = [*tensors(dtype, bias=bias), torch.rand(101).to(dtype) if weighted else None]
     upstream = torch.randn(37) if reduction == "none" else torch.tensor(1 / 3)
-    options = {"reduction": reduction, "label_smoothing": smoothing}
+    results = assert_no_worse(
+        inputs, {"reduction": reduction, "label_smoothing": smoothing}, upstream
+    )
+    assert [r.dtype for r in results[1:]] == [dtype] * (2 + bias)
 
-    def ours(*args):
-        return call(*args, **options)
+
+def assert_no_worse(inputs, options, upstream):
+    """The op's loss and gradients of ``inputs``, beside those of the unfused model."""
 
     def plain(*args):
         return reference.linear_cross_entropy(*args, **options)
 
     exact = reference.run(plain, [reference.leaf(t, _double(t)) for t in inputs], upstream.double())
+    # These are leaves of contiguous memory, and the op gets what it was given.
     unfused = reference.run(plain, [reference.leaf(t) for t in inputs], upstream)
-    results = reference.run(ours, [reference.leaf(t) for t in inputs], upstream)
-    reference.assert_no_worse(results, unfused, exact, dtype)
-    assert [r.dtype for r in results[1:]] == [dtype] * (2 + bias)
+    inputs = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in inputs]
+    results = reference.run(lambda *args: call(*args, **options), inputs, upstream)
+    reference.assert_no_worse(results, unfused, exact, inputs[0].dtype)
+    return results
 
 
 def _double(tensor):
@@ -97,22 +113,174 @@ def test_error_does_not_grow_with_the_number_of_chunks(dtype, reduction):
     assert errors[-1] < 1.3 * errors[1]
 
 
+# The same matrix, in the first words, the first columns, or the transpose of a larger one.
+VIEWS = {
+    "words": lambda matrix: torch.cat((matrix, matrix))[: len(matrix)],
+    "columns": lambda matrix: torch.cat((matrix, matrix / 0), 1)[:, : matrix.size(1)],
+    "transposed": lambda matrix: matrix.t().contiguous().t(),
+}
+SCALES_AND_CAPS = [(0.25, None), (-1.5, None), (1.0, 2.0), (-0.5, 3.0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_opcheck(reduction):
-    torch.library.opcheck(op.default, (*tensors(), None, reduction, -100, 0.0, torch.float32, 10))
-    hidden, weight, bias, target = tensors(bias=True)
+@pytest.mark.parametrize(("logit_scale", "softcap"), SCALES_AND_CAPS)
+@pytest.mark.parametrize("with_all", [False, True], ids=["plain", "all"])
+def test_scale_and_softcap(dtype, reduction, logit_scale, softcap, with_all):
+    options = {"reduction": reduction, "logit_scale": logit_scale, "softcap": softcap}
+    options["label_smoothing"] = 0.1 if with_all else 0.0
+    class_weight = torch.rand(101).to(dtype) if with_all else None
+    inputs = [*tensors(dtype, bias=with_all), class_weight]
+    upstream = torch.randn(37) if reduction == "none" else torch.tensor(1 / 3)
+    assert_no_worse(inputs, options, upstream)
+
+
+def test_saturated_logits_keep_their_gradient():
+    """In FP32 ``1 - tanh^2`` is 0 for the largest of these, and has no digit for many more."""
+    target = tensors(tokens=24, ignored=False)[3]
+    weight = torch.randn(101, 16).sign() * torch.linspace(1, 9, 101).unsqueeze(1)
+    hidden = torch.eye(24, 16).requires_grad_()
+    inputs = [hidden, weight.requires_grad_(), None, target]
+
+    def gradients(function, dtype=None):
+        leaves = [reference.leaf(t, dtype if t is not None and t.requires_grad else None)
+                  for t in inputs]  # fmt: skip
+        function(*leaves).backward()
+        return leaves[1].grad.double()
+
+    exact = gradients(
+        lambda *a: reference.linear_cross_entropy(*a, softcap=1.0), dtype=torch.float64
+    )
+    ours = gradients(lambda *a: call(*a, softcap=1.0))
+    unfused = gradients(lambda *a: reference.linear_cross_entropy(*a, softcap=1.0))
+
+    def error(result):  # of each word by itself, whose gradient is as small as its slope
+        return ((result - exact).abs().amax(1) / exact.abs().amax(1)).amax().item()
+
+    # exp(2 y) for y up to 9 knows 18 roundings of y less; the softmax and the sums add a few.
+    assert error(ours) < 64 * torch.finfo(torch.float32).eps < error(unfused)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_all", [False, True], ids=["plain", "all"])
+def test_coefficient(dtype, with_all):
+    options = {"reduction": "sum"}
+    class_weight = None
+    if with_all:
+        options |= {"label_smoothing": 0.1, "logit_scale": -0.5, "softcap": 3.0}
+        class_weight = torch.rand(101).to(dtype)
+    coefficient = torch.randn(37).to(dtype)
+    coefficient[:4] = 0
+    inputs = [*tensors(dtype, bias=with_all), class_weight, coefficient]
+    assert_no_worse(inputs, options, torch.tensor(1 / 3))
+
+
+def test_coefficient_is_a_constant():
+    inputs = tensors()
+    coefficient = torch.rand(37).requires_grad_()
+    call(*inputs, coefficient=coefficient, reduction="sum").backward()
+    assert coefficient.grad is None
+
+
+def test_coefficient_multiplies_whatever_the_loss_is():
+    """0 times an infinite loss is NaN, as it is in eager; an ignored row has no loss."""
+    hidden, weight, _, target = tensors(ignored=False)
+    bias = torch.zeros(101)
+    target[3], bias[7] = 7, -torch.inf
+    target[target == 7] = 8
+    target[3] = 7
+    coefficient = torch.ones(37)
+    options = {"reduction": "sum", "coefficient": coefficient}
+    assert call(hidden, weight, bias, target, **options).isposinf()
+    coefficient[3] = 0
+    assert call(hidden, weight, bias, target, **options).isnan()
+    target[3] = -100
+    coefficient[3] = torch.nan
+    assert call(hidden, weight, bias, target, **options).isfinite()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("fake", [False, True])
+def test_coefficient_needs_a_sum(reduction, requires_grad, fake):
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        inputs = [t.detach().requires_grad_(requires_grad) if t is not None and
+                  t.is_floating_point() else t for t in tensors()]  # fmt: skip
+        with pytest.raises(ValueError, match=f"'sum' only, not with '{reduction}'"):
+            call(*inputs, reduction=reduction, coefficient=torch.rand(37))
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+@pytest.mark.parametrize("logit_scale", [2.0**12, -(2.0**12)])
+def test_float16_scaling_knows_the_logit_scale(logit_scale, factor):
+    """What goes through the products is the gradient before the scale, times any upstream."""
+    hidden, weight, _, target = tensors(torch.float16)
+    hidden.data /= 2**6
+    weight.data /= 2**6
+    inputs = [hidden, weight, None, target]
+    upstream = factor * torch.rand(37)
+    options = {"reduction": "none", "logit_scale": logit_scale}
+
+    def gradients(function, dtype=None):
+        leaves = [
+            reference.leaf(t, dtype if t is not None and t.is_floating_point() else None)
+            for t in inputs
+        ]
+        loss = function(*leaves, **options)
+        loss.backward(upstream.to(loss.dtype))
+        return [leaf.grad for leaf in leaves[:2]]
+
+    exact = gradients(reference.linear_cross_entropy, torch.float64)
+    problem = Problem(
+        *(hidden.detach(), weight.detach(), None, target, None, None),
+        *("none", -100, 0.0, logit_scale, None, torch.float16, 10),
+    )
+    _, row_max, log_sum = aten.forward(problem, [])
+    results = aten.backward(problem, [True, True, False], row_max, log_sum, upstream, None)
+    # Held in FP32, so that these are not rounded again: logits, gradients of logits and products
+    # are, to FP16.
+    for error in reference.errors(results[:2], exact):
+        assert error < 4 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", VIEWS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_weight_that_is_a_view(dtype, layout, reduction):
+    hidden, weight, _, target = tensors(dtype)
+    weight = VIEWS[layout](weight.detach())
+    assert_no_worse(
+        [hidden, weight.requires_grad_(), None, target],
+        {"reduction": reduction},
+        torch.randn(37 if reduction == "none" else ()),
+    )
+
+
+@pytest.mark.parametrize("measures", [None, ["logsumexp", "argmax", "max", "entropy", "logits"]])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_opcheck(reduction, measures):
+    extra = [] if measures is None else [measures]
+    public = op if measures is None else op_and_measures
+    coefficient = torch.rand(37) if reduction == "sum" else None
+    problem = [*tensors(), None, coefficient, reduction, -100, 0.0, 1.0, None, torch.float32, 10]
+    torch.library.opcheck(public.default, (*problem, *extra))
+    hidden, weight, bias, target = (
+        t.detach() if t.is_floating_point() else t for t in tensors(bias=True)
+    )
     needed = [True, False, True]
-    problem = [hidden, weight, bias, target, torch.rand(101), reduction, -100, 0.1, torch.float32]
-    problem = [t.detach() if isinstance(t, torch.Tensor) else t for t in problem] + [10]
+    problem = [hidden, weight, bias, target, torch.rand(101), coefficient]
+    problem += [reduction, -100, 0.1, -0.5, 3.0, torch.float32, 10]
     private = torch.ops.lmhead_pass
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(private._forward.default, tuple(problem), test_utils=checks)
+    measures = measures or []
+    torch.library.opcheck(private._forward.default, (*problem, measures), test_utils=checks)
     if reduction == "none":
-        _, row_max, log_sum = private._forward(*problem)
-        arguments = (*problem, needed, row_max, log_sum, torch.rand(37))
-        torch.library.opcheck(private._backward.default, arguments, test_utils=checks)
+        _, row_max, log_sum, *_ = private._forward(*problem, measures)
+        for upstream in ((torch.rand(37), None), (None, torch.rand(37)), torch.rand(2, 37)):
+            arguments = (*problem, needed, row_max, log_sum, *upstream)
+            torch.library.opcheck(private._backward.default, arguments, test_utils=checks)
     else:
-        arguments = (*problem, needed)
+        arguments = (*problem, needed, measures)
         torch.library.opcheck(private._forward_and_gradients.default, arguments, test_utils=checks)
 
 

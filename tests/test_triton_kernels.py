@@ -24,6 +24,7 @@ OPTIONS = {
         "class_weight": _positive(vocab),
     },
     "logit_scale": lambda vocab: {"logit_scale": 0.0625},
+    "negative_scale": lambda vocab: {"logit_scale": -1.25, "bias": _random(vocab)},
     "softcap": lambda vocab: {"softcap": 3.0},
     "z_loss": lambda vocab: {"z_loss": 1e-2},
     "all": lambda vocab: {
@@ -65,13 +66,7 @@ def _targets(vocab, ignore_index=-100):
 
 def _plain(logits, target, terms):
     """Losses of rows as the kernels' text defines them, in the dtype of the logits."""
-    dtype = logits.dtype
-    if terms.bias is not None:
-        logits = logits + terms.bias.to(dtype)
-    if terms.logit_scale is not None:
-        logits = logits * terms.logit_scale
-    if terms.softcap is not None:
-        logits = terms.softcap * torch.tanh(logits / terms.softcap)
+    dtype, logits = logits.dtype, _transformed(logits, terms)
     losses = F.cross_entropy(
         logits,
         target,
@@ -82,6 +77,16 @@ def _plain(logits, target, terms):
     )
     z_losses = terms.z_loss * logits.logsumexp(1) ** 2
     return losses + z_losses.masked_fill(target == terms.ignore_index, 0)
+
+
+def _transformed(logits, terms):
+    if terms.bias is not None:
+        logits = logits + terms.bias.to(logits.dtype)
+    if terms.logit_scale is not None:
+        logits = logits * terms.logit_scale
+    if terms.softcap is not None:
+        logits = terms.softcap * torch.tanh(logits / terms.softcap)
+    return logits
 
 
 def _plain_and_gradient(logits, target, terms, coefficient, dtype):
@@ -133,6 +138,41 @@ def test_losses_and_gradients(vocab, options, dtypes, in_place=True):
     for ours in _kernels(logits, *given, gradient_dtype, in_place):
         _assert_no_worse(ours, plain, exact, gradient_dtype)
         assert not ours[1][target == terms.ignore_index].any()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: str(pair[1]))
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_log_sum_exps_of_every_row(vocab, options, dtypes):
+    """Values and gradients, of the losses and the log-sum-exps at once; one row has no loss."""
+    dtype, gradient_dtype = dtypes
+    terms = Terms(**OPTIONS[options](vocab))
+    logits = (3 * _random(ROWS, vocab)).to(dtype)
+    target = _targets(vocab, terms.ignore_index)
+    coefficient, of_lse = _random(2, ROWS).to(dtype)
+
+    def plain(dtype):
+        leaf = logits.detach().to(dtype).requires_grad_()
+        losses, lse = _plain(leaf, target, terms), _transformed(leaf, terms).logsumexp(1)
+        upstream = [coefficient.to(dtype), of_lse.to(dtype)]
+        (gradient,) = torch.autograd.grad([losses, lse], leaf, upstream)
+        return [losses.detach(), lse.detach(), gradient]
+
+    loss, row_max, log_sum = (logits.new_full((ROWS,), 7.0) for _ in range(3))
+    row_losses(logits, target, terms, loss, row_max, log_sum, every_row=True)
+    assert (loss == 0).tolist() == (target == terms.ignore_index).tolist() or vocab == 1
+    gradient = logits.view(gradient_dtype)[:, :vocab]
+    exact, unfused = plain(torch.float64), plain(dtype)
+    row_gradients(
+        logits, target, terms, gradient, coefficient,
+        saved=(row_max, log_sum), grad_logsumexp=of_lse,
+    )  # fmt: skip
+    for part in (slice(0, 1), slice(1, 2)):  # losses, then log-sum-exps
+        ours = [loss, row_max + log_sum][part] + [gradient]
+        _assert_no_worse(
+            *(ours, unfused[part] + unfused[2:], exact[part] + exact[2:], gradient_dtype)
+        )
+    assert gradient[1].any()
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: str(pair[1]))
@@ -258,7 +298,9 @@ from lmhead_pass.kernels import triton_rows
 ON = dict(SMOOTHING=0.1, SPREAD=1e-6, LOGIT_SCALE=0.5, SOFTCAP=30.0, Z_LOSS=1e-4)
 OFF = dict(SMOOTHING=0.0, SPREAD=0.0, LOGIT_SCALE=None, SOFTCAP=None, Z_LOSS=0.0)
 OFF |= dict(bias_ptr=None, class_weight_ptr=None, class_weight_sum_ptr=None, coefficient_ptr=None)
-SAVED, FUSED = dict(loss_ptr=None), dict(row_max_ptr=None, log_sum_ptr=None)
+NO_LSE = dict(grad_logsumexp_ptr=None)
+SAVED, SAVED_WITH_LSE = dict(loss_ptr=None, **NO_LSE), dict(loss_ptr=None)
+FUSED = dict(row_max_ptr=None, log_sum_ptr=None, **NO_LSE)
 
 
 def build(kernel, constants, target):
@@ -275,8 +317,9 @@ def build(kernel, constants, target):
 for target in (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)):
     for options in (ON, OFF):
         options = options | dict(COLUMNS=4096)
-        build(triton_rows._loss_kernel, options, target)
-        for how in (SAVED, FUSED):
+        for every_row in (False, True):
+            build(triton_rows._loss_kernel, options | dict(EVERY_ROW=every_row), target)
+        for how in (SAVED, SAVED_WITH_LSE, FUSED):
             build(triton_rows._gradient_kernel, options | how, target)
 """
 

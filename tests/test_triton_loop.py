@@ -8,11 +8,13 @@ from lmhead_pass.kernels import aten, products
 from lmhead_pass.problem import Problem
 
 from . import reference
+from .test_op import VIEWS
 from .triton_device import DEVICE  # before what imports Triton
 
 from lmhead_pass.kernels import triton_loop  # isort: skip
 
 TOKENS, HIDDEN, VOCAB = 13, 8, 301
+MEASURES = ("logsumexp", "argmax", "max", "entropy", "logits")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The interpreter computes with numpy, which warns of what the device does in silence.
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def _problem(dtype=torch.float32, tokens=TOKENS, rows=4, **options):
-    """Options are those of Problem, but for bias and class_weight, which are True or False."""
+    """Options are those of Problem, but for three tensors, which are True or False."""
 
     def random(*shape):
         return torch.randn(*shape, device=DEVICE).to(dtype)
@@ -34,63 +36,155 @@ def _problem(dtype=torch.float32, tokens=TOKENS, rows=4, **options):
         "reduction": "mean",
         "ignore_index": -100,
         "label_smoothing": 0.0,
+        "logit_scale": 1.0,
+        "softcap": None,
         "compute_dtype": dtype,
         "batch_chunk_size": rows,
     }
     given |= options
     given["bias"] = random(VOCAB) if options.get("bias") else None
     given["class_weight"] = random(VOCAB).abs() + 0.5 if options.get("class_weight") else None
+    given["coefficient"] = random(tokens) if options.get("coefficient") else None
     return Problem(**given)
 
 
-def _run(loop, problem, upstream):
-    needed = [True, True, problem.bias is not None]
+def _run(loop, problem, upstream, measures=()):
+    """The loss, its gradients, and the measures."""
+    needed, measures = [True, True, problem.bias is not None], list(measures)
     if problem.reduction == "none":
-        loss, row_max, log_sum = loop.forward(problem)
-        gradients = loop.backward(problem, needed, row_max, log_sum, upstream)
+        loss, row_max, log_sum, *taken = loop.forward(problem, measures)
+        gradients = loop.backward(problem, needed, row_max, log_sum, upstream, None)
     else:
-        loss, *gradients = loop.forward_and_gradients(problem, needed)
-    return [loss, *(gradient for gradient, wanted in zip(gradients, needed, strict=True) if wanted)]
+        loss, *results = loop.forward_and_gradients(problem, needed, measures)
+        gradients, taken = results[:3], results[3:]
+    gradients = [gradient for gradient, wanted in zip(gradients, needed, strict=True) if wanted]
+    return [loss, *gradients, *taken]
 
 
-def _plain(problem, upstream, dtype=None):
+def _plain(problem, upstream, dtype=None, grad_logsumexp=None):
+    """The loss and its gradients by plain PyTorch; with ``grad_logsumexp`` the sum of both."""
     leaves = [
         None if t is None else t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
         for t in (problem.hidden, problem.weight, problem.bias)
     ]
-    class_weight = problem.class_weight
     loss = reference.linear_cross_entropy(
         *leaves,
         problem.target,
-        None if class_weight is None else class_weight.to(leaves[0].dtype),
+        problem.class_weight,
+        problem.coefficient,
         reduction=problem.reduction,
         label_smoothing=problem.label_smoothing,
+        logit_scale=problem.logit_scale,
+        softcap=problem.softcap,
     )
-    loss.backward(upstream.to(loss.dtype) if problem.reduction == "none" else None)
+    total = (loss * upstream).sum() if problem.reduction == "none" else loss
+    if grad_logsumexp is not None:
+        z = reference.logits(*leaves, problem.logit_scale, problem.softcap)
+        total = total + (z.logsumexp(1) * grad_logsumexp).sum()
+    total.backward()
     return [loss.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
 def _assert_no_worse(problem):
     upstream = torch.randn(problem.hidden.size(0), device=DEVICE)
     exact = _plain(problem, upstream, torch.float64)
+    unfused = _plain(problem, upstream)
     results = _run(triton_loop, problem, upstream)
-    reference.assert_no_worse(results, _plain(problem, upstream), exact, problem.compute_dtype)
-    alone, *_ = triton_loop.forward(problem)
+    reference.assert_no_worse(results, unfused, exact, problem.compute_dtype)
+    alone, *_ = triton_loop.forward(problem, [])
     torch.testing.assert_close(alone, results[0])
+
+    results = _run(triton_loop, problem, upstream, MEASURES)
+    loss_and_gradients, measures = results[: len(exact)], results[len(exact) :]
+    reference.assert_no_worse(loss_and_gradients, unfused, exact, problem.compute_dtype)
+    assert_measures(problem, measures)
+
+
+def assert_measures(problem, measures):
+    """They are of all rows, also of those that have no loss."""
+    measures = dict(zip(MEASURES, measures, strict=True))
+    inputs = (problem.hidden, problem.weight, problem.bias)
+    options = (problem.logit_scale, problem.softcap)
+    exact = reference.measures(
+        reference.logits(*(None if t is None else t.double() for t in inputs), *options)
+    )
+    unfused = reference.measures(reference.logits(*inputs, *options))
+    assert torch.equal(measures["argmax"], measures["logits"].argmax(1))
+    assert torch.equal(measures["max"], measures["logits"].amax(1))
+    assert measures["max"].dtype == measures["logits"].dtype == problem.compute_dtype
+    for names, dtype in (
+        (("logits", "max"), problem.compute_dtype),
+        (("logsumexp", "entropy"), problem.accumulate_dtype),
+    ):
+        ours, theirs, right = ([m[name] for name in names] for m in (measures, unfused, exact))
+        assert [m.dtype for m in ours] == [dtype] * 2
+        reference.assert_no_worse(ours, theirs, right, dtype)
+
+
+LOSS = {"bias": True, "class_weight": True, "label_smoothing": 0.1}
+LOGITS = {"logit_scale": -1.5, "softcap": 3.0}
+OPTIONS = {
+    "plain": {},
+    "loss": LOSS,
+    "scale": {"logit_scale": 0.25},
+    "softcap": {"softcap": 2.0},
+    "all": {**LOSS, **LOGITS},
+}
 
 
 @pytest.mark.parametrize("rows", [4, 512], ids=["chunks", "one_chunk"])
-@pytest.mark.parametrize("with_all", [False, True], ids=["plain", "all"])
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_and_gradients(dtype, reduction, with_all, rows):
-    smoothing = 0.1 if with_all else 0.0
+def test_values_gradients_and_measures(dtype, reduction, options, rows):
     tokens = TOKENS + HIDDEN  # more than one chunk, also where a single one may be larger
-    problem = _problem(
-        dtype, tokens, rows, reduction=reduction, bias=with_all, class_weight=with_all,
-        label_smoothing=smoothing,
-    )  # fmt: skip
+    _assert_no_worse(_problem(dtype, tokens, rows, reduction=reduction, **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_coefficient(dtype, options):
+    problem = _problem(dtype, reduction="sum", coefficient=True, **OPTIONS[options])
     _assert_no_worse(problem)
+    problem.coefficient[::5] = float("nan")  # of rows that have no loss
+    assert triton_loop.forward(problem, [])[0].isfinite()
+
+
+@pytest.mark.parametrize("which", ["logsumexp", "both"])
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_logsumexp(dtype, options, which):
+    problem = _problem(dtype, reduction="none", **OPTIONS[options])
+    upstream, of_lse = torch.randn(2, TOKENS, device=DEVICE)
+    if which == "logsumexp":
+        upstream = torch.zeros(TOKENS, device=DEVICE)
+    exact, unfused = (
+        _plain(problem, upstream, kind, of_lse) for kind in (torch.float64, problem.compute_dtype)
+    )
+    _, row_max, log_sum, lse = triton_loop.forward(problem, ["logsumexp"])
+    torch.testing.assert_close(lse, row_max + log_sum, rtol=0, atol=0)
+    needed = [True, True, problem.bias is not None]
+    gradients = triton_loop.backward(
+        *(problem, needed, row_max, log_sum, None if which == "logsumexp" else upstream, of_lse)
+    )
+    gradients = gradients[: len(exact) - 1]
+    assert gradients[0][::5].abs().amax(1).all()  # of rows that have no loss
+    reference.assert_no_worse(gradients, unfused[1:], exact[1:], dtype)
+
+
+@pytest.mark.parametrize("shape", ["words", "columns", "transposed"])
+def test_a_weight_that_is_a_view_is_not_copied(shape):
+    plain = _problem(tokens=40, rows=1)
+    weight = VIEWS[shape](plain.weight)
+    view = Problem(**{**vars(plain), "weight": weight})
+    sizes, results = [], []
+    for problem in (plain, view):
+        with _Calls() as calls:
+            results.append(_run(triton_loop, problem, None, ["logsumexp"]))
+        calls.memory.pop(problem.weight.untyped_storage().data_ptr())  # seen as a view
+        sizes.append(sorted(calls.memory.values()))
+    assert sizes[0] == sizes[1]
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("rows", [4, 512])
@@ -123,16 +217,32 @@ def test_rounding_is_that_of_one_product_however_many_chunks():
         assert one <= other + torch.finfo(torch.bfloat16).eps / 4
 
 
+@pytest.mark.parametrize("logit_scale", [1.0, -(2.0**12)])
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
-def test_fp16_gradients_neither_underflow_nor_overflow(factor):
-    problem = _problem(torch.float16, reduction="none", class_weight=True, label_smoothing=0.1)
+def test_fp16_gradients_neither_underflow_nor_overflow(factor, logit_scale):
+    options = {"class_weight": True, "label_smoothing": 0.1, "logit_scale": logit_scale}
+    problem = _problem(torch.float16, reduction="none", **options)
+    problem.weight.div_(abs(logit_scale))
     upstream = torch.full((TOKENS,), factor, device=DEVICE)
     exact = _plain(problem, upstream, torch.float64)
     unfused = _plain(problem, torch.ones_like(upstream))
     unfused = [unfused[0], *(gradient.double() * factor for gradient in unfused[1:])]
-    _, row_max, log_sum = triton_loop.forward(problem)
-    gradients = triton_loop.backward(problem, [True, True, False], row_max, log_sum, upstream)
+    _, row_max, log_sum = triton_loop.forward(problem, [])
+    needed = [True, True, False]
+    gradients = triton_loop.backward(problem, needed, row_max, log_sum, upstream, None)
     reference.assert_no_worse(gradients[:2], unfused[1:], exact[1:], torch.float16)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_fp16_gradients_of_logsumexp_neither_underflow_nor_overflow(factor):
+    problem = _problem(torch.float16, reduction="none")
+    zeros, of_lse = torch.zeros(TOKENS, device=DEVICE), torch.rand(TOKENS, device=DEVICE)
+    exact, unfused = (_plain(problem, zeros, kind, of_lse) for kind in (torch.float64, None))
+    _, row_max, log_sum, _ = triton_loop.forward(problem, ["logsumexp"])
+    saved, needed = (row_max, log_sum), [True, True, False]
+    gradients = triton_loop.backward(problem, needed, *saved, None, factor * of_lse)
+    results = [gradient.double() / factor for gradient in gradients[:2]]
+    reference.assert_no_worse(results, unfused[1:], exact[1:], torch.float16)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -141,7 +251,7 @@ def test_fp16_gradients_neither_underflow_nor_overflow(factor):
 def test_no_row_counts(reduction, dtype, tokens):
     problem = _problem(dtype, tokens, bias=True, reduction=reduction)
     problem.target.fill_(-100)
-    loss, *gradients = triton_loop.forward_and_gradients(problem, [True] * 3)
+    loss, *gradients = triton_loop.forward_and_gradients(problem, [True] * 3, [])
     assert loss.isnan() if reduction == "mean" else loss == 0
     assert not any(gradient.any() for gradient in gradients)
 
@@ -149,8 +259,8 @@ def test_no_row_counts(reduction, dtype, tokens):
 @pytest.mark.parametrize("needed", [[True, False, False], [False, True, False], [False] * 3])
 def test_only_what_is_needed(needed):
     problem = _problem(bias=True)
-    _, *gradients = triton_loop.forward_and_gradients(problem, needed)
-    _, *every = triton_loop.forward_and_gradients(problem, [True] * 3)
+    _, *gradients = triton_loop.forward_and_gradients(problem, needed, [])
+    _, *every = triton_loop.forward_and_gradients(problem, [True] * 3, [])
     for gradient, full, wanted in zip(gradients, every, needed, strict=True):
         assert torch.equal(gradient, full) if wanted else gradient.numel() == 0
 
@@ -174,7 +284,7 @@ def test_target_out_of_range(bad):
     problem = _problem()
     problem.target[3] = bad
     with pytest.raises(RuntimeError, match="a target is out of bounds"):
-        triton_loop.forward(problem)
+        triton_loop.forward(problem, [])
 
 
 class _Calls(TorchDispatchMode):
@@ -182,7 +292,7 @@ class _Calls(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.names, self.memory = set(), {}
+        self.names, self.memory, self._alive = set(), {}, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -190,26 +300,32 @@ class _Calls(TorchDispatchMode):
         if isinstance(result, torch.Tensor):
             storage = result.untyped_storage()
             self.memory[storage.data_ptr()] = storage.nbytes()
+            self._alive.append(storage)  # so that no other gets its place
         return result
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nothing_reads_the_device(reduction, dtype):
-    problem = _problem(dtype, reduction=reduction, bias=True, class_weight=True)
+    options = {**OPTIONS["all"], "coefficient": reduction == "sum"}
+    problem = _problem(dtype, reduction=reduction, **options)
+    ones = torch.ones(TOKENS, device=DEVICE)
     with _Calls() as calls:
-        _run(triton_loop, problem, torch.ones(TOKENS, device=DEVICE))
+        _run(triton_loop, problem, ones)
+        _run(triton_loop, problem, ones, MEASURES)
+        if reduction == "none":
+            triton_loop.backward(problem, [True] * 3, ones, ones, None, ones)
     reading = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero"}
     assert not calls.names & reading
     with _Calls() as calls:  # the check can fail
-        _run(aten, problem, torch.ones(TOKENS, device=DEVICE))
+        _run(aten, problem, ones)
     assert calls.names & reading
 
 
 def test_only_one_buffer_of_the_size_of_the_weight():
     problem = _problem(tokens=40, rows=1)
     with _Calls() as calls:
-        triton_loop.forward_and_gradients(problem, [True, True, False])
+        triton_loop.forward_and_gradients(problem, [True, True, False], [])
     size = VOCAB * HIDDEN * 4
     weight = problem.weight.untyped_storage().data_ptr()  # seen as a view
     large = [n for place, n in calls.memory.items() if n >= size and place != weight]

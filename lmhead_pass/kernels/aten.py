@@ -3,16 +3,23 @@
 For each chunk of rows there is one product for the logits; then the row work, in place and
 in blocks of rows that stay in the processor's cache; then the products that turn the
 logits' gradient into those of ``hidden`` and ``weight``. Rows whose target is
-``ignore_index`` take part in none of it.
+``ignore_index`` take part in none of it, unless measures are asked for: these have a pass of
+their own.
 
-With logits ``z``, target ``t``, class weights ``c`` (1 if there are none) with sum ``C``, and
-label smoothing ``e`` over ``V`` classes, ``torch.nn.functional.cross_entropy`` defines a row's
-loss as below; its gradient follows:
+With ``x`` what the product gave (with the bias), the loss is that of the logits
 
-    nll  = log(sum_v exp z_v) - z_t
-    loss = (1 - e) c_t nll + e / V sum_v c_v (log(sum_u exp z_u) - z_v)
+    z = cap tanh(s x / cap)                    logit scale s, softcap cap; without a cap s x
+
+With target ``t``, class weights ``c`` (1 if there are none) with sum ``C``, and label smoothing
+``e`` over ``V`` classes, ``torch.nn.functional.cross_entropy`` defines a row's loss as below;
+its gradient follows:
+
+    lse  = log(sum_v exp z_v)                                              nll = lse - z_t
+    loss = (1 - e) c_t nll + e / V sum_v c_v (lse - z_v)
     d loss / d z_v = ((1 - e) c_t + e C / V) p_v - e / V c_v               for v other than t
     d loss / d z_t = e C / V p_t - e / V c_t - (1 - e) c_t (1 - p_t)
+    d lse  / d z_v = p_v
+    d z / d x      = s (1 - tanh^2) = s / cosh^2
 
 with ``1 - p_t = -expm1(-nll)``: subtracting 1 from a probability that rounds to 1 would lose
 the whole gradient of a confident row.
@@ -20,12 +27,14 @@ the whole gradient of a confident row.
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..chunking import even_rows
 from ..problem import Gradients, Problem, held_dtype
+from .measures import Measures
 
 # The row work reads a block several times: let it stay in the caches of a few cores.
 _BLOCK_BYTES = 1 << 22
@@ -37,64 +46,125 @@ _PRODUCT_WORDS = 4096
 _FP16_MAGNITUDE_BITS = 8
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss alone: one product.
+def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
+    """The loss and the measures: one product.
 
-    Returns ``(loss, row_max, log_sum)``, all in the accumulation dtype: the loss (``[]``, or
-    ``[N]`` for reduction "none"), and what the backward of "none" wants of each row (``[N]``):
-    its largest logit, and the log of its sum of ``exp(logit - row_max)``.
+    Returns ``[loss, row_max, log_sum, *measures]``. The first three are in the accumulation dtype:
+    the loss (``[]``, or ``[N]`` for reduction "none"), and what the backward of "none" wants of
+    each row (``[N]``): its largest logit, and the log of its sum of ``exp(logit - row_max)``. For
+    rows without a loss these are 0 unless measures are asked for.
     """
-    rows = _Rows(problem)
+    rows, taken = _Rows(problem), Measures(problem, measures)
     losses, row_max, log_sum = (_zeros(problem) for _ in range(3))
-    for chunk, _, logits in _chunks(problem, rows):
-        for part, block in _blocks(chunk, logits, problem.accumulate_dtype):
+    if taken:
+        _measure_ignored(problem, rows, taken, row_max, log_sum)
+    for chunk, _, logits in _chunks(problem, rows.index):
+        for part, block in _blocks(problem, chunk, logits):
             index = rows.index[part]
+            taken.take(index, block)
             row_max[index] = maximum = block.amax(1)
             block.sub_(maximum.unsqueeze(1))
             losses[index], _, log_sum[index] = _exponentiate_(block, rows, part)
-    if problem.reduction == "none":
-        return losses, row_max, log_sum
-    return losses.sum() / rows.denominator, row_max, log_sum
+    return [rows.reduce(losses), row_max, log_sum, *taken.finish(row_max, log_sum)]
 
 
-def forward_and_gradients(problem: Problem, needed: list[bool]) -> tuple[Tensor, ...]:
-    """The scalar loss and, in the same pass, its gradients: three products.
+def forward_and_gradients(
+    problem: Problem, needed: list[bool], measures: list[str]
+) -> list[Tensor]:
+    """The scalar loss, the measures and, in the same pass, the loss's gradients: three products.
 
-    ``needed`` says for hidden, weight and bias whether a gradient is wanted. Returns the loss and
-    the three ``Gradients`` for an upstream gradient of 1, in ``held_dtype`` of their input.
+    ``needed`` says for hidden, weight and bias whether a gradient is wanted. Returns the loss, the
+    three ``Gradients`` for an upstream gradient of 1, in ``held_dtype`` of their input, and the
+    measures.
     """
-    rows = _Rows(problem)
-    sums = _GradientSums(problem, needed, rows, rows.denominator.reciprocal().expand(len(rows)))
-    losses = _zeros(problem)
-    for chunk, hidden, logits in _chunks(problem, rows):
-        for part, block in _blocks(chunk, logits, problem.accumulate_dtype, write_back=True):
-            block.sub_(block.amax(1, keepdim=True))
-            losses[rows.index[part]], nll, log_sum = _exponentiate_(block, rows, part)
-            _differentiate_(block, rows, part, nll, log_sum, sums.coefficient[part])
+    rows, taken = _Rows(problem), Measures(problem, measures)
+    losses, row_max, log_sum = (_zeros(problem) for _ in range(3))
+    if taken:
+        _measure_ignored(problem, rows, taken, row_max, log_sum)
+    sums = _GradientSums(problem, needed, rows.reach(rows.upstream))
+    upstream = rows.upstream * sums.factor
+    for chunk, hidden, logits in _chunks(problem, rows.index):
+        for part, block in _blocks(problem, chunk, logits, write_back=True):
+            index = rows.index[part]
+            taken.take(index, block)
+            row_max[index] = maximum = block.amax(1)
+            block.sub_(maximum.unsqueeze(1))
+            losses[index], nll, log_sum[index] = _exponentiate_(block, rows, part)
+            _differentiate_(block, rows, part, nll, log_sum[index], upstream[part])
         sums.add(rows.index[chunk], hidden, logits)
-    return losses.sum() / rows.denominator, *sums.finish()
+    return [rows.reduce(losses), *sums.finish(), *taken.finish(row_max, log_sum)]
 
 
 def backward(
-    problem: Problem, needed: list[bool], row_max: Tensor, log_sum: Tensor, grad_losses: Tensor
+    problem: Problem,
+    needed: list[bool],
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad_losses: Tensor | None,
+    grad_logsumexp: Tensor | None,
 ) -> Gradients:
-    """Gradients of per-row losses, for ``grad_losses`` ``[N]`` from upstream: three products.
+    """Gradients of per-row losses, and of the measure "logsumexp": three products.
 
-    ``row_max`` and ``log_sum`` are what ``forward`` returned. The gradients come in
-    ``held_dtype`` of their input.
+    ``grad_losses`` and ``grad_logsumexp`` ``[N]`` come from upstream; None is 0. ``row_max`` and
+    ``log_sum`` are what ``forward`` returned. The gradients come in ``held_dtype`` of their input.
     """
     rows = _Rows(problem)
+    grad_losses = _zeros(problem) if grad_losses is None else grad_losses
     upstream = grad_losses.to(problem.accumulate_dtype).index_select(0, rows.index)
-    sums = _GradientSums(problem, needed, rows, upstream)
-    for chunk, hidden, logits in _chunks(problem, rows):
-        for part, block in _blocks(chunk, logits, problem.accumulate_dtype, write_back=True):
+    reach = rows.reach(upstream)
+    if grad_logsumexp is not None:
+        grad_logsumexp = grad_logsumexp.to(problem.accumulate_dtype)
+        reach = torch.cat((reach, grad_logsumexp))
+    sums = _GradientSums(problem, needed, reach)
+    upstream = upstream * sums.factor
+    for_lse = None
+    if grad_logsumexp is not None:
+        grad_logsumexp = grad_logsumexp * sums.factor
+        for_lse = grad_logsumexp.index_select(0, rows.index)
+        _differentiate_ignored(problem, rows, sums, row_max, log_sum, grad_logsumexp)
+    for chunk, hidden, logits in _chunks(problem, rows.index):
+        for part, block in _blocks(problem, chunk, logits, write_back=True):
             index = rows.index[part]
             block.sub_(row_max[index].unsqueeze(1))
             nll = log_sum[index] - block.gather(1, rows.target[part]).squeeze(1)
             block.exp_()
-            _differentiate_(block, rows, part, nll, log_sum[index], sums.coefficient[part])
+            _differentiate_(
+                block, rows, part, nll, log_sum[index], upstream[part],
+                None if for_lse is None else for_lse[part],
+            )  # fmt: skip
         sums.add(rows.index[chunk], hidden, logits)
     return sums.finish()
+
+
+# The rows without a loss have a pass before that of the others, in a function of its own: its
+# buffer is gone when theirs is made.
+
+
+def _measure_ignored(
+    problem: Problem, rows: "_Rows", taken: Measures, row_max: Tensor, log_sum: Tensor
+) -> None:
+    for chunk, _, logits in _chunks(problem, rows.ignored):
+        for part, block in _blocks(problem, chunk, logits):
+            index = rows.ignored[part]
+            taken.take(index, block)
+            row_max[index] = maximum = block.amax(1)
+            log_sum[index] = block.sub_(maximum.unsqueeze(1)).exp_().sum(1).log()
+
+
+def _differentiate_ignored(
+    problem: Problem,
+    rows: "_Rows",
+    sums: "_GradientSums",
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad_logsumexp: Tensor,
+) -> None:
+    for chunk, hidden, logits in _chunks(problem, rows.ignored):
+        for part, block in _blocks(problem, chunk, logits, write_back=True):
+            index = rows.ignored[part]
+            factor = grad_logsumexp[index] * torch.exp(-log_sum[index])
+            block.sub_(row_max[index].unsqueeze(1)).exp_().mul_(factor.unsqueeze(1))
+        sums.add(rows.ignored[chunk], hidden, logits)
 
 
 def _zeros(problem: Problem) -> Tensor:
@@ -106,8 +176,9 @@ class _Rows:
 
     def __init__(self, problem: Problem):
         vocab, dtype = problem.weight.size(0), problem.accumulate_dtype
-        counted = problem.target != problem.ignore_index
-        self.index = counted.nonzero().squeeze(1)
+        self._problem = problem
+        self._counted = problem.target != problem.ignore_index
+        self.index = self._counted.nonzero().squeeze(1)
         """``[M]``: where they are among the ``N`` rows."""
         target = problem.target.index_select(0, self.index)
         _check_range(target, vocab)
@@ -126,13 +197,36 @@ class _Rows:
         if problem.label_smoothing > 0:
             self.spread = problem.label_smoothing / vocab * class_weight
             self.spread_sum = self.spread.sum()
-        self.denominator = (
+        self._denominator = (
             target_weight.sum() if problem.reduction == "mean" else target_weight.new_ones(())
         )
-        """``[]``: what the summed loss is divided by."""
+        self._coefficient = None
+        if problem.coefficient is not None:
+            self._coefficient = problem.coefficient.index_select(0, self.index).to(dtype)
 
-    def __len__(self) -> int:
-        return self.index.numel()
+    @cached_property
+    def ignored(self) -> Tensor:
+        """``[N - M]``: where the rows that do not count are."""
+        return (~self._counted).nonzero().squeeze(1)
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """The loss of the problem, of the losses ``[N]`` of all rows."""
+        if self._problem.reduction == "none":
+            return losses
+        if self._coefficient is not None:
+            losses = losses.index_select(0, self.index) * self._coefficient
+        return losses.sum() / self._denominator
+
+    @property
+    def upstream(self) -> Tensor:
+        """``[M]``: the gradient of what ``reduce`` returns, if a scalar, in each row's loss."""
+        if self._coefficient is not None:
+            return self._coefficient
+        return self._denominator.reciprocal().expand(self.index.numel())
+
+    def reach(self, upstream: Tensor) -> Tensor:
+        """``[M]``: bounds on the gradients of each row's logits, but for a factor of 2."""
+        return upstream * (self.pull + self.spread_sum)
 
 
 def _check_range(target: Tensor, vocab: int) -> None:
@@ -141,17 +235,18 @@ def _check_range(target: Tensor, vocab: int) -> None:
         raise IndexError(f"Target {out_of_range[0].item()} is out of bounds.")
 
 
-def _chunks(problem: Problem, rows: _Rows) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each chunk: its place among the rows that count, their hidden states, their logits.
+def _chunks(problem: Problem, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each chunk of the rows ``index``: its place in that, their hidden states, their logits.
 
     Logits are ``[rows, V]`` in the compute dtype, in one buffer that the next chunk overwrites.
+    They have the bias, but neither scale nor cap.
     """
-    weight, dtype = problem.compute_weight, problem.compute_dtype
-    size = even_rows(len(rows), problem.batch_chunk_size)
-    buffer = problem.hidden.new_empty((min(size, len(rows)), weight.size(0)), dtype=dtype)
-    for start in range(0, len(rows), size):
-        chunk = slice(start, min(start + size, len(rows)))
-        hidden = problem.hidden.index_select(0, rows.index[chunk]).to(dtype)
+    weight, dtype, rows = problem.compute_weight, problem.compute_dtype, index.numel()
+    size = even_rows(rows, problem.batch_chunk_size)
+    buffer = problem.hidden.new_empty((min(size, rows), weight.size(0)), dtype=dtype)
+    for start in range(0, rows, size):
+        chunk = slice(start, min(start + size, rows))
+        hidden = problem.hidden.index_select(0, index[chunk]).to(dtype)
         logits = buffer[: hidden.size(0)]
         if problem.bias is None:
             torch.mm(hidden, weight.t(), out=logits)
@@ -161,21 +256,40 @@ def _chunks(problem: Problem, rows: _Rows) -> Iterator[tuple[slice, Tensor, Tens
 
 
 def _blocks(
-    chunk: slice, logits: Tensor, dtype: torch.dtype, write_back: bool = False
+    problem: Problem, chunk: slice, logits: Tensor, write_back: bool = False
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of a chunk in the accumulation dtype: their place, and the block.
+    """Blocks of rows of a chunk as the loss sees them: their place, and the block.
 
-    A block may be overwritten. With ``write_back``, ``logits`` takes over what is in it then.
+    A block is in the accumulation dtype, scaled and capped, and may be overwritten. With
+    ``write_back`` it is to become the gradient with respect to what it was, but for the logit
+    scale; ``logits`` takes that over, times the derivative of the cap.
     """
+    dtype = problem.accumulate_dtype
     size = max(1, _BLOCK_BYTES // (logits.size(1) * dtype.itemsize))
     in_place = logits.dtype == dtype
     scratch = logits if in_place else logits.new_empty((size, logits.size(1)), dtype=dtype)
     for start in range(0, logits.size(0), size):
         part = logits[start : start + size]
         block = part if in_place else scratch[: part.size(0)].copy_(part)
+        if problem.logit_scale != 1:
+            block.mul_(problem.logit_scale)
+        slope = None
+        if problem.softcap is not None:
+            slope = _cap_(block, problem.softcap, write_back)
         yield slice(chunk.start + start, chunk.start + start + part.size(0)), block
+        if slope is not None:
+            block.mul_(slope)
         if write_back and not in_place:
             part.copy_(block)
+
+
+def _cap_(block: Tensor, softcap: float, differentiate: bool) -> Tensor | None:
+    """Cap the logits in ``block``; returns the derivative if ``differentiate``."""
+    block.div_(softcap)
+    # Not 1 - tanh^2, which knows few digits of what a saturated logit has left.
+    slope = torch.cosh(block).pow_(-2) if differentiate else None
+    block.tanh_().mul_(softcap)
+    return slope
 
 
 def _exponentiate_(block: Tensor, rows: _Rows, part: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,33 +309,46 @@ def _exponentiate_(block: Tensor, rows: _Rows, part: slice) -> tuple[Tensor, Ten
 
 
 def _differentiate_(
-    block: Tensor, rows: _Rows, part: slice, nll: Tensor, log_sum: Tensor, coefficient: Tensor
+    block: Tensor,
+    rows: _Rows,
+    part: slice,
+    nll: Tensor,
+    log_sum: Tensor,
+    upstream: Tensor,
+    grad_logsumexp: Tensor | None = None,
 ) -> None:
-    """Turn exponentials into the loss's gradient with respect to the logits.
+    """Turn exponentials into the gradient with respect to the logits.
 
-    ``coefficient`` ``[rows]`` is the gradient with respect to the rows' losses. What stands at
-    the target's place is not read.
+    ``upstream`` and ``grad_logsumexp`` ``[rows]`` are the gradients with respect to the rows'
+    losses and log-sum-exps. What stands at the target's place is not read.
     """
     pull, spread_sum = rows.pull[part], rows.spread_sum
     at_target = spread_sum * torch.exp(-nll) + pull * torch.expm1(-nll)
-    block.mul_((coefficient * (pull + spread_sum) * torch.exp(-log_sum)).unsqueeze(1))
     if rows.spread is not None:
-        block.addcmul_(coefficient.unsqueeze(1), rows.spread, value=-1)
         at_target = at_target - rows.spread[rows.target[part].squeeze(1)]
-    block.scatter_(1, rows.target[part], (coefficient * at_target).unsqueeze(1))
+    at_target = upstream * at_target
+    of_probabilities = upstream * (pull + spread_sum)
+    if grad_logsumexp is not None:
+        at_target += grad_logsumexp * torch.exp(-nll)
+        of_probabilities += grad_logsumexp
+    block.mul_((of_probabilities * torch.exp(-log_sum)).unsqueeze(1))
+    if rows.spread is not None:
+        block.addcmul_(upstream.unsqueeze(1), rows.spread, value=-1)
+    block.scatter_(1, rows.target[part], at_target.unsqueeze(1))
 
 
 class _GradientSums:
     """Gradients of hidden, weight and bias, gathered chunk by chunk."""
 
-    def __init__(self, problem: Problem, needed: list[bool], rows: _Rows, upstream: Tensor):
+    def __init__(self, problem: Problem, needed: list[bool], reach: Tensor):
+        """``reach`` are bounds on the gradients of the logits, but for a factor of 2."""
         self._problem = problem
         self._needed = needed
         self._scale = 1.0
         if problem.compute_dtype == torch.float16:
-            self._scale = _power_of_two_scale(upstream * (rows.pull + rows.spread_sum))
-        self.coefficient = upstream * self._scale
-        """``[M]``: the gradient with respect to each row's loss that the chunks must use."""
+            self._scale = _power_of_two_scale(reach * problem.logit_scale)
+        self.factor = problem.logit_scale * self._scale
+        """What the chunks must multiply upstream gradients by."""
 
         inputs = (problem.hidden, problem.weight, problem.bias)
         # Each row of hidden gets its gradient once; the others are sums over chunks.

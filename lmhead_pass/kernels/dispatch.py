@@ -19,21 +19,29 @@ log = logging.getLogger("lmhead_pass")
 _TRITON_DEVICES = ("cuda", "xpu")
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
     """See ``aten.forward``."""
-    return _loop(problem).forward(problem)
+    return _loop(problem).forward(problem, measures)
 
 
-def forward_and_gradients(problem: Problem, needed: list[bool]) -> tuple[Tensor, ...]:
+def forward_and_gradients(
+    problem: Problem, needed: list[bool], measures: list[str]
+) -> list[Tensor]:
     """See ``aten.forward_and_gradients``."""
-    return _loop(problem).forward_and_gradients(problem, needed)
+    return _loop(problem).forward_and_gradients(problem, needed, measures)
 
 
 def backward(
-    problem: Problem, needed: list[bool], row_max: Tensor, log_sum: Tensor, grad_losses: Tensor
+    problem: Problem,
+    needed: list[bool],
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad_losses: Tensor | None,
+    grad_logsumexp: Tensor | None,
 ) -> Gradients:
     """See ``aten.backward``."""
-    return _loop(problem).backward(problem, needed, row_max, log_sum, grad_losses)
+    gradients = (grad_losses, grad_logsumexp)
+    return _loop(problem).backward(problem, needed, row_max, log_sum, *gradients)
 
 
 def _loop(problem: Problem) -> ModuleType:

@@ -5,7 +5,8 @@ losses and, in place, into gradients in the compute dtype, and two products turn
 gradients of ``hidden`` and ``weight``. ``triton_rows.py`` has the formulas.
 
 Nothing here waits for the device, so that it can be captured in a CUDA graph: the number of rows
-that count stays a tensor, and rows that do not count go through the products as zeros.
+that count stays a tensor, and rows that do not count go through the products as zeros. Measures are
+taken from the logits in plain ATen, before the kernel makes them gradients.
 """
 
 from collections.abc import Iterator
@@ -15,58 +16,103 @@ from torch import Tensor
 
 from ..chunking import gpu_rows
 from ..problem import Gradients, Problem, held_dtype
+from .measures import Measures
 from .products import multiply_into
 from .triton_rows import Terms, row_gradients, row_losses
 
 # Rows of the buffer start at multiples of this, whatever the vocabulary: products read and write
 # 16 bytes at once only where they do.
 _ROW_ALIGNMENT_BYTES = 128
+# Rows that are measured at once: their wide copies are small beside a chunk.
+_MEASURED_ROWS = 128
 # See aten.py: how large FP16 gradients of logits are made before they are rounded.
 _FP16_MAGNITUDE = 2.0**8
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss alone: one product. Returns what ``aten.forward`` does."""
-    rows = _Rows(problem)
+def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
+    """The loss and the measures: one product. Returns what ``aten.forward`` does."""
+    rows, taken = _Rows(problem), Measures(problem, measures)
     losses, row_max, log_sum = (_per_row(problem) for _ in range(3))
     for chunk, _, logits in _chunks(problem):
+        _measure(problem, taken, chunk, logits)
         row_losses(
-            logits, rows.target[chunk], rows.terms, losses[chunk], row_max[chunk], log_sum[chunk]
-        )
-    if problem.reduction == "none":
-        return losses, row_max, log_sum
-    return losses.sum() / rows.denominator, row_max, log_sum
+            logits, rows.target[chunk], rows.terms, losses[chunk], row_max[chunk], log_sum[chunk],
+            every_row=bool(taken),
+        )  # fmt: skip
+    return [rows.reduce(losses), row_max, log_sum, *taken.finish(row_max, log_sum)]
 
 
-def forward_and_gradients(problem: Problem, needed: list[bool]) -> tuple[Tensor, ...]:
-    """The scalar loss and its gradients: three products. Returns what aten's namesake does."""
-    rows = _Rows(problem)
-    sums = _GradientSums(problem, needed, rows, rows.denominator.reciprocal().expand(len(rows)))
-    losses = _per_row(problem)
+def forward_and_gradients(
+    problem: Problem, needed: list[bool], measures: list[str]
+) -> list[Tensor]:
+    """The scalar loss, the measures and the loss's gradients: three products.
+
+    Returns what aten's namesake does.
+    """
+    rows, taken = _Rows(problem), Measures(problem, measures)
+    sums = _GradientSums(problem, needed, rows.reach(rows.upstream))
+    upstream = sums.scaled(rows.upstream)
+    losses, row_max, log_sum = (_per_row(problem) for _ in range(3))
     for chunk, hidden, logits in _chunks(problem):
         gradient = _narrow(logits, problem.compute_dtype)
-        row_gradients(
-            logits, rows.target[chunk], rows.terms, gradient, sums.coefficient[chunk],
-            loss=losses[chunk],
-        )  # fmt: skip
+        given = (logits, rows.target[chunk], rows.terms)
+        if taken:  # they want row_max and log_sum of each row
+            _measure(problem, taken, chunk, logits)
+            saved = (row_max[chunk], log_sum[chunk])
+            row_losses(*given, losses[chunk], *saved, every_row=True)
+            row_gradients(*given, gradient, upstream[chunk], saved=saved)
+        else:
+            row_gradients(*given, gradient, upstream[chunk], loss=losses[chunk])
         sums.add(chunk, hidden, gradient)
-    return losses.sum() / rows.denominator, *sums.finish()
+    return [rows.reduce(losses), *sums.finish(), *taken.finish(row_max, log_sum)]
 
 
 def backward(
-    problem: Problem, needed: list[bool], row_max: Tensor, log_sum: Tensor, grad_losses: Tensor
+    problem: Problem,
+    needed: list[bool],
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad_losses: Tensor | None,
+    grad_logsumexp: Tensor | None,
 ) -> Gradients:
-    """Gradients of per-row losses: three products. Returns what ``aten.backward`` does."""
-    rows = _Rows(problem)
-    sums = _GradientSums(problem, needed, rows, grad_losses.to(problem.accumulate_dtype))
+    """Gradients of per-row losses and log-sum-exps: three products. See ``aten.backward``."""
+    rows, dtype = _Rows(problem), problem.accumulate_dtype
+    if grad_losses is None:
+        grad_losses = row_max.new_zeros(()).expand(row_max.shape)
+    upstream = grad_losses.to(dtype)
+    reach = rows.reach(upstream)
+    if grad_logsumexp is not None:
+        grad_logsumexp = grad_logsumexp.to(dtype)
+        reach = reach + grad_logsumexp.abs()
+    sums = _GradientSums(problem, needed, reach)
+    upstream = sums.scaled(upstream)
+    for_lse = None if grad_logsumexp is None else sums.scaled(grad_logsumexp)
     for chunk, hidden, logits in _chunks(problem):
         gradient = _narrow(logits, problem.compute_dtype)
         row_gradients(
-            logits, rows.target[chunk], rows.terms, gradient, sums.coefficient[chunk],
+            logits, rows.target[chunk], rows.terms, gradient, upstream[chunk],
             saved=(row_max[chunk], log_sum[chunk]),
+            grad_logsumexp=None if for_lse is None else for_lse[chunk],
         )  # fmt: skip
         sums.add(chunk, hidden, gradient)
     return sums.finish()
+
+
+def _measure(problem: Problem, taken: Measures, chunk: slice, logits: Tensor) -> None:
+    """Take the measures asked for of what the product gave for the rows ``chunk``."""
+    if not taken:
+        return
+    bias = None if problem.bias is None else problem.bias.to(logits.dtype)
+    for start in range(0, logits.size(0), _MEASURED_ROWS):
+        part = logits[start : start + _MEASURED_ROWS]
+        place = slice(chunk.start + start, chunk.start + start + part.size(0))
+        if bias is not None:
+            part = part + bias
+        if problem.logit_scale != 1:
+            part = part * problem.logit_scale
+        if problem.softcap is not None:
+            part = problem.softcap * torch.tanh(part / problem.softcap)
+        taken.take(place, part)
 
 
 def _per_row(problem: Problem) -> Tensor:
@@ -91,22 +137,39 @@ class _Rows:
             class_weight = class_weight.to(dtype).contiguous()
             target = self.target.masked_fill(~in_range, 0)
             self._target_weight *= class_weight.index_select(0, target)
-        self.denominator = (
+        self._denominator = (
             self._target_weight.sum()
             if problem.reduction == "mean"
             else self._target_weight.new_ones(())
         )
-        """``[]``: what the summed loss is divided by."""
+        self._coefficient = None
+        if problem.coefficient is not None:
+            self._coefficient = problem.coefficient.to(dtype).masked_fill(~counted, 0)
+        self._reduction = problem.reduction
         self._counted = counted
         self.terms = Terms(
             ignore_index=problem.ignore_index,
             bias=None if problem.bias is None else problem.bias.contiguous(),
             class_weight=class_weight,
             label_smoothing=problem.label_smoothing,
+            logit_scale=None if problem.logit_scale == 1 else problem.logit_scale,
+            softcap=problem.softcap,
         )
 
-    def __len__(self) -> int:
-        return self.target.numel()
+    def reduce(self, losses: Tensor) -> Tensor:
+        """The loss of the problem, of the losses ``[N]`` of the rows."""
+        if self._reduction == "none":
+            return losses
+        if self._coefficient is not None:
+            losses = losses * self._coefficient
+        return losses.sum() / self._denominator
+
+    @property
+    def upstream(self) -> Tensor:
+        """``[N]``: the gradient of what ``reduce`` returns, if a scalar, in each row's loss."""
+        if self._coefficient is not None:
+            return self._coefficient
+        return self._denominator.reciprocal().expand(self.target.numel())
 
     def reach(self, upstream: Tensor) -> Tensor:
         """``[N]``: bounds on the gradients of each row's logits, but for a factor of 2."""
@@ -145,22 +208,20 @@ def _narrow(logits: Tensor, dtype: torch.dtype) -> Tensor:
 class _GradientSums:
     """Gradients of hidden, weight and bias, gathered chunk by chunk."""
 
-    def __init__(self, problem: Problem, needed: list[bool], rows: _Rows, upstream: Tensor):
+    def __init__(self, problem: Problem, needed: list[bool], reach: Tensor):
+        """``reach`` ``[N]`` bounds the gradients of each row's logits, but for a factor of 2."""
         self._problem = problem
         self._needed = needed
         self._scale: Tensor | None = None
-        self.coefficient = upstream
-        """``[N]``: the gradient with respect to each row's loss that the chunks must use."""
         if problem.compute_dtype == torch.float16:
-            self._scale = _power_of_two_scale(rows.reach(upstream))
-            self.coefficient = upstream * self._scale
+            self._scale = _power_of_two_scale(reach * abs(problem.logit_scale))
 
         hidden, weight, bias = problem.hidden, problem.weight, problem.bias
         total_dtype, held = problem.accumulate_dtype, held_dtype(weight.dtype)
         # A sum over chunks is held in FP32. A single chunk has none: its product is the gradient.
-        single = len(rows) <= problem.batch_chunk_size
+        single = len(hidden) <= problem.batch_chunk_size
         # Each is written before it is read, unless there is no chunk.
-        new = Tensor.new_empty if len(rows) else Tensor.new_zeros
+        new = Tensor.new_empty if len(hidden) else Tensor.new_zeros
         self._sums = Gradients(
             *(
                 new(hidden, tensor.shape if wanted and tensor is not None else 0, dtype=dtype)
@@ -171,6 +232,10 @@ class _GradientSums:
                 )
             )
         )
+
+    def scaled(self, upstream: Tensor) -> Tensor:
+        """The upstream gradient that the chunks must use."""
+        return upstream if self._scale is None else upstream * self._scale
 
     def add(self, chunk: slice, hidden: Tensor, grad_logits: Tensor) -> None:
         """Add the share of the rows ``chunk``, whose logits have the gradient ``grad_logits``."""

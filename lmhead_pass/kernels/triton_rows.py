@@ -12,6 +12,7 @@ source of all but ``k``, which is PaLM's, https://arxiv.org/abs/2204.02311, sect
     loss = (1 - e) c_t nll + e / V sum_v c_v (lse - z_v) + k lse^2
     d loss / d z_v = ((1 - e) c_t + m) p_v - e / V c_v                  m = e C / V + 2 k lse
     d loss / d z_t = m p_t - e / V c_t - (1 - e) c_t (1 - p_t)
+    d lse  / d z_v = p_v
     d z / d x      = s (1 - tanh^2)
 
 ``1 - p_t`` is never that subtraction: it would lose the gradient of a confident row. For the same
@@ -80,17 +81,27 @@ class Terms:
 
 
 def row_losses(
-    logits: Tensor, target: Tensor, terms: Terms, loss: Tensor, row_max: Tensor, log_sum: Tensor
+    logits: Tensor,
+    target: Tensor,
+    terms: Terms,
+    loss: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    *,
+    every_row: bool = False,
 ) -> None:
     """Write each row's loss, largest logit, and log of its sum of ``exp(logit - largest)``.
+
+    Of rows without a loss the last two are 0, and not read, unless ``every_row`` wants them.
 
     ``logits`` ``[rows, V]`` FP32 or FP64 are read once; their rows may have any stride. ``target``
     ``[rows]`` is int64. The outputs ``[rows]`` have the dtype of the logits. All contiguous.
     """
     with _on_device_of(logits):
         _loss_kernel[(logits.size(0),)](
-            logits, logits.stride(0), target, loss, row_max, log_sum, **terms.arguments(logits)
-        )
+            logits, logits.stride(0), target, loss, row_max, log_sum, **terms.arguments(logits),
+            EVERY_ROW=every_row,
+        )  # fmt: skip
 
 
 def row_gradients(
@@ -102,6 +113,7 @@ def row_gradients(
     *,
     loss: Tensor | None = None,
     saved: tuple[Tensor, Tensor] | None = None,
+    grad_logsumexp: Tensor | None = None,
 ) -> None:
     """Write the gradient of each row's loss with respect to what the product gave.
 
@@ -109,8 +121,11 @@ def row_gradients(
     the very memory of each row of ``logits``. ``coefficient`` ``[rows]``, of the dtype of the
     logits and any stride, is the gradient with respect to the rows' losses; None is 1. Either
     ``loss`` ``[rows]`` is written, which takes a read of the row more, or ``saved`` is the
-    ``(row_max, log_sum)`` that ``row_losses`` wrote.
+    ``(row_max, log_sum)`` that ``row_losses`` wrote. Like ``coefficient``, ``grad_logsumexp``
+    ``[rows]`` is the gradient with respect to the rows' log-sum-exps, of rows without a loss too;
+    None is 0. It needs what ``row_losses`` saved of ``every_row``.
     """
+    assert grad_logsumexp is None or saved is not None
     row_max, log_sum = saved or (None, None)
     with _on_device_of(logits):
         _gradient_kernel[(logits.size(0),)](
@@ -121,6 +136,8 @@ def row_gradients(
             target,
             coefficient,
             0 if coefficient is None else coefficient.stride(0),
+            grad_logsumexp,
+            0 if grad_logsumexp is None else grad_logsumexp.stride(0),
             loss,
             row_max,
             log_sum,
@@ -141,11 +158,15 @@ def _loss_kernel(
     vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
     SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVERY_ROW: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows times vocabulary may pass 2^31
     logits_ptr += row * logits_stride
     target = tl.load(target_ptr + row)
-    if target == ignore_index:
+    ignored = target == ignore_index
+    if EVERY_ROW:
+        target = tl.where(ignored, 0, target)  # any word will do
+    if ignored & (not EVERY_ROW):
         tl.store(loss_ptr + row, 0.0)
         tl.store(row_max_ptr + row, 0.0)
         tl.store(log_sum_ptr + row, 0.0)
@@ -155,7 +176,7 @@ def _loss_kernel(
             logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
             class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, Z_LOSS, COLUMNS,
         )  # fmt: skip
-        tl.store(loss_ptr + row, loss)
+        tl.store(loss_ptr + row, tl.where(ignored, 0, loss))
         tl.store(row_max_ptr + row, row_max)
         tl.store(log_sum_ptr + row, log_sum)
 
@@ -163,7 +184,8 @@ def _loss_kernel(
 @triton.jit
 def _gradient_kernel(
     logits_ptr, logits_stride, gradient_ptr, gradient_stride, target_ptr,
-    coefficient_ptr, coefficient_stride, loss_ptr, row_max_ptr, log_sum_ptr,
+    coefficient_ptr, coefficient_stride, grad_logsumexp_ptr, grad_logsumexp_stride,
+    loss_ptr, row_max_ptr, log_sum_ptr,
     vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
     SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -172,7 +194,10 @@ def _gradient_kernel(
     logits_ptr += row * logits_stride
     gradient_ptr += row * gradient_stride
     target = tl.load(target_ptr + row)
-    if target == ignore_index:
+    ignored = target == ignore_index
+    if grad_logsumexp_ptr is not None:
+        target = tl.where(ignored, 0, target)  # any word will do
+    if ignored & (grad_logsumexp_ptr is None):
         if loss_ptr is not None:
             tl.store(loss_ptr + row, 0.0)
         for start in range(0, vocab, COLUMNS):
@@ -203,11 +228,17 @@ def _gradient_kernel(
             at_target -= _spread(target, vocab, class_weight_ptr, target_logit, SPREAD)
         if coefficient_ptr is not None:
             coefficient = tl.load(coefficient_ptr + row * coefficient_stride)
-            at_target *= coefficient
         else:
             coefficient = tl.full([], 1, target_logit.dtype)
+        coefficient = tl.where(ignored, 0, coefficient)
+        at_target *= coefficient
+        factor = coefficient * (pull + common)
+        if grad_logsumexp_ptr is not None:
+            grad_logsumexp = tl.load(grad_logsumexp_ptr + row * grad_logsumexp_stride)
+            at_target += grad_logsumexp * tl.exp(-nll)
+            factor += grad_logsumexp
         at_target *= target_slope
-        factor = coefficient * (pull + common) * tl.exp(-log_sum)
+        factor *= tl.exp(-log_sum)
 
         # From left to right, because the gradient may lie in the row's own memory. Its element j
         # then covers bytes of logits at j or before it: what a block's store overwrites, that

@@ -1,0 +1,85 @@
+"""What the op tells of each row's logits beside its loss, in plain ATen for every device.
+
+With logits ``z`` and probabilities ``p``, of each row, whether or not it has a loss:
+
+    logsumexp   log(sum_v exp z_v)          [N], in the accumulation dtype
+    argmax      as of torch.argmax(z, -1)   [N] int64, of z rounded to the compute dtype
+    max         the largest z_v             [N], in the compute dtype
+    entropy     -sum_v p_v log p_v          [N], in the accumulation dtype; 0 log 0 is 0
+    logits      z                           [N, V], in the compute dtype
+
+The entropy is a sum of what is never negative, so that that of a confident row keeps its digits.
+With ``m`` the place of the largest logit, and ``d_v = z_m - z_v``, it is
+
+    log(1 + sum_v exp -d_v) + sum_v d_v exp -d_v / (1 + sum_v exp -d_v)       v other than m
+"""
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+NAMES = ("logsumexp", "argmax", "max", "entropy", "logits")
+
+
+def allocate(problem: Problem, names: list[str]) -> dict[str, Tensor]:
+    """An empty tensor for each measure; a ValueError for a name that is unknown or repeated."""
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or len(set(names)) < len(names):
+        wrong = f"has no measure '{unknown[0]}'" if unknown else f"takes each measure once: {names}"
+        raise ValueError(f"lmhead_pass: linear_cross_entropy {wrong}. It has {', '.join(NAMES)}.")
+    rows, vocab = problem.hidden.size(0), problem.weight.size(0)
+    dtypes = {
+        "logsumexp": problem.accumulate_dtype,
+        "argmax": torch.int64,
+        "max": problem.compute_dtype,
+        "entropy": problem.accumulate_dtype,
+        "logits": problem.compute_dtype,
+    }
+    return {
+        name: problem.hidden.new_empty(
+            (rows, vocab) if name == "logits" else rows, dtype=dtypes[name]
+        )
+        for name in names
+    }
+
+
+class Measures:
+    """The measures asked for, filled block by block of rows."""
+
+    def __init__(self, problem: Problem, names: list[str]):
+        self._compute_dtype = problem.compute_dtype
+        self._taken = allocate(problem, names)
+
+    def __bool__(self) -> bool:
+        return bool(self._taken)
+
+    def take(self, rows: Tensor | slice, logits: Tensor) -> None:
+        """Read ``logits`` ``[rows, V]``, as the loss sees them, of the rows ``rows`` of all."""
+        taken = self._taken
+        if taken.keys() & {"logits", "argmax"}:
+            rounded = logits.to(self._compute_dtype)
+            if "logits" in taken:
+                taken["logits"][rows] = rounded
+            if "argmax" in taken:
+                taken["argmax"][rows] = rounded.argmax(1)
+        if taken.keys() & {"max", "entropy"}:
+            largest, place = logits.max(1, keepdim=True)
+            if "max" in taken:
+                taken["max"][rows] = largest.squeeze(1).to(self._compute_dtype)
+            if "entropy" in taken:
+                exponentials = logits.sub(largest).exp_().scatter_(1, place, 0)
+                others = exponentials.sum(1)
+                spread = torch.special.entr(exponentials).sum(1) / (1 + others)
+                taken["entropy"][rows] = torch.log1p(others) + spread
+
+    def finish(self, row_max: Tensor, log_sum: Tensor) -> list[Tensor]:
+        """The measures in the order asked for.
+
+        ``row_max`` and ``log_sum`` ``[N]`` are each row's largest logit and the log of its sum of
+        ``exp(logit - row_max)``.
+        """
+        taken = self._taken
+        if "logsumexp" in taken:
+            torch.add(row_max, log_sum, out=taken["logsumexp"])
+        return list(taken.values())
