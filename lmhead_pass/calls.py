@@ -79,16 +79,20 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
     place = _place(readers, order)
     if weighting is not None:
         place = weighting.nodes[-1]
-    _check_writers(call, weighting, place, order)
+    reduction = _reduction(readers, weighting)
+    differentiable = any(tensor_of(reader.node).requires_grad for reader in readers)
+    # Where gradients are computed in the backward, what they are computed from is read again.
+    last = place.graph.output_node() if reduction == "none" and differentiable else place
+    _check_writers(call, weighting, place, last, order)
 
     head, logits = readers[0].logits.head, readers[0].logits
     computed = tensor_of(head.node)
     first, last = logits.words or (0, computed.size(head.vocab_dim))
     shape = tensor_of(logits.node).shape
     tokens = product(size for dim, size in enumerate(shape) if dim != logits.vocab_dim)
-    differentiable = any(tensor_of(reader.node).requires_grad for reader in readers)
     return Match(
         readers=tuple(readers),
+        reduction=reduction,
         place=place,
         weighting=weighting,
         tokens=tokens,
@@ -124,24 +128,40 @@ def _weighting(reader: Reader) -> Weighting | None:
 
 
 def _check_writers(
-    call: _Call, weighting: Weighting | None, place: Node, order: dict[Node, int]
+    call: _Call, weighting: Weighting | None, place: Node, last: Node, order: dict[Node, int]
 ) -> None:
-    """Refused if what the call reads at ``place`` may be other than what its readers saw."""
+    """Refused if what the call, or its backward, reads may be other than what its readers saw.
+
+    The call is at ``place``; it and its backward read until ``last``.
+    """
     logits = call.readers[0].logits
-    for writer in mutation.writers(_between(logits.head.node, place), of=nodes_read(logits)):
-        raise Refused(
-            f"{describe(writer)}{at(writer)} may change the head's input, weight or bias in place "
-            "between the head and the loss"
-        )
     asked = {part for part in call.asked or () if isinstance(part, Node)}
     if weighting is not None:
         asked.update(source for node in weighting.nodes for source in node.all_input_nodes)
-    for reader in call.readers:
-        first, last = sorted((reader.node, place), key=order.__getitem__)
-        for writer in mutation.writers(_between(first, last), of=asked):
-            raise Refused(
-                f"{describe(writer)}{at(writer)} may change the target or weights of the loss in place"
-            )
+    first = min((place, *(reader.node for reader in call.readers)), key=order.__getitem__)
+    latest = max((last, *(reader.node for reader in call.readers)), key=order.__getitem__)
+    for what, of, since, until in (
+        ("the head's input, weight or bias", nodes_read(logits), logits.head.node, last),
+        ("the target or weights of the loss", asked, first, latest),
+    ):
+        for writer in mutation.writers(_between(since, until), of=of):
+            when = "between the head and the loss"
+            if order[writer] > order[place]:
+                when = "after the loss, whose backward reads it again"
+            raise Refused(f"{describe(writer)}{at(writer)} may change {what} in place {when}")
+
+
+def _reduction(readers: list[Reader], weighting: Weighting | None) -> str:
+    if weighting is not None or (len(readers) == 1 and readers[0].is_summed):
+        return "sum"
+    # The gradient of a measure, and a second reading of the losses, take each row's own.
+    by_row = any(
+        reader.kind in ("log_probability", "logit")
+        or (reader.kind == "logsumexp" and tensor_of(reader.node).requires_grad)
+        for reader in readers
+    )
+    loss = readers[0].loss
+    return "none" if loss is None or by_row else loss.reduction
 
 
 def _between(first: Node, last: Node) -> Iterator[Node]:

@@ -207,6 +207,8 @@ class Match:
 
     readers: tuple[Reader, ...]
     """All of the same rows and values of the same head's logits."""
+    reduction: str
+    """What the op gives: ``"mean"``, ``"sum"``, or with ``"none"`` each row's own loss."""
     place: Node
     """The call comes before this node."""
     weighting: Weighting | None

@@ -29,10 +29,9 @@ def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]
     """Insert the call that serves ``match``: what replaces which node, and all new nodes."""
     emit = Emitter(graph, match.place)
     rows = emit_hidden(emit, match.logits, row_order(match.logits.steps))
-    reduction = _reduction(match)
-    results = _emit_op(emit, match, rows, reduction)
+    results = _emit_op(emit, match, rows)
     values = {
-        node: _like(emit, node, match, _value(emit, match, reader, rows, reduction, results))
+        node: _like(emit, node, match, _value(emit, match, reader, rows, results))
         for reader in match.readers
         for node in (_replaced(match, reader),)
     }
@@ -62,21 +61,7 @@ def _asked(match: Match) -> Loss | None:
     return None
 
 
-def _reduction(match: Match) -> str:
-    readers = match.readers
-    if match.weighting is not None or (len(readers) == 1 and readers[0].is_summed):
-        return "sum"
-    # The gradient of a measure, and a second reading of the losses, take each row's own.
-    by_row = any(
-        reader.kind in ("log_probability", "logit")
-        or (reader.kind == "logsumexp" and tensor_of(reader.node).requires_grad)
-        for reader in readers
-    )
-    loss = readers[0].loss
-    return "none" if loss is None or by_row else loss.reduction
-
-
-def _emit_op(emit: Emitter, match: Match, rows: Node, reduction: str) -> dict[str, Node]:
+def _emit_op(emit: Emitter, match: Match, rows: Node) -> dict[str, Node]:
     """The results of the op: of the loss, under "loss", and of each measure."""
     logits, asked = match.logits, _asked(match)
     hidden, weight, bias = rows, emit_weight(emit, logits), emit_bias(emit, logits)
@@ -100,7 +85,7 @@ def _emit_op(emit: Emitter, match: Match, rows: Node, reduction: str) -> dict[st
             target = emit("reshape", target, -1)
     arguments = (
         *(hidden, weight, bias, target, asked and asked.class_weight, coefficient),
-        *(reduction, asked.ignore_index if asked else _NO_TARGET),
+        *(match.reduction, asked.ignore_index if asked else _NO_TARGET),
         *(asked.label_smoothing if asked else 0.0, *_scale_and_softcap(match)),
         *(match.compute_dtype, match.rows_per_chunk),
     )
@@ -127,13 +112,12 @@ def _value(
     match: Match,
     reader: Reader,
     rows: Node,
-    reduction: str,
     results: dict[str, Node],
 ) -> Node:
     """What ``reader`` reads, but for its dtype."""
     if reader.loss is not None:
-        return _loss(emit, reader.loss, reduction, results["loss"])
-    if reduction == "sum":
+        return _loss(emit, reader.loss, match.reduction, results["loss"])
+    if match.reduction == "sum":
         return emit("mul", results["loss"], -reader.factor)
     shift = match.logits.values.shift
     match reader.kind:
