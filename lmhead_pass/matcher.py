@@ -112,6 +112,14 @@ def _check_writers(head: Head, loss: Loss) -> None:
             f"{describe(writer)}{_at(writer)} may change the head's input, weight or bias in place "
             "between the head and the loss"
         )
+    if loss.reduction == "none" and tensor_of(loss.node).requires_grad:
+        # Its backward reads them again. That of the head as it is needs no bias, and the others
+        # only for each other's gradients: there a write may be allowed.
+        for writer in mutation.writers(_after(loss.node), of=reads):
+            raise Refused(
+                f"{describe(writer)}{_at(writer)} may change the head's input, weight or bias in "
+                "place after the loss, and with reduction 'none' they are read in the backward"
+            )
 
 
 def _between(first: Node, last: Node) -> Iterator[Node]:
@@ -119,6 +127,11 @@ def _between(first: Node, last: Node) -> Iterator[Node]:
     while node is not last:
         yield node
         node = node.next
+
+
+def _after(node: Node) -> Iterator[Node]:
+    while (node := node.next).op != "output":
+        yield node
 
 
 def _other_readers(found: list[Match | Refusal]) -> Iterator[tuple[int, Node]]:

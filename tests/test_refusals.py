@@ -62,6 +62,13 @@ def write_to_hidden_by_inplace_argument(h, w, b, y):
     return flat(z, y)
 
 
+def write_to_bias_before_the_backward(h, w, b, y):
+    loss = flat(F.linear(h, w, b), y, reduction="none").mean()
+    with torch.no_grad():
+        b.add_(1)
+    return loss
+
+
 def write_to_logits(h, w, b, y):
     z = F.linear(h, w)
     z.div_(0.7)
@@ -98,6 +105,10 @@ REFUSED = {
     "write_to_hidden_by_operator": (write_to_hidden_by_operator, "iadd at .* in place between"),
     "write_to_hidden_by_out": (write_to_hidden_by_out, "add at .* in place between"),
     "write_to_hidden_by_argument": (write_to_hidden_by_inplace_argument, "relu at .* in place"),
+    "write_to_bias_before_the_backward": (
+        write_to_bias_before_the_backward,
+        "add_ at .* in place after the loss, and with reduction 'none'",
+    ),
     "write_to_logits": (write_to_logits, "div_ at .* reads the logits too"),
     "write_to_logits_through_view": (write_to_logits_through_view, "reads the logits too"),
     "write_to_logits_by_index": (write_to_logits_by_index, "setitem at .* reads the logits too"),
