@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ def _check_call(captured: Captured, program: Program, inputs: Inputs, verdict: V
                 with_pass.message or without.message,
             )
         _forget_gradients(with_pass, without)
+        program = replace(program, gradient_of=())
     elif with_pass.error is not None and verdict.rewritten:
         return  # how far it got before that is not the same
     _check_form(with_pass, without, program)

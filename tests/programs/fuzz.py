@@ -5,6 +5,8 @@ what looks like the same failure without reporting it again.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import time
@@ -24,6 +26,7 @@ from .program import Program, forget_sources
 from .uniform import BACKEND
 
 _BATCH = 200
+_SHRINKING_SECONDS = 60
 
 
 @dataclass
@@ -95,10 +98,12 @@ class Search:
 
     def batch(self, seed: int, size: int, go_on: Callable[[], bool]) -> None:
         """Run ``size`` programs, fewer once ``go_on`` says no; report failures not seen before."""
-        last: list[tuple[Program, Wrong]] = []
+        found: list[tuple[Program, Wrong]] = []  # all one failure, smaller and smaller
+        shrink_until = float("inf")
 
         def try_one(program: Program) -> None:
-            if not go_on() and not last:
+            nonlocal shrink_until
+            if time.monotonic() > shrink_until or not (found or go_on()):
                 return
             try:
                 verdict = _check(program)
@@ -106,11 +111,13 @@ class Search:
                 if any(failure.explains(program, wrong) for failure in self._known):
                     self.statistics.failures[f"{wrong.what} (again)"] += 1
                     return
-                if last and last[-1][1].what != wrong.what:
+                if found and found[0][1].what != wrong.what:
                     return  # another one: let this be shrunk first
-                last.append((program, wrong))
+                if not found:
+                    shrink_until = time.monotonic() + _SHRINKING_SECONDS
+                found.append((program, wrong))
                 raise
-            if not last:
+            if not found:
                 self.statistics.add(program, verdict)
 
         test = hypothesis.given(programs())(try_one)
@@ -127,9 +134,9 @@ class Search:
         try:
             test()
         except (Wrong, hypothesis.errors.HypothesisException):
-            if not last:
+            if not found:
                 raise
-            self._report(*last[-1])
+            self._report(*min(found, key=lambda item: len(item[0].source)))
 
     def _report(self, program: Program, wrong: Wrong) -> None:
         self._known.append(_Failure(wrong.what, program.kinds))
@@ -141,7 +148,9 @@ class Search:
 def _check(program: Program) -> Verdict:
     """``check``, but whatever the pass raises of its own is a failure, too."""
     try:
-        return check(program)
+        # FX prints what a program raises.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return check(program)
     except Wrong:
         raise
     except Exception as error:
