@@ -1,6 +1,7 @@
 """Generated programs: the pass is right about them, and would be found out if it were not."""
 
 import dataclasses
+import functools
 from collections import Counter
 
 import hypothesis
@@ -16,7 +17,7 @@ from .programs.grammar import KINDS, programs
 from .programs.program import Program, forget_sources
 from .programs.uniform import BACKEND
 
-COUNT = 200
+COUNT, SEED = 200, 1
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +29,14 @@ def _one_thread():
     forget_sources()
 
 
-def generated(count: int, seed: int) -> list[Program]:
-    """The first programs that a seed gives."""
+@functools.cache
+def many_programs() -> list[Program]:
+    """Those of ``test_two_hundred_programs``, and many more."""
     found: list[Program] = []
 
-    @hypothesis.seed(seed)
+    @hypothesis.seed(SEED)
     @hypothesis.settings(
-        max_examples=count,
+        max_examples=15 * COUNT,
         database=None,
         deadline=None,
         backend=BACKEND,
@@ -46,7 +48,7 @@ def generated(count: int, seed: int) -> list[Program]:
         found.append(program)
 
     gather()
-    return found[:count]
+    return found
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -54,7 +56,7 @@ def test_two_hundred_programs():
     """With the pass and without, all that the caller sees is the same but for rounding."""
     statistics = Statistics()
 
-    @hypothesis.seed(1)
+    @hypothesis.seed(SEED)
     @hypothesis.settings(
         max_examples=COUNT,
         database=None,
@@ -76,13 +78,13 @@ def test_two_hundred_programs():
 
 
 def test_every_part_of_the_grammar_occurs():
-    """In ten times as many programs, each often enough to be met now and then."""
-    counts = Counter(kind for program in generated(2000, seed=1) for kind in program.kinds)
+    """Often enough to be met now and then."""
+    counts = Counter(kind for program in many_programs() for kind in program.kinds)
     assert {kind: counts[kind] for kind in KINDS if counts[kind] < 3} == {}
 
 
 def test_a_failure_is_shown_as_a_script_that_runs():
-    program = generated(20, seed=2)[-1]
+    program = many_programs()[-1]
     names: dict[str, object] = {}
     exec(program.script("why"), names)
     assert names["SOURCE"] == program.source
@@ -204,7 +206,7 @@ MISTAKES = [
 def test_a_mistake_is_found(plant, monkeypatch):
     """By the very programs that all pass without it."""
     plant(monkeypatch)
-    assert_found(generated(COUNT, seed=1))
+    assert_found(many_programs()[:COUNT])
 
 
 def without_operators_that_write(patch):
@@ -232,8 +234,11 @@ def test_a_mistake_about_rare_parts_is_found(plant, monkeypatch):
     """By those of many programs that have such a part."""
     plant(monkeypatch)
     parts = RARE_MISTAKES[plant]
-    candidates = generated(3000, seed=1)
-    assert_found(p for p in candidates if any(kind.split(".")[-1] in parts for kind in p.kinds))
+    assert_found(
+        program
+        for program in many_programs()
+        if any(kind.split(".")[-1] in parts for kind in program.kinds)
+    )
 
 
 def assert_found(candidates):

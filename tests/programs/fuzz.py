@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 import time
 import warnings
@@ -167,6 +168,8 @@ def main() -> int:
     seed = options.seed if options.seed is not None else int(time.time()) * 1000
     print(f"seed {seed}; stop with Ctrl-C", flush=True)
     warnings.simplefilter("ignore")
+    # A summary for whoever stops it in another way, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
     search, start = Search(), time.monotonic()
 

@@ -97,7 +97,7 @@ class _Writer:
         self._indent = 1
         self._states: list[_Logits] = []
         self._returned: list[str] = []
-        self._odd = self._one((0, 0, 0, 1, 1, 2, 4))
+        self._odd = self._one((0, 0, 0, 1, 2, 3, 5))
         """How many more parts it may have that are off the plainest pattern."""
         self._leaves = set(inputs.requires_grad)
         self.kinds: set[str] = set()
@@ -264,8 +264,10 @@ class _Writer:
         return logits
 
     def _step(self, logits: _Logits) -> _Logits:
-        if self._is_odd(3):
+        if self._is_odd(4):
             self._read_or_write()
+        if self._is_odd(4):
+            return self._write_to_logits(logits)
         if self._is_odd(3):
             return self._odd_value(logits)
         if self._chance(2):
@@ -285,10 +287,11 @@ class _Writer:
         if key in tables.SHORTENING:
             changed = replace(changed, vocab=logits.vocab - 3)
         if key.startswith(("masked_", "vocabulary_")) and key != "masked_randomly":
-            changed = replace(
-                changed, y=self._assign(f"{logits.y}.clamp(max={logits.vocab - 4})", "y")
-            )
+            changed = self._without_last_words(changed, logits.vocab)
         return changed
+
+    def _without_last_words(self, logits: _Logits, vocab: int) -> _Logits:
+        return replace(logits, y=self._assign(f"{logits.y}.clamp(max={vocab - 4})", "y"))
 
     def _row_step(self, logits: _Logits) -> _Logits:
         if logits.is_second:
@@ -332,14 +335,17 @@ class _Writer:
         if self._chance(2):
             self._write_elsewhere()
         elif self._chance(2):
-            self._write_to_logits()
+            self._write_to_logits(self._one(self._states))
         else:
             self._read(self._one(self._states))
 
-    def _write_to_logits(self) -> None:
-        logits = self._one(self._states)
+    def _write_to_logits(self, logits: _Logits) -> _Logits:
         names = ["LOGITS_WRITES"] + ["LOGITS_WRITES_BY_WORD"] * (not logits.is_second)
-        self._line(self._fill(self._pick(*names)[1], logits))
+        key, text = self._pick(*names)
+        self._line(self._fill(text, logits))
+        if key in tables.LOGITS_WRITES_BY_WORD:
+            return self._without_last_words(logits, logits.vocab)
+        return logits
 
     def _write_elsewhere(self) -> None:
         names = ["OTHER_WRITES", "TARGET_WRITES"]
