@@ -1,0 +1,280 @@
+"""Whether the pass was wrong about a program: everything a caller sees, with it and without.
+
+What the pass left alone has to be the same to the bit. What it rewrote has to be as near to the
+exact values as the program itself, but for rounding. How much that is differs from program to
+program: it is measured, by running the program with a little noise after each of its steps.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import lmhead_pass
+
+from .program import Inputs, Program
+from .running import Captured, Outcome, noise, run
+
+_NOISE_RUNS = 3
+_MORE_NOISE_RUNS = 24
+_FACTOR = 3
+_LOST = "modified by an inplace operation"
+
+
+class Wrong(AssertionError):
+    """The pass changed what a program does."""
+
+    def __init__(self, what: str, detail: str):
+        super().__init__(f"{what}: {detail}")
+        self.what = what
+        """What differs, without numbers: the same for all failures of one kind."""
+
+
+@dataclass
+class Verdict:
+    """What became of a program in which the pass was not wrong."""
+
+    rewritten: int = 0
+    refusals: list[str] = field(default_factory=list)
+    """The reasons, without what differs from program to program."""
+    raised: str | None = None
+    """What the program itself raised."""
+    blunt: bool = False
+    """Whether rounding alone may change the loss by more than it is allowed to be unseen: a part in
+    a thousand, or a tenth with dtypes of 16 bits."""
+
+
+def check(program: Program) -> Verdict:
+    """Run ``program`` with the pass and without; ``Wrong`` if they differ."""
+    verdict = Verdict()
+    torch._dynamo.reset()
+    counters.clear()
+    captured = Captured(program.function(), dynamic=program.more_inputs is not None)
+    settings = lmhead_pass.config.patch(
+        strict=True,
+        min_vocab_size=2,
+        returned_logits=program.returned_logits,
+        batch_chunk_size=program.batch_chunk_size,
+    )
+    with settings, _refusals(verdict.refusals):
+        for inputs in (program.inputs, program.more_inputs):
+            if inputs is not None:
+                _check_call(captured, program, inputs, verdict)
+    return verdict
+
+
+@contextmanager
+def _refusals(reasons: list[str]) -> Iterator[None]:
+    """Gather why losses are left alone from the log."""
+    log = logging.getLogger("lmhead_pass")
+    handler = logging.Handler()
+
+    def emit(record: logging.LogRecord) -> None:
+        if text := re.match(r"left alone: .*? at .*?: (.*)", record.getMessage()):
+            reasons.append(_general(text[1]))
+
+    handler.emit = emit  # type: ignore[method-assign]
+    level = log.level, log.propagate
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level[0])
+        log.propagate = level[1]
+
+
+def _general(reason: str) -> str:
+    reason = re.sub(r" at <program.*?>:\d+ `[^`]*`", "", reason)
+    return re.sub(r"\[[^]]*\]|\d+|'\w+'", "_", reason)
+
+
+def _check_call(captured: Captured, program: Program, inputs: Inputs, verdict: Verdict) -> None:
+    captured.rewritten = False
+    without = run(captured, program, inputs, inputs.dtype)
+    captured.rewritten = True
+    with_pass = run(captured, program, inputs, inputs.dtype)
+    verdict.rewritten = counters["lmhead_pass"]["rewritten"]
+    verdict.raised = verdict.raised or without.error
+    if counters["lmhead_pass"]["failed"]:
+        raise Wrong("failed", "the pass reported a failure")
+    if with_pass.error != without.error:
+        # A head that is not there any more does not mind that its input is written to.
+        if with_pass.error is not None or _LOST not in without.message:
+            raise Wrong(
+                f"raised {with_pass.error} instead of {without.error}",
+                with_pass.message or without.message,
+            )
+        _forget_gradients(with_pass, without)
+        program = replace(program, gradient_of=())
+    elif with_pass.error is not None and verdict.rewritten:
+        return  # how far it got before that is not the same
+    _check_form(with_pass, without, program)
+    if not verdict.rewritten:
+        _check_same(with_pass, without)
+        return
+    measure = _Measure(program, inputs, without)
+    for name in without.values:
+        _check_value(name, with_pass.values[name], measure)
+    verdict.blunt |= measure.is_blunt("output 0")
+
+
+def _forget_gradients(*outcomes: Outcome) -> None:
+    for outcome in outcomes:
+        outcome.values = {
+            name: value for name, value in outcome.values.items() if "gradient" not in name
+        }
+    _keep_common(outcomes[0].values, outcomes[1].values)
+
+
+def _keep_common(a: dict[str, Any], b: dict[str, Any]) -> None:
+    for values, others in ((a, b), (b, a)):
+        for name in [name for name in values if name not in others]:
+            del values[name]
+
+
+def _check_form(with_pass: Outcome, without: Outcome, program: Program) -> None:
+    """Everything but values."""
+    if with_pass.structure != without.structure:
+        raise Wrong("structure", f"{with_pass.structure}, not {without.structure}")
+    if with_pass.values.keys() != without.values.keys():
+        raise Wrong("outputs", f"{list(with_pass.values)}, not {list(without.values)}")
+    for name, expected in without.requires_grad.items():
+        got = with_pass.requires_grad[name]
+        may_be_detached = (
+            program.returned_logits == "detach"
+            and int(name.split()[1]) not in program.gradient_of
+            and not got
+        )
+        if got != expected and not may_be_detached:
+            raise Wrong(f"{name} requires_grad", f"{got}, not {expected}")
+    for name, expected in without.values.items():
+        if _form(with_pass.values[name]) != _form(expected):
+            raise Wrong(
+                f"form of {name}", f"{_form(with_pass.values[name])}, not {_form(expected)}"
+            )
+
+
+def _form(value: Any) -> Any:
+    return (value.dtype, value.shape) if isinstance(value, Tensor) else type(value)
+
+
+def _check_same(with_pass: Outcome, without: Outcome) -> None:
+    for name, expected in without.values.items():
+        got = with_pass.values[name]
+        same = _is_same(got, expected) if isinstance(expected, Tensor) else got == expected
+        if not same:
+            raise Wrong(f"{name}, though nothing was rewritten", f"{got}, not {expected}")
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+class _Measure:
+    """Exact values of a program, and how far from them rounding alone may lead."""
+
+    def __init__(self, program: Program, inputs: Inputs, without: Outcome):
+        self._program, self._inputs, self.without = program, inputs, without
+        self.exact = run(program.function(exact=True), program, inputs, torch.float64)
+        if self.exact.error:
+            self.exact = without
+        self._noisy: list[Outcome] = []
+        self.add_noise(_NOISE_RUNS)
+
+    def add_noise(self, runs: int) -> None:
+        """Run the program some more times, with other noise."""
+        for seed in range(len(self._noisy), runs):
+            with torch.random.fork_rng():
+                noisy = run(
+                    self._program.function(),
+                    self._program,
+                    self._inputs,
+                    self._inputs.dtype,
+                    lambda seed=seed: noise(seed),
+                )
+            if noisy.error is None:
+                self._noisy.append(noisy)
+
+    def others(self, name: str) -> list[Tensor]:
+        """Values of ``name`` that are as good as any: without the pass."""
+        outcomes = [self.without, *self._noisy]
+        return [outcome.values[name] for outcome in outcomes if name in outcome.values]
+
+    def error(self, value: Tensor, name: str) -> float:
+        """The largest error of ``value``, where that can be said at all."""
+        exact, without = self.exact.values[name].double(), self.without.values[name]
+        known = exact.isfinite() & without.isfinite()
+        difference = (value.double() - exact).abs()[known]
+        return torch.nan_to_num(difference, nan=torch.inf).amax().item() if known.any() else 0.0
+
+    def scale(self, name: str) -> float:
+        """The largest exact value."""
+        exact = self.exact.values[name].double()
+        exact = exact[exact.isfinite()].abs()
+        return exact.amax().item() if exact.numel() else 0.0
+
+    def allowed(self, name: str) -> float:
+        """The largest error that rounding explains."""
+        strayed = [self.error(value, name) for value in self.others(name)]
+        strayed = [error for error in strayed if error < torch.inf]
+        dtype = self.without.values[name].dtype
+        sums = torch.promote_types(dtype, torch.float32)
+        eps = 2 * torch.finfo(dtype).eps + 8 * torch.finfo(sums).eps
+        smallest = torch.finfo(dtype).smallest_normal
+        return _FACTOR * max(strayed, default=0.0) + eps * self.scale(name) + smallest
+
+    def is_blunt(self, name: str) -> bool:
+        """Whether a wrong ``name`` would pass as rounded."""
+        value = self.without.values.get(name)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+            return False
+        tolerable = 1e-3 if self._inputs.dtype.itemsize > 2 else 0.1
+        return self.allowed(name) > tolerable * self.scale(name)
+
+
+def _check_value(name: str, got: Any, measure: _Measure) -> None:
+    expected = measure.without.values[name]
+    if not isinstance(expected, Tensor):
+        if got != expected:
+            raise Wrong(name, f"{got}, not {expected}")
+        return
+    if not expected.numel() or _is_same(got, expected):
+        return
+    if not expected.is_floating_point():
+        _check_whole(name, got, measure)
+        return
+    if not isinstance(measure.exact.values.get(name), Tensor):
+        raise Wrong(f"no exact {name}", "the program does not run in FP64 as it does otherwise")
+    for runs in (_NOISE_RUNS, _MORE_NOISE_RUNS):
+        measure.add_noise(runs)
+        if measure.error(got, name) <= measure.allowed(name):
+            break
+    else:
+        ours, theirs = measure.error(got, name), measure.error(expected, name)
+        raise Wrong(
+            f"value of {name}",
+            f"error {ours:.2e}, without the pass {theirs:.2e}, allowed "
+            f"{measure.allowed(name):.2e}, largest value {measure.scale(name):.2e}",
+        )
+    exact = measure.exact.values[name]
+    both = ~exact.isfinite() & ~expected.isfinite()
+    if not _is_same(got[both], expected[both]):
+        raise Wrong(f"infinities of {name}", f"{got}, not {expected}")
+
+
+def _check_whole(name: str, got: Tensor, measure: _Measure) -> None:
+    """Counts and the like may only differ where rounding alone changes them."""
+    measure.add_noise(_MORE_NOISE_RUNS)
+    others = torch.stack(measure.others(name))
+    steady = (others == others[0]).all(0)
+    if not torch.equal(got[steady], others[0][steady]):
+        raise Wrong(f"value of {name}", f"{got}, not {others[0]}")

@@ -1,0 +1,500 @@
+"""The hypothesis strategy that writes programs."""
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+
+from . import tables
+from .program import ARGUMENTS, Inputs, Program
+
+KINDS = frozenset(
+    f"{name}.{key}"
+    for name, table in vars(tables).items()
+    if name.isupper() and isinstance(table, dict)
+    for key in table
+)
+"""Every part that a program may have."""
+
+_GRADIENTS = (
+    ("hidden", "weight", "bias"),
+    ("hidden", "weight"),
+    ("hidden",),
+    ("weight",),
+    ("weight", "bias", "row"),
+    ("hidden", "weight", "bias", "scale", "row"),
+    ("hidden", "scale"),
+    (),
+)
+_DTYPES = (torch.float32, torch.float64, torch.float64, torch.bfloat16, torch.float16)
+
+
+@st.composite
+def programs(draw: Callable[..., Any]) -> Program:
+    """Models around the pattern: some that the pass understands, most a little off it."""
+    inputs = draw(_inputs())
+    writer = _Writer(draw, inputs)
+    writer.write()
+    return Program(
+        source="\n".join(writer.lines) + "\n",
+        inputs=inputs,
+        more_inputs=_larger(inputs) if draw(st.integers(0, 7)) == 7 else None,
+        gradient_of=tuple(writer.gradient_of),
+        reads_first=draw(st.booleans()),
+        returned_logits=draw(st.sampled_from(("lazy", "lazy", "detach", "keep"))),
+        batch_chunk_size=draw(st.sampled_from((None, 1, 3, 4, 7))),
+        kinds=frozenset(writer.kinds),
+    )
+
+
+@st.composite
+def _inputs(draw: Callable[..., Any]) -> Inputs:
+    # Sizes that are equal are easily mistaken for each other.
+    batch, length = draw(st.sampled_from(((3, 5), (2, 7), (1, 6), (4, 4), (5, 3), (13, 3))))
+    return Inputs(
+        batch=batch,
+        length=length,
+        hidden_size=draw(st.sampled_from((8, 4, 13, 5))),
+        vocab_size=draw(st.sampled_from((19, 16, 13, 40))),
+        dtype=draw(st.sampled_from(_DTYPES)),
+        requires_grad=draw(st.sampled_from(_GRADIENTS)),
+        transposed=draw(st.integers(0, 3)) == 3,
+        ignored=draw(st.sampled_from((None, -100, -100, 0, 3, -1))),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def _larger(inputs: Inputs) -> Inputs:
+    return replace(
+        inputs, batch=inputs.batch + 2, length=inputs.length + 3, seed=inputs.seed + 1000
+    )
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Logits at some point of the program, and what belongs to their rows: names or expressions."""
+
+    x: str
+    y: str
+    r: str
+    rows: tuple[int, ...]
+    vocab: int
+    is_second: bool = False
+    """Whether the vocabulary is not the last dimension, but the second of three."""
+
+
+class _Writer:
+    """Writes one program, statement by statement."""
+
+    def __init__(self, draw: Callable[..., Any], inputs: Inputs):
+        self._draw = draw
+        self._inputs = inputs
+        self._names = 0
+        self._indent = 1
+        self._states: list[_Logits] = []
+        self._returned: list[str] = []
+        self._odd = self._one((0, 0, 0, 1, 2, 3, 5))
+        """How many more parts it may have that are off the plainest pattern."""
+        self._leaves = set(inputs.requires_grad)
+        self.kinds: set[str] = set()
+        self.gradient_of = [0]
+        self.lines = [f"def program({', '.join(ARGUMENTS)}, head):"]
+
+    # Choices.
+
+    def _one(self, options: Sequence[Any]) -> Any:
+        return self._draw(st.sampled_from(options))
+
+    def _chance(self, one_in: int) -> bool:
+        return self._draw(st.integers(0, one_in - 1)) == one_in - 1
+
+    def _is_odd(self, one_in: int = 2) -> bool:
+        """Whether to use up some of the oddness here."""
+        if self._odd and self._chance(one_in):
+            self._odd -= 1
+            return True
+        return False
+
+    def _pick(self, *names: str, among: Sequence[str] | None = None) -> tuple[str, Any]:
+        """One entry of the tables of these names: key and value."""
+        options = [(name, key) for name in names for key in getattr(tables, name)]
+        name, key = self._one([o for o in options if among is None or o[1] in among])
+        self.kinds.add(f"{name}.{key}")
+        return key, getattr(tables, name)[key]
+
+    # Statements.
+
+    def _line(self, text: str) -> None:
+        self.lines.append(textwrap.indent(text, "    " * self._indent))
+
+    def _assign(self, text: str, prefix: str = "z") -> str:
+        self._names += 1
+        name = f"{prefix}{self._names}"
+        self._line(f"{name} = {text}")
+        return name
+
+    def _fill(self, text: str, logits: _Logits | None = None, **more: Any) -> str:
+        fields: dict[str, Any] = {"ignored": self._ignored, "V": self._inputs.vocab_size}
+        if logits is not None:
+            fields |= {"x": logits.x, "y": logits.y, "r": logits.r, "V": logits.vocab}
+        return text.format(**{**fields, **more})
+
+    @property
+    def _ignored(self) -> int:
+        return -100 if self._inputs.ignored is None else self._inputs.ignored
+
+    @contextmanager
+    def _region(self, one_in: int) -> Iterator[None]:
+        """Perhaps autocast, no_grad or the like around what is written inside."""
+        inside = self._chance(one_in)
+        if inside:
+            self._line(self._pick("REGIONS")[1])
+            self._indent += 1
+        yield
+        self._indent -= inside
+
+    # The parts of a program.
+
+    def write(self) -> None:
+        """All of it."""
+        self._prepare()
+        if self._chance(10):
+            self._checkpointed()
+        else:
+            with self._region(6):
+                self._model()
+        while self._is_odd(4):
+            self._write_elsewhere()
+        if self._chance(4):
+            self._line(self._one(("loss = loss / 4", "loss = loss * 2", "loss = loss.float()")))
+        names = ["loss", *self._returned]
+        if self._chance(4):
+            self._line("return {" + ", ".join(f"{name!r}: {name}" for name in names) + "}")
+        else:
+            self._line("return " + ", ".join(names))
+
+    def _checkpointed(self) -> None:
+        self.kinds.add("checkpoint")
+        arguments = ", ".join(ARGUMENTS)
+        self._line(f"def region({arguments}):")
+        self._indent += 1
+        self._model()
+        names = ", ".join(["loss", *self._returned])
+        self._line(f"return {names}")
+        self._indent -= 1
+        self._line(f"{names} = checkpoint(region, {arguments}, use_reentrant=False)")
+        self._states.clear()  # their names are not known out here
+
+    def _prepare(self) -> None:
+        for _ in range(self._one((0, 0, 1, 2))):
+            names = ["PREPARATIONS"] if self._inputs.transposed else ["PREPARATIONS", "TIED"]
+            key, text = self._pick(*names)
+            self._line(self._fill(text))
+            if key != "weight_written" and key != "bias_written":
+                self._leaves -= {text.split(" ", 1)[0]}
+            if key == "views_of_inputs":
+                self._leaves -= {"weight"}
+
+    def _model(self) -> None:
+        """Heads, losses, and what else is to be returned."""
+        losses = [self._loss(self._between(self._head()))]
+        if self._chance(5):
+            if self._chance(2):
+                logits = self._head("(hidden * 0.5)")
+            else:
+                logits = self._one([s for s in self._states if self._has_layout_for_loss(s)])
+            losses.append(self._loss(self._between(logits)))
+        self._line("loss = " + " + 0.5 * ".join(losses))
+        while self._is_odd(4):
+            self._read_or_write()
+        if self._chance(3):
+            self._return_logits()
+        if self._chance(12):
+            self._return(self._assign("hidden * 2", "h"), differentiable=True)
+
+    def _head(self, hidden: str = "hidden") -> _Logits:
+        with self._region(10):
+            return self._head_itself(hidden)
+
+    def _head_itself(self, hidden: str) -> _Logits:
+        inputs = self._inputs
+        odd = "ODD_" if self._is_odd(5) else ""
+        shape = self._one(("HEADS", "HEADS", "HEADS_OF_FLAT_ROWS", "HEADS_VOCABULARY_SECOND"))
+        among = None
+        if shape == "HEADS" and inputs.transposed:
+            among = [key for key in getattr(tables, odd + shape) if key != "module"]
+        _, text = self._pick(odd + shape, among=among)
+        weight, transposed = "weight", "weight"
+        if inputs.transposed:
+            weight = "weight.t()"
+        else:
+            transposed = self._pick("TRANSPOSED")[1].format(w="weight")
+        logits = _Logits(
+            x=self._assign(
+                self._fill(text, h=hidden, w=weight, wt=transposed, b="bias"),
+            ),
+            y="target",
+            r="row",
+            rows=(inputs.batch, inputs.length),
+            vocab=inputs.vocab_size,
+            is_second="SECOND" in shape,
+        )
+        if "FLAT" in shape:
+            logits = replace(
+                logits,
+                y=self._assign("target.reshape(-1)", "y"),
+                r=self._assign("row.reshape(-1)", "r"),
+                rows=(inputs.batch * inputs.length,),
+            )
+        return self._note(logits)
+
+    def _note(self, logits: _Logits) -> _Logits:
+        self._states.append(logits)
+        return logits
+
+    # Between head and loss.
+
+    def _between(self, logits: _Logits) -> _Logits:
+        for _ in range(self._one((0, 1, 2, 3))):
+            logits = self._note(self._step(logits))
+        return logits
+
+    def _step(self, logits: _Logits) -> _Logits:
+        if self._is_odd(4):
+            self._read_or_write()
+        if self._is_odd(4):
+            return self._write_to_logits(logits)
+        if self._is_odd(3):
+            return self._odd_value(logits)
+        if self._chance(2):
+            return replace(logits, x=self._cast(logits))
+        return self._row_step(logits)
+
+    def _cast(self, logits: _Logits) -> str:
+        options = [key for key in tables.CASTS if key != "detach" or self._chance(4)]
+        # Then the last dimension is not the vocabulary.
+        options = [o for o in options if o != "whole_vocabulary" or not logits.is_second]
+        return self._assign(self._fill(self._pick("CASTS", among=options)[1], logits))
+
+    def _odd_value(self, logits: _Logits) -> _Logits:
+        by_word = () if logits.is_second else ("ODD_VALUES_BY_WORD",)
+        key, text = self._pick("ODD_VALUES", *by_word)
+        changed = replace(logits, x=self._assign(self._fill(text, logits)))
+        if key in tables.SHORTENING:
+            changed = replace(changed, vocab=logits.vocab - 3)
+        if key.startswith(("masked_", "vocabulary_")) and key != "masked_randomly":
+            changed = self._without_last_words(changed, logits.vocab)
+        return changed
+
+    def _without_last_words(self, logits: _Logits, vocab: int) -> _Logits:
+        return replace(logits, y=self._assign(f"{logits.y}.clamp(max={vocab - 4})", "y"))
+
+    def _row_step(self, logits: _Logits) -> _Logits:
+        if logits.is_second:
+            return replace(logits, x=self._assign(f"{logits.x}.permute(0, 2, 1)"), is_second=False)
+        if len(logits.rows) == 1:
+            if logits.rows[0] < 4:
+                return logits
+            return self._on_rows(logits, *self._pick("FLAT_ROW_STEPS")[1])
+        if min(logits.rows) < 1 or logits.rows[1] < 3 or self._chance(4):
+            return self._flatten(logits)
+        names = ["ODD_ROW_STEPS"] if self._is_odd(4) else ["ROW_STEPS"]
+        return self._on_rows(logits, *self._pick(*names)[1])
+
+    def _on_rows(
+        self, logits: _Logits, text: str, rows_text: str, rows: Callable[..., tuple[int, ...]]
+    ) -> _Logits:
+        return replace(
+            logits,
+            x=self._assign(text.format(x=logits.x)),
+            y=self._assign(rows_text.format(x=logits.y), "y"),
+            r=self._assign(rows_text.format(x=logits.r), "r"),
+            rows=rows(*logits.rows),
+        )
+
+    def _flatten(self, logits: _Logits) -> _Logits:
+        _, text = self._pick("FLATTENINGS")
+        rows = 1
+        for size in logits.rows:
+            rows *= size
+        return replace(
+            logits,
+            x=self._assign(self._fill(text, logits)),
+            y=self._assign(f"{logits.y}.reshape(-1)", "y"),
+            r=self._assign(f"{logits.r}.reshape(-1)", "r"),
+            rows=(rows,),
+        )
+
+    # What reads or writes beside.
+
+    def _read_or_write(self) -> None:
+        if self._chance(2):
+            self._write_elsewhere()
+        elif self._chance(2):
+            self._write_to_logits(self._one(self._states))
+        else:
+            self._read(self._one(self._states))
+
+    def _write_to_logits(self, logits: _Logits) -> _Logits:
+        names = ["LOGITS_WRITES"] + ["LOGITS_WRITES_BY_WORD"] * (not logits.is_second)
+        key, text = self._pick(*names)
+        self._line(self._fill(text, logits))
+        if key in tables.LOGITS_WRITES_BY_WORD:
+            return self._without_last_words(logits, logits.vocab)
+        return logits
+
+    def _write_elsewhere(self) -> None:
+        names = ["OTHER_WRITES", "TARGET_WRITES"]
+        # Others autograd refuses in the backward, mostly.
+        allowed = []
+        if "weight" not in self._inputs.requires_grad or self._chance(8):
+            allowed.append("HIDDEN_WRITES")
+        if "hidden" not in self._inputs.requires_grad or self._chance(8):
+            allowed.append("WEIGHT_WRITES")
+        if allowed and not self._chance(3):
+            names = allowed
+        logits = self._one(self._states) if self._states else None
+        among = None
+        if logits is None:
+            among = [k for n in names for k, t in getattr(tables, n).items() if "{y}" not in t]
+        key, text = self._pick(*names, among=among)
+        text = self._fill(text, logits)
+        if key.split("_")[0] in self._leaves:
+            text = "with torch.no_grad():\n" + textwrap.indent(text, "    ")
+        self._line(text)
+
+    def _read(self, logits: _Logits) -> None:
+        if self._chance(10):
+            self.kinds.add("hook")
+            self._line(
+                f"if {logits.x}.requires_grad:\n"
+                f"    {logits.x}.register_hook(lambda gradient: gradient * 0.5)"
+            )
+            return
+        names = ["READERS"] + ["READERS_BY_WORD"] * (not logits.is_second)
+        with self._region(3):
+            value = self._assign(self._fill(self._pick(*names)[1], logits), "a")
+        self._return(value, differentiable=True)
+
+    def _return(self, name: str, differentiable: bool) -> None:
+        self._returned.append(name)
+        if differentiable:
+            self.gradient_of.append(len(self._returned))
+
+    def _return_logits(self) -> None:
+        for _ in range(self._one((1, 1, 2))):
+            logits = self._one(self._states)
+            among = ["logits"] if self._chance(2) else None
+            _, text = self._pick("RETURNED_LOGITS", among=among)
+            if len(logits.rows) == 1 and "-1:" in text:
+                text = "{x}"
+            self._return(self._assign(self._fill(text, logits), "out"), differentiable=False)
+
+    # Losses.
+
+    def _has_layout_for_loss(self, logits: _Logits) -> bool:
+        return logits.is_second or bool(logits.rows)
+
+    def _loss(self, logits: _Logits) -> str:
+        if self._is_odd(4):
+            self._read_or_write()
+        with self._region(8):
+            if self._is_odd(3):
+                if logits.is_second:
+                    logits = self._row_step(logits)
+                if self._chance(3):
+                    return self._loop(logits)
+                return self._reduced(self._tokens(logits), logits)
+            return self._cross_entropy(self._with_classes_second(logits))
+
+    def _with_classes_second(self, logits: _Logits) -> _Logits:
+        if logits.is_second or len(logits.rows) == 1:
+            return logits
+        if len(logits.rows) == 2 and self._chance(4):
+            _, text = self._pick("TO_SECOND")
+            logits = replace(logits, x=self._assign(text.format(x=logits.x)), is_second=True)
+        else:
+            logits = self._flatten(logits)
+        return self._note(logits)
+
+    def _cross_entropy(self, logits: _Logits) -> str:
+        names = ["CROSS_ENTROPIES", "NLL_LOSSES"] if self._chance(2) else ["CROSS_ENTROPIES"]
+        key, text = self._pick(*names)
+        if key == "cross_entropy" and not logits.is_second and self._is_odd(12):
+            self.kinds.add("soft_targets")
+            soft = f"F.one_hot({logits.y}.clamp(min=0), {logits.vocab}).to({logits.x}.dtype)"
+            return self._assign(f"F.cross_entropy({logits.x}, {soft})", "loss")
+        reduction = self._one(("mean", "mean", "sum", "none"))
+        options = {} if reduction == "mean" and self._chance(2) else {"reduction": reduction}
+        if self._inputs.ignored not in (None, -100) and not self._chance(12):
+            options["ignore_index"] = self._ignored
+        if self._chance(5):
+            options["weight"] = f"torch.linspace(0.5, 2.0, {logits.vocab}, dtype={logits.x}.dtype)"
+        if self._chance(5) and not key.startswith("nll"):
+            options["label_smoothing"] = self._one((0.1, 0.5, 1.0))
+        self.kinds.update(f"option {name}" for name in options)
+        words = ", ".join(
+            f"{name}={value!r}" if name == "reduction" else f"{name}={value}"
+            for name, value in options.items()
+        )
+        loss = self._assign(
+            self._fill(
+                text,
+                logits,
+                options=f", {words}" if words else "",
+                only_options=words,
+                dim=self._one((1, -1)) if not logits.is_second else 1,
+            ),
+            "loss",
+        )
+        return self._reduced(loss, logits) if reduction == "none" else loss
+
+    def _tokens(self, logits: _Logits) -> str:
+        """Per-token losses, without a loss function."""
+        names = ["TOKEN_LOG_PROBABILITIES"]
+        if len(logits.rows) == 1:
+            names.append("FLAT_TOKEN_LOG_PROBABILITIES")
+        classes = self._one(
+            (f"{logits.y}.clamp(min=0)", f"torch.where({logits.y} < 0, 0, {logits.y})")
+        )
+        among = None
+        if len(logits.rows) == 1:
+            among = [k for name in names for k in getattr(tables, name) if k != "by_sequence"]
+        _, text = self._pick(*names, among=among)
+        return self._assign(
+            "-(" + self._fill(text, logits, c=self._assign(classes, "c")) + ")", "t"
+        )
+
+    def _reduced(self, tokens: str, logits: _Logits) -> str:
+        if self._is_odd(4):
+            self._read_or_write()
+        _, text = self._pick("REDUCTIONS", among=self._reductions())
+        if self._chance(6):
+            self._return(tokens, differentiable=True)
+        return self._assign(self._fill(text, logits, t=tokens), "loss")
+
+    def _reductions(self) -> list[str]:
+        # A graph break: once is enough.
+        return [key for key in tables.REDUCTIONS if key != "selected" or self._chance(3)]
+
+    def _loop(self, logits: _Logits) -> str:
+        if len(logits.rows) == 2 and self._chance(2):
+            _, pairs = self._pick("UNBINDING")
+            call = "F.cross_entropy(part, labels, reduction='sum'{ignoring})"
+        else:
+            if len(logits.rows) == 2:
+                logits = self._note(self._flatten(logits))
+            _, pairs = self._pick("LOOPS")
+            call = "F.cross_entropy(part, labels, reduction='sum'{ignoring})"
+        ignored = self._inputs.ignored
+        ignoring = "" if ignored in (None, -100) else f", ignore_index={ignored}"
+        self._names += 1
+        total = f"loss{self._names}"
+        self._line(f"{total} = 0.0")
+        self._line(f"for part, labels in {self._fill(pairs, logits)}:")
+        self._line(f"    {total} = {total} + {call.format(ignoring=ignoring)}")
+        return self._assign(f"{total} / {logits.y}.numel()", "loss")

@@ -1,0 +1,317 @@
+"""The words of the grammar: ways to write each part of a program.
+
+In the texts ``{x}`` is the tensor at hand (logits, where nothing else is said), ``{V}`` its
+vocabulary, ``{y}`` and ``{r}`` the targets and the weights of its rows, ``{h}``, ``{w}``, ``{b}``
+the head's input, weight ``[V, H]`` and bias, ``{wt}`` the weight ``[H, V]``, and ``{ignored}`` the
+target of ignored rows.
+"""
+
+TRANSPOSED = {
+    "t": "{w}.t()",
+    "T": "{w}.T",
+    "mT": "{w}.mT",
+    "transpose": "{w}.transpose(0, 1)",
+    "permute": "{w}.permute(1, 0)",
+}
+
+HEADS = {
+    "linear": "F.linear({h}, {w})",
+    "linear_bias": "F.linear({h}, {w}, {b})",
+    "linear_keywords": "F.linear(input={h}, weight={w}, bias={b})",
+    "module": "head({h})",
+    "operator": "{h} @ {wt}",
+    "matmul": "torch.matmul({h}, {wt})",
+    "method": "{h}.matmul({wt})",
+    "einsum": "torch.einsum('...h,vh->...v', {h}, {w})",
+    "einsum_swapped": "torch.einsum('vh,bsh->bsv', {w}, {h})",
+}
+HEADS_OF_FLAT_ROWS = {
+    "mm": "torch.mm({h}.reshape(-1, {h}.size(-1)), {wt})",
+    "addmm": "torch.addmm({b}, {h}.flatten(0, -2), {wt})",
+    "addmm_method": "{b}.addmm({h}.flatten(0, 1), {wt})",
+}
+HEADS_VOCABULARY_SECOND = {"einsum_second": "torch.einsum('bsh,vh->bvs', {h}, {w})"}
+ODD_HEADS = {
+    "bias_apart": "F.linear({h}, {w}) + {b}",
+    "bias_apart_matmul": "{h} @ {wt} + {b}",
+    "bias_first": "{b} + {h} @ {wt}",
+    "float_head": "F.linear({h}.float(), {w}.float())",
+    "checkpointed": "checkpoint(F.linear, {h}, {w}, use_reentrant=False)",
+    "products_summed": "({h}.unsqueeze(-2) * {w}).sum(-1)",
+    "einsum_rows_moved": "torch.einsum('bsh,vh->sbv', {h}, {w}).transpose(0, 1)",
+    "two_products": "F.linear({h}, {w}) + F.linear({h} * 0.5, {w})",
+    "weight_scaled_in_call": "F.linear({h}, {w} * 0.5)",
+    "no_grad_weight": "F.linear({h}, {w}.detach(), {b})",
+}
+ODD_HEADS_OF_FLAT_ROWS = {
+    "addmm_beta": "torch.addmm({b}, {h}.flatten(0, -2), {wt}, beta=0.5, alpha=2)",
+}
+ODD_HEADS_VOCABULARY_SECOND = {
+    "conv1d": "F.conv1d({h}.transpose(1, 2), {w}.unsqueeze(-1), {b})",
+    "weight_first": "{w} @ {h}.mT",
+}
+
+# Before the head: of hidden states, weight, bias, targets.
+PREPARATIONS = {
+    "hidden_scaled": "hidden = hidden * 1.5",
+    "hidden_tanh": "hidden = torch.tanh(hidden)",
+    "hidden_norm": "hidden = F.layer_norm(hidden, hidden.shape[-1:])",
+    "hidden_written": "hidden = hidden * 1\nhidden.add_(0.5)",
+    "hidden_setitem": "hidden = hidden.clone()\nhidden[:, 0] = 0.5",
+    "hidden_detached": "hidden = hidden.detach()",
+    "hidden_relu": "hidden = F.relu(hidden * 1.0, inplace=True) - 0.5",
+    "weight_written": "with torch.no_grad():\n    weight.mul_(0.9)",
+    "bias_written": "with torch.no_grad():\n    bias.add_(0.5)",
+    "weight_computed": "weight = weight * 1.25",
+    "weight_like_hidden": "weight = weight.to(hidden.dtype)",
+    "target_ignored": "target = target.clone()\ntarget[:, 0] = {ignored}",
+    "target_padded": "target = F.pad(target, (0, 1), value={ignored})[..., 1:]",
+    "target_written": "target[:, -1] = 1",
+    "target_where": "target = torch.where(row > 0.5, target, {ignored})",
+    "views_of_inputs": "hidden = hidden.view_as(hidden)\nweight = weight[:]",
+}
+TIED = {
+    "tied_embedding": "hidden = hidden + F.embedding(target % {V}, weight)",
+    "tied_index": "hidden = hidden + weight[target % {V}]",
+}
+
+# Logits to [N, V]; rows to [N].
+FLATTENINGS = {
+    "reshape": "{x}.reshape(-1, {x}.size(-1))",
+    "view": "{x}.contiguous().view(-1, {V})",
+    "flatten": "{x}.flatten(0, -2)",
+    "flatten_function": "torch.flatten({x}, 0, -2)",
+    "reshape_function": "torch.reshape({x}, (-1, {V}))",
+}
+
+# For [B, S, V]: of logits, of rows, and the sizes of the rows that remain.
+ROW_STEPS = {
+    "shifted": ("{x}[..., :-1, :]", "{x}[..., 1:]", lambda b, s: (b, s - 1)),
+    "shifted_plain": ("{x}[:, :-1]", "{x}[:, 1:]", lambda b, s: (b, s - 1)),
+    "every_other": ("{x}[:, ::2]", "{x}[:, ::2]", lambda b, s: (b, (s + 1) // 2)),
+    "last_rows": ("{x}[:, -2:]", "{x}[:, -2:]", lambda b, s: (b, 2)),
+    "last_row": ("{x}[:, -1]", "{x}[:, -1]", lambda b, s: (b,)),
+    "first_sequence": ("{x}[0]", "{x}[0]", lambda b, s: (s,)),
+    "transposed_rows": ("{x}.transpose(0, 1)", "{x}.t()", lambda b, s: (s, b)),
+    "unsqueezed": ("{x}.unsqueeze(0).squeeze(0)", "{x}", lambda b, s: (b, s)),
+    "new_axis": ("{x}[:, None].squeeze(1)", "{x}", lambda b, s: (b, s)),
+}
+ODD_ROW_STEPS = {
+    "indexed": ("{x}[[0, 0]]", "{x}[[0, 0]]", lambda b, s: (2, s)),
+    "narrowed": ("{x}.narrow(1, 1, 2)", "{x}.narrow(1, 1, 2)", lambda b, s: (b, 2)),
+    "selected": ("{x}.select(1, -1)", "{x}.select(1, -1)", lambda b, s: (b,)),
+    "rolled": ("{x}.roll(1, 1)", "{x}", lambda b, s: (b, s)),
+    "flipped": ("{x}.flip(1)", "{x}.flip(1)", lambda b, s: (b, s)),
+    "repeated": ("torch.cat([{x}, {x}], 1)", "torch.cat([{x}, {x}], 1)", lambda b, s: (b, 2 * s)),
+}
+# For [N, V].
+FLAT_ROW_STEPS = {
+    "first_left_out": ("{x}[1:]", "{x}[1:]", lambda n: (n - 1,)),
+    "last_left_out": ("{x}[:-1]", "{x}[:-1]", lambda n: (n - 1,)),
+}
+# The vocabulary from last to second of three.
+TO_SECOND = {
+    "permute": "{x}.permute(0, 2, 1)",
+    "transpose": "{x}.transpose(1, 2)",
+    "mT": "{x}.mT",
+    "movedim": "{x}.movedim(-1, 1)",
+    "swapaxes": "{x}.swapaxes(-1, -2)",
+}
+
+CASTS = {
+    "float": "{x}.float()",
+    "to_dtype": "{x}.to(torch.float32)",
+    "to_keyword": "{x}.to(dtype=torch.float32)",
+    "type_as": "{x}.type_as(row)",
+    "contiguous": "{x}.contiguous()",
+    "clone": "{x}.clone()",
+    "detach": "{x}.detach()",
+    "whole_vocabulary": "{x}[..., :{V}]",
+}
+ODD_VALUES = {
+    "divided": "{x} / 0.7",
+    "multiplied": "{x} * 0.5",
+    "multiplied_left": "2.0 * {x}",
+    "mul_method": "{x}.mul(1.5)",
+    "div_function": "torch.div({x}, 2.0)",
+    "added": "{x} + 0.25",
+    "subtracted": "{x} - 1",
+    "negated": "-{x}",
+    "temperature": "{x} / scale",
+    "temperature_multiplied": "scale * {x}",
+    "temperature_item": "{x} * scale.detach()",
+    "softcap": "torch.tanh({x} / 3.0) * 3.0",
+    "softcap_left": "3.0 * ({x} / 3.0).tanh()",
+    "softcap_sigmoid": "3.0 * torch.sigmoid({x} / 3.0)",
+    "clamped": "{x}.clamp(-2, 2)",
+    "squared": "{x} * {x}.abs()",
+    "bfloat16": "{x}.bfloat16()",
+    "double": "{x}.double()",
+    "masked_randomly": "{x}.masked_fill({x} < -1.5, -50.0)",
+    "centred": "{x} - {x}.mean()",
+}
+# With the vocabulary last.
+ODD_VALUES_BY_WORD = {
+    "row_temperature": "{x} / {r}.unsqueeze(-1)",
+    "row_temperature_none": "{x} * {r}[..., None]",
+    "masked_suffix": "{x}.masked_fill(torch.arange({V}) >= {V} - 3, float('-inf'))",
+    "masked_where": "torch.where(torch.arange({V}) < {V} - 3, {x}, -1e4)",
+    "masked_added": "{x} + torch.where(torch.arange({V}) < {V} - 3, 0.0, -1e4).to({x}.dtype)",
+    "centred_rows": "{x} - {x}.amax(-1, keepdim=True)",
+    "vocabulary_prefix": "{x}[..., : {V} - 3]",
+    "vocabulary_narrowed": "{x}.narrow(-1, 0, {V} - 3)",
+    "vocabulary_suffix": "{x}[..., 3:]",
+    "vocabulary_flipped": "{x}.flip(-1)",
+}
+SHORTENING = ("vocabulary_prefix", "vocabulary_narrowed", "vocabulary_suffix")
+
+# Statements that write to logits.
+LOGITS_WRITES = {
+    "div_": "{x}.div_(0.7)",
+    "mul_": "{x}.mul_(1.5)",
+    "mul_scale_": "{x}.mul_(scale)",
+    "add_": "{x}.add_(0.5)",
+    "iadd": "{x} += 1.0",
+    "itruediv": "{x} /= 2.0",
+    "tanh_": "{x}.tanh_()",
+    "clamp_": "{x}.clamp_(-2, 2)",
+    "copy_": "{x}.copy_({x} * 2)",
+    "fill_": "{x}.fill_(0.5)",
+    "relu_": "F.relu({x}, inplace=True)",
+    "setitem_word": "{x}[..., 0] = 0.5",
+    "setitem_slice": "{x}[..., 2:5] = 0.25",
+    "setitem_first": "{x}[0] = 0.25",
+    "write_to_select": "{x}.select(0, 0).mul_(0.5)",
+    "write_to_slice": "{x}[..., 1:3].mul_(0.5)",
+    "write_to_reshaped": "{x}.reshape(-1)[3:5].fill_(0.5)",
+    "write_to_detached": "{x}.detach().mul_(0.5)",
+    "index_fill_": "{x}.index_fill_(-1, torch.tensor([1]), 0.5)",
+}
+LOGITS_WRITES_BY_WORD = {
+    "masked_fill_": "{x}.masked_fill_(torch.arange({x}.size(-1)) >= {x}.size(-1) - 3, -1e4)",
+    "setitem_suffix": "{x}[..., -3:] = -1e4",
+}
+# Writes that autograd allows after a head whose weight needs no gradient ...
+HIDDEN_WRITES = {
+    "hidden_mul_": "hidden.mul_(0.5)",
+    "hidden_isub": "hidden -= 0.5",
+    "hidden_setitem_later": "hidden[:, 0] = 0.25",
+    "hidden_view_written": "hidden.view(-1)[:3].fill_(0.5)",
+    "hidden_row_written": "hidden[0].add_(1.0)",
+    "hidden_swapped": "hidden.copy_(hidden.flip(0))",
+}
+# ... whose hidden states need none ...
+WEIGHT_WRITES = {
+    "weight_mul_": "weight.mul_(1.1)",
+    "weight_row_zeroed": "weight[0].zero_()",
+    "weight_view_written": "weight.t().add_(0.1)",
+}
+# ... and always.
+OTHER_WRITES = {
+    "bias_add_": "bias.add_(0.5)",
+    "bias_view_written": "bias[1:3].mul_(2.0)",
+    "row_written": "row.mul_(0.5)",
+    "scale_written": "scale.add_(0.25)",
+    "unrelated_written": "count = torch.zeros(3)\ncount.add_(1.0)\ncount[0] = 2.0",
+}
+TARGET_WRITES = {
+    "target_first_written": "{y}[0] = 2",
+    "target_clamped": "{y}.clamp_(max=4)",
+    "target_argument_written": "target[:, 0] = 3",
+}
+
+# Values: of logits, beside the loss.
+READERS = {
+    "maximum": "{x}.detach().amax()",
+    "square": "{x}.float().square().mean()",
+    "norm": "{x}.norm()",
+    "size": "torch.ones({x}.size(0)).sum()",
+    "zeros_like": "torch.zeros_like({x}).sum()",
+}
+READERS_BY_WORD = {
+    "accuracy": "({x}.argmax(-1) == {y}).float().mean()",
+    "entropy": "-({x}.softmax(-1) * {x}.log_softmax(-1)).sum(-1).mean().detach()",
+    "z_loss": "1e-2 * torch.logsumexp({x}, -1).square().mean()",
+    "top_words": "{x}.topk(2, -1).values.sum(-1).mean()",
+}
+
+CROSS_ENTROPIES = {
+    "cross_entropy": "F.cross_entropy({x}, {y}{options})",
+    "cross_entropy_module": "nn.CrossEntropyLoss({only_options})({x}, {y})",
+    "cross_entropy_keywords": "F.cross_entropy(input={x}, target={y}{options})",
+}
+NLL_LOSSES = {
+    "nll": "F.nll_loss(F.log_softmax({x}, {dim}), {y}{options})",
+    "nll_method": "F.nll_loss({x}.log_softmax({dim}), {y}{options})",
+    "nll_torch": "F.nll_loss(torch.log_softmax({x}, dim={dim}), {y}{options})",
+    "nll_module": "nn.NLLLoss({only_options})(nn.LogSoftmax(dim={dim})({x}), {y})",
+    "nll_dtype": "F.nll_loss(F.log_softmax({x}, {dim}, dtype=torch.float32), {y}{options})",
+    "nll_softmax_log": "F.nll_loss(torch.log(F.softmax({x}, {dim})), {y}{options})",
+}
+# Log-probabilities of the targets {c}, which are classes, with the vocabulary last.
+TOKEN_LOG_PROBABILITIES = {
+    "gather": "F.log_softmax({x}, -1).gather(-1, {c}.unsqueeze(-1)).squeeze(-1)",
+    "gather_function": "torch.gather({x}.log_softmax(-1), -1, {c}[..., None])[..., 0]",
+    "gather_keywords": "{x}.log_softmax(dim=-1).gather(dim=-1, index={c}[..., None]).squeeze(-1)",
+    "take_along_dim": "torch.take_along_dim(F.log_softmax({x}, -1), {c}[..., None], -1)[..., 0]",
+    "one_hot": "(F.one_hot({c}, {V}) * F.log_softmax({x}, -1)).sum(-1)",
+    "softmax_log": "F.softmax({x}, -1).log().gather(-1, {c}.unsqueeze(-1)).squeeze(-1)",
+    "logsumexp": "{x}.gather(-1, {c}.unsqueeze(-1)).squeeze(-1) - {x}.logsumexp(-1)",
+    "normalised": "({x} - {x}.logsumexp(-1, keepdim=True)).gather(-1, {c}[..., None]).squeeze(-1)",
+    "by_sequence": (
+        "torch.stack([F.log_softmax(a, -1).gather(-1, b.unsqueeze(-1)).squeeze(-1)"
+        " for a, b in zip({x}, {c})])"
+    ),
+}
+FLAT_TOKEN_LOG_PROBABILITIES = {
+    "arange": "F.log_softmax({x}, -1)[torch.arange({x}.size(0)), {c}]",
+}
+# The loss of the per-token losses {t}.
+REDUCTIONS = {
+    "mean": "{t}.mean()",
+    "sum": "{t}.sum()",
+    "weighted": "({t} * {r}).sum()",
+    "weighted_mean": "({t} * {r}).sum() / {r}.sum()",
+    "masked": "({t} * ({y} != {ignored})).sum() / ({y} != {ignored}).sum()",
+    "masked_where": "torch.where({y} != {ignored}, {t}, 0.0).sum()",
+    "divided_by_number": "{t}.sum() / 7",
+    "divided_by_scale": "{t}.sum() / scale",
+    "squares": "{t}.square().mean()",
+    "likelihood": "-(-{t}).exp().mean()",
+    "focal": "((1 - (-{t}).exp()) ** 2 * {t}).mean()",
+    "preference": "-F.logsigmoid(0.5 * ({t}.reshape(-1)[1::2].sum() - {t}.reshape(-1)[::2].sum()))",
+    "clipped_ratio": (
+        "-torch.min(torch.exp(0.9 * {t}.detach() - {t}) * {r},"
+        " torch.exp(0.9 * {t}.detach() - {t}).clamp(0.8, 1.2) * {r}).mean()"
+    ),
+    "selected": "{t}[{y} != {ignored}].sum()",
+    "worst": "{t}.max()",
+}
+LOOPS = {
+    "split": "zip({x}.split(2), {y}.split(2))",
+    "chunk": "zip({x}.chunk(3), {y}.chunk(3))",
+    "tensor_split": "zip(torch.tensor_split({x}, 2), torch.tensor_split({y}, 2))",
+    "slices": "(({x}[i : i + 2], {y}[i : i + 2]) for i in range(0, {x}.size(0), 2))",
+}
+UNBINDING = {"unbind": "zip({x}.unbind(0), {y}.unbind(0))", "iterated": "zip({x}, {y})"}
+
+REGIONS = {
+    "autocast": "with torch.autocast('cpu', torch.bfloat16):",
+    "autocast_off": "with torch.autocast('cpu', enabled=False):",
+    "no_grad": "with torch.no_grad():",
+    "inference_mode": "with torch.inference_mode():",
+    "enable_grad": "with torch.enable_grad():",
+}
+# What of the logits {x} is returned.
+RETURNED_LOGITS = {
+    "logits": "{x}",
+    "logits_float": "{x}.float()",
+    "logits_detached": "{x}.detach()",
+    "logits_row": "{x}[0]",
+    "logits_last": "{x}[..., -1:, :]",
+    "logits_scaled": "{x} * 2",
+    "logits_capped": "torch.tanh({x})",
+    "logits_argmax": "{x}.argmax(-1)",
+    "log_probabilities": "F.log_softmax({x}, -1)",
+    "logits_shape": "{x}.size(0)",
+}
