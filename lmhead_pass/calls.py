@@ -13,7 +13,7 @@ from .emitter import nodes_read
 from .match import NOTHING_IGNORED, Logits, Match, Reader, Refused, Weighting
 from .source import at
 from .spelling import describe
-from .tensors import hint, product, tensor_of
+from .tensors import hint, product, tensor_of, value_of
 from .weighting import weighted_sum
 
 
@@ -21,22 +21,27 @@ from .weighting import weighted_sum
 class _Call:
     """A call in the making."""
 
+    asked: tuple[Any, ...] | None
+    """What its loss is: target and options; None if no reader looks at a target."""
     readers: list[Reader] = field(default_factory=list)
-    asked: tuple[Any, ...] | None = None
-    """What its loss is: target and options; None as long as no reader has any."""
 
-    def takes(self, reader: Reader, asked: tuple[Any, ...] | None, order: dict[Node, int]) -> bool:
+    def takes(self, reader: Reader, order: dict[Node, int]) -> bool:
         """Whether the call can serve ``reader`` too."""
-        first = self.readers[0]
+        first, asked = self.readers[0].logits, _asked(reader)
         if asked is None:
-            return first.logits.holds_all_of(reader.logits)
-        if self.asked != asked or not first.logits.same_values(reader.logits):
-            return False
+            return first.holds_all_of(reader.logits) and self._has_place_with(reader, order)
         # Of several losses with one target, each has a reduction, and so a call, of its own.
-        is_second_loss = "loss" in (reader.kind, first.kind) and reader.kind == first.kind
-        place = order[_place([*self.readers, reader], order)]
-        inputs = [part for part in asked if isinstance(part, Node)]
-        return not is_second_loss and all(order[node] < place for node in inputs)
+        if reader.kind == "loss" and any(other.kind == "loss" for other in self.readers):
+            return False
+        return (
+            self.asked == asked
+            and first.same_values(reader.logits)
+            and self._has_place_with(reader, order)
+        )
+
+    def _has_place_with(self, reader: Reader, order: dict[Node, int]) -> bool:
+        place = _place([*self.readers, reader], order)
+        return place is not None and _late_inputs(self.asked, place, order) is not None
 
 
 def plan_calls(readers: list[Reader], returns_logits: bool) -> tuple[Match, ...]:
@@ -46,21 +51,57 @@ def plan_calls(readers: list[Reader], returns_logits: bool) -> tuple[Match, ...]
     calls: list[_Call] = []
     # Who asks for a target comes first: others can join at any place.
     for reader in sorted(readers, key=lambda reader: (_asked(reader) is None, order[reader.node])):
-        asked = _asked(reader)
-        call = next((call for call in calls if call.takes(reader, asked, order)), None)
+        call = next((call for call in calls if call.takes(reader, order)), None)
         if call is None:
-            calls.append(call := _Call())
+            calls.append(call := _Call(asked=_asked(reader)))
         call.readers.append(reader)
-        call.asked = call.asked or asked
     return tuple(_match(call, order, returns_logits) for call in calls)
 
 
-def _place(readers: list[Reader], order: dict[Node, int]) -> Node:
-    """Before which node a call can serve all of ``readers``: the first that uses one of them."""
-    if len(readers) == 1 and readers[0].kind != "returned":
-        return readers[0].node
-    users = {user for reader in readers if reader.kind != "returned" for user in reader.node.users}
-    return min(users, key=order.__getitem__, default=readers[0].node.graph.output_node())
+def _place(readers: list[Reader], order: dict[Node, int]) -> Node | None:
+    """Before which node a call can serve all of ``readers``; None if there is no such place."""
+    readers = [reader for reader in readers if reader.kind != "returned"] or readers[:1]
+    if readers[0].kind == "returned":
+        return readers[0].node.graph.output_node()
+    users = [user for reader in readers for user in reader.node.users]
+    first_user = min(users, key=order.__getitem__, default=readers[0].node)
+    # Where a gradient is wanted, it is recorded.
+    wanting = [reader.node for reader in readers if tensor_of(reader.node).requires_grad]
+    place = min(wanting or [readers[0].node], key=order.__getitem__)
+    return place if order[place] <= order[first_user] else None
+
+
+def _late_inputs(
+    asked: tuple[Any, ...] | None, place: Node, order: dict[Node, int]
+) -> tuple[Node, ...] | None:
+    """What has to be moved before ``place`` for target and class weights to be there.
+
+    None if something cannot be moved: it takes what is only known later, or reads what is written.
+    """
+    late: set[Node] = set()
+    pending = [part for part in asked or () if isinstance(part, Node)]
+    while pending:
+        node = pending.pop()
+        if order[node] < order[place] or node in late:
+            continue
+        between = _between(place.prev, node)
+        if (
+            not _is_of_integers(node)
+            or mutation.may_write(node)
+            or any(mutation.writers(between, of=node.all_input_nodes))
+        ):
+            return None
+        late.add(node)
+        pending += node.all_input_nodes
+    return tuple(sorted(late, key=order.__getitem__))
+
+
+def _is_of_integers(node: Node) -> bool:
+    """Whether ``node`` makes targets of targets, and nothing of logits."""
+    values = [value_of(part) for part in (node, *node.all_input_nodes)]
+    return node.op != "output" and not any(
+        isinstance(value, torch.Tensor) and value.is_floating_point() for value in values
+    )
 
 
 def _asked(reader: Reader) -> tuple[Any, ...] | None:
@@ -77,8 +118,10 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
     only = readers[0] if len(readers) == 1 else None
     weighting = None if only is None else _weighting(only)
     place = _place(readers, order)
+    assert place is not None, "a call with no place was never begun"
+    moved = _late_inputs(call.asked, place, order) or ()
     if weighting is not None:
-        place = weighting.nodes[-1]
+        place, moved = weighting.nodes[-1], ()
     reduction = _reduction(readers, weighting)
     differentiable = any(tensor_of(reader.node).requires_grad for reader in readers)
     # Where gradients are computed in the backward, what they are computed from is read again.
@@ -86,7 +129,7 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
     _check_writers(call, weighting, place, last, order)
 
     head, logits = readers[0].logits.head, readers[0].logits
-    computed = tensor_of(head.node)
+    computed, weight = tensor_of(head.node), tensor_of(head.weight)
     first, last = logits.words or (0, computed.size(head.vocab_dim))
     shape = tensor_of(logits.node).shape
     tokens = product(size for dim, size in enumerate(shape) if dim != logits.vocab_dim)
@@ -94,6 +137,7 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
         readers=tuple(readers),
         reduction=reduction,
         place=place,
+        moved=moved,
         weighting=weighting,
         tokens=tokens,
         vocab_size=last - first,
@@ -104,16 +148,12 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
             computed.dtype,
             computed.device,
             tokens=hint(tokens),
-            gradient_dtype=_gradient_dtype(logits, differentiable),
+            gradient_dtype=weight.dtype
+            if differentiable and weight.requires_grad
+            else torch.float32,
         ),
         returns_logits=returns_logits,
     )
-
-
-def _gradient_dtype(logits: Logits, differentiable: bool) -> torch.dtype:
-    weight = tensor_of(logits.head.weight)
-    wanted = differentiable and weight.requires_grad and not logits.is_detached
-    return weight.dtype if wanted else torch.float32
 
 
 def _weighting(reader: Reader) -> Weighting | None:
@@ -152,7 +192,8 @@ def _check_writers(
 
 
 def _reduction(readers: list[Reader], weighting: Weighting | None) -> str:
-    if weighting is not None or (len(readers) == 1 and readers[0].is_summed):
+    only = readers[0] if len(readers) == 1 else None
+    if weighting or (only and only.kind == "log_probability" and only.is_summed):
         return "sum"
     # The gradient of a measure, and a second reading of the losses, take each row's own.
     by_row = any(

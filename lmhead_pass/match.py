@@ -123,10 +123,9 @@ class Logits:
         )
 
     def _made_alike(self, other: "Logits") -> bool:
-        made, others = (
-            (held.head.node, held.values, held.words, held.is_detached) for held in (self, other)
+        return (self.head.node, self.values, self.words) == (
+            *(other.head.node, other.values, other.words),
         )
-        return made == others
 
 
 class Extent:
@@ -211,6 +210,8 @@ class Match:
     """What the op gives: ``"mean"``, ``"sum"``, or with ``"none"`` each row's own loss."""
     place: Node
     """The call comes before this node."""
+    moved: tuple[Node, ...]
+    """What has to be moved before ``place`` first, in this order."""
     weighting: Weighting | None
     """What is done to the per-row losses of the only reader, if that is a weighted sum."""
     tokens: int | torch.SymInt

@@ -55,6 +55,8 @@ def _prepare(graph: Graph, rewrite: Rewrite) -> _Change:
     """Insert what takes the place of the head and what reads it; nothing old is touched yet."""
     change = _Change(gone=set(rewrite.nodes))
     for match in rewrite.matches:
+        for node in match.moved:
+            match.place.prepend(node)
         values, nodes = emit_call(graph, match)
         change.calls.append((match, nodes))
         for reader in match.readers:

@@ -117,7 +117,7 @@ def _value(
     """What ``reader`` reads, but for its dtype."""
     if reader.loss is not None:
         return _loss(emit, reader.loss, match.reduction, results["loss"])
-    if match.reduction == "sum":
+    if match.reduction == "sum" and reader.kind == "log_probability":
         return emit("mul", results["loss"], -reader.factor)
     shift = match.logits.values.shift
     match reader.kind:

@@ -183,9 +183,6 @@ WRITES = {
     "padding_of_a_view": lambda z, y: flat(
         written(z, lambda z: mask_padding(z.view(-1, V))), y % 90
     ),
-    "padding_by_fill_": lambda z, y: flat(
-        written(z, lambda z: z[:, :, 90:].fill_(-torch.inf)), y % 90
-    ),
     "after_the_loss": lambda z, y: (flat(z.float(), y), z.mul_(2))[0],
 }
 

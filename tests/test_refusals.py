@@ -134,7 +134,35 @@ def hook(h, w, b, y):
     return flat(z, y)
 
 
+def write_to_bias_before_the_backward(h, w, b, y):
+    loss = flat(F.linear(h, w, b), y, reduction="none").square().mean()
+    with torch.no_grad():
+        b.add_(1)
+    return loss
+
+
+def write_to_target_before_the_backward(h, w, b, y):
+    loss = flat(F.linear(h, w, b), y, reduction="none").square().mean()
+    y.fill_(0)
+    return loss
+
+
+def write_by_fill(h, w, b, y):
+    z = F.linear(h, w)
+    z[:, :, 90:].fill_(-torch.inf)
+    return flat(z, y % 90)
+
+
 REFUSED = {
+    "write_to_bias_before_the_backward": (
+        write_to_bias_before_the_backward,
+        "add_ at .* weight or bias in place after the loss, whose backward",
+    ),
+    "write_to_target_before_the_backward": (
+        write_to_target_before_the_backward,
+        "fill_ at .* target or weights of the loss in place after the loss, whose backward",
+    ),
+    "write_by_fill": (write_by_fill, "fill_ at .* reads the logits too"),
     "write_to_hidden": (write_to_hidden, "add_ at .* in place between the head and the loss"),
     "write_to_hidden_through_view": (write_to_hidden_through_view, "mul_ at .* in place between"),
     "write_to_hidden_by_index": (write_to_hidden_by_index, "setitem at .* in place between"),
