@@ -10,7 +10,7 @@ from torch.fx import Node
 from . import mutation
 from .chunking import plan_rows
 from .emitter import nodes_read
-from .match import NOTHING_IGNORED, Logits, Match, Reader, Refused, Weighting
+from .match import NOTHING_IGNORED, Match, Reader, Refused, Weighting
 from .source import at
 from .spelling import describe
 from .tensors import hint, product, tensor_of, value_of

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from .match import Rewrite
-from .matcher import find
+from .lifting import find_across_regions
 from .report import summary
 from .source import place_in
 
@@ -81,11 +81,14 @@ def _look_at(module: GraphModule, explanation: Explanation) -> None:
     explanation.graphs += 1
     for part in module.modules():
         if isinstance(part, GraphModule):
-            for item in find(part.graph):
+            found, lifted = find_across_regions(part.graph)
+            for item in found:
                 if isinstance(item, Rewrite):
                     explanation.rewritten += map(summary, item.matches)
                 else:
                     explanation.refused.append(summary(item))
+            for copied in reversed(lifted):
+                copied.undo()
     reason = getattr(module, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
         explanation.graph_breaks.append(_break_sentence(reason))

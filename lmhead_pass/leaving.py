@@ -52,7 +52,7 @@ def emit_lazily(graph: Graph, logits: Logits) -> Node:
 
 def _for_later(logits: Logits) -> Logits:
     """``logits`` with an input of the graph as the head's weight; Refused if there is none."""
-    if not _is_whole(logits.head.node.graph):
+    if not is_whole(logits.head.node.graph):
         raise Refused(
             "the logits leave a part of the graph (gradient checkpointing, say) and not the "
             "compiled function itself. Return the loss alone"
@@ -63,7 +63,7 @@ def _for_later(logits: Logits) -> Logits:
     return replace(logits, head=head)
 
 
-def _is_whole(graph: Graph) -> bool:
+def is_whole(graph: Graph) -> bool:
     """Whether ``graph`` is what a compiled function runs, and not a part that it calls."""
     return "dynamo_compile_id" in graph.owning_module.meta
 

@@ -15,7 +15,7 @@ from . import config
 from .calls import plan_calls
 from .flow import Flow, follow_logits
 from .heads import is_head, read_head
-from .leaving import check_returned
+from .leaving import check_returned, is_whole
 from .losses import class_count, is_loss
 from .match import Head, Reader, Refusal, Refused, Rewrite
 from .source import at
@@ -25,11 +25,16 @@ from .tensors import hint, tensor_of
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Readers that make a loss. Others alone are no reason to rewrite a head.
 _OF_A_LOSS = ("loss", "log_probability", "logsumexp")
+_INPUT = (
+    "the logits are an input of this graph: their head was compiled in another one, or not at all. "
+    "Compile head and loss together, without a graph break between them (lmhead_pass.explain names "
+    "it)"
+)
 
 
 def find(graph: Graph) -> list[Rewrite | Refusal]:
     """Everything in ``graph`` that computes a loss over logits, in the order of the heads."""
-    flows = [follow_logits(head) for head in _heads(graph)]
+    flows = [follow_logits(head) for head in heads(graph)]
     claims = Counter(node for flow in flows for node in _claimed(flow))
     found: list[Rewrite | Refusal] = []
     for flow in flows:
@@ -41,13 +46,17 @@ def find(graph: Graph) -> list[Rewrite | Refusal]:
             else:
                 found += _unread_log_softmaxes(flow)
         except Refused as refused:
+            if flow.returned and not is_whole(graph):
+                continue  # who calls this part of a graph tells what becomes of its logits
             named = [reader for reader in losses if reader.kind == "loss"] or losses[:1]
             found += (Refusal(reader.node, str(refused)) for reader in named)
     served = {reader.node for flow in flows for reader in flow.readers}
     strangers = {node: why for flow in flows for node, why in flow.strangers.items()}
     for node in graph.nodes:
         if is_loss(node) and node not in served:
-            found.append(Refusal(node, _why_no_flow_reached(node, strangers)))
+            why = _why_no_flow_reached(node, strangers)
+            if is_whole(graph) or why is not _INPUT:
+                found.append(Refusal(node, why))
     return found
 
 
@@ -55,7 +64,8 @@ def _claimed(flow: Flow) -> set[Node]:
     return flow.nodes | {reader.node for reader in flow.readers}
 
 
-def _heads(graph: Graph) -> Iterator[Head]:
+def heads(graph: Graph) -> Iterator[Head]:
+    """The linear layers in ``graph`` that are large enough."""
     for node in graph.nodes:
         if is_head(node):
             try:
@@ -123,11 +133,7 @@ def _why_no_flow_reached(loss: Node, strangers: dict[Node, str]) -> str:
             break
         node = node.args[0]
     if node.op == "placeholder":
-        return (
-            f"the logits are an input of this graph ({node.target}): their head was compiled in "
-            "another one, or not at all. Compile head and loss together, without a graph break "
-            "between them (lmhead_pass.explain names it)"
-        )
+        return _INPUT
     return f"the logits come from {describe(node)}{at(node)}, which is not understood"
 
 

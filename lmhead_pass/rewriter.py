@@ -7,8 +7,8 @@ from torch.fx import Graph, Node
 from . import config, report
 from .emitter import emit_fact
 from .leaving import emit_lazily
+from .lifting import Lifted, find_across_regions
 from .match import Match, Refusal, Rewrite
-from .matcher import find
 from .serving import emit_call
 
 
@@ -32,10 +32,13 @@ def rewrite_graph(graph: Graph) -> None:
     A failure inside leaves the graph as it was; it is reported, or raised if ``config.strict``.
     """
     known = set(graph.nodes)
+    lifted: list[Lifted] = []
     try:
-        found = find(graph)
+        found, lifted = find_across_regions(graph)
         changes = [_prepare(graph, item) for item in found if isinstance(item, Rewrite)]
     except Exception as error:
+        for part in lifted:
+            part.let_go()
         for node in reversed([node for node in graph.nodes if node not in known]):
             graph.erase_node(node)
         if config.strict:
@@ -45,6 +48,8 @@ def rewrite_graph(graph: Graph) -> None:
     for item in found:
         if isinstance(item, Refusal):
             report.refused(item)
+    for part in lifted:
+        part.keep()
     for change in changes:
         for match, nodes in change.calls:
             report.rewritten(match, nodes)
