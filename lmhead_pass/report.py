@@ -26,10 +26,11 @@ def summary(item: Match | Refusal) -> str:
     if isinstance(item, Refusal):
         return f"left alone: {where}: {item.reason}"
     hidden, weight = tensor_of(item.head.hidden), tensor_of(item.head.weight)
-    if item.head.weight_is_transposed:
-        weight = weight.t()
+    # Not from a transposed view: where the weight is written to later, autograd refuses one.
+    shape = weight.shape[::-1] if item.head.weight_is_transposed else weight.shape
     return (
-        f"rewritten: {where}: hidden {_type(hidden)}, weight {_type(weight)}, "
+        f"rewritten: {where}: hidden {_type(hidden.shape, hidden.dtype)}, "
+        f"weight {_type(shape, weight.dtype)}, "
         f"reduction {item.loss.reduction}; {item.rows_per_chunk} rows per chunk; "
         f"{_avoided(item)} of {_name(item.compute_dtype)} logits avoided{_returned(item)}"
     )
@@ -98,8 +99,8 @@ def _lines(nodes: Iterable[Node]) -> str:
     return "\n".join(str(node.format_node()) for node in nodes)
 
 
-def _type(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} {_name(tensor.dtype)}"
+def _type(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{list(shape)} {_name(dtype)}"
 
 
 def _name(dtype: torch.dtype) -> str:
