@@ -27,12 +27,12 @@ def summary(item: Match | Refusal) -> str:
         return f"left alone: {where}: {item.reason}"
     head = item.logits.head
     hidden, weight = tensor_of(head.hidden), tensor_of(head.weight)
-    if head.weight_is_transposed:
-        weight = weight.t()
+    # Not from a transposed view: where the weight is written to later, autograd refuses one.
+    shape = weight.shape[::-1] if head.weight_is_transposed else weight.shape
     also = "".join(f", with {describe(reader.node)}" for reader in item.readers[1:])
     return (
-        f"rewritten: {where}{also}: hidden {_type(hidden)}, weight {_type(weight)}, "
-        f"{_how(item)}; {item.rows_per_chunk} rows per chunk; "
+        f"rewritten: {where}{also}: hidden {_type(hidden.shape, hidden.dtype)}, "
+        f"weight {_type(shape, weight.dtype)}, {_how(item)}; {item.rows_per_chunk} rows per chunk; "
         f"{_avoided(item)} of {_name(item.compute_dtype)} logits avoided{_returned(item)}"
     )
 
@@ -107,8 +107,8 @@ def _lines(nodes: Iterable[Node]) -> str:
     return "\n".join(str(node.format_node()) for node in nodes)
 
 
-def _type(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} {_name(tensor.dtype)}"
+def _type(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{list(shape)} {_name(dtype)}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from lmhead_pass.kernels import aten
 from .programs.checking import Wrong, check
 from .programs.fuzz import Statistics
 from .programs.grammar import KINDS, programs
-from .programs.program import Program, forget_sources
+from .programs.program import Program, forget
 from .programs.uniform import BACKEND
 
 COUNT, SEED = 200, 1
@@ -26,7 +26,7 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    forget_sources()
+    forget()
 
 
 @functools.cache
@@ -88,6 +88,18 @@ def test_a_failure_is_shown_as_a_script_that_runs():
     names: dict[str, object] = {}
     exec(program.script("why"), names)
     assert names["SOURCE"] == program.source
+
+
+def test_a_failure_of_the_pass_is_no_failure_of_the_program(monkeypatch):
+    """The program would raise it in both runs, since it is compiled once."""
+
+    def fail(*_):
+        raise ArithmeticError("on purpose")
+
+    monkeypatch.setattr("lmhead_pass.rewriter._insert", fail)
+    with pytest.raises(Wrong, match="ArithmeticError in the pass: on purpose"):
+        for program in many_programs()[:COUNT]:
+            check(program)
 
 
 # Mistakes that the pass might make, planted to see that they are found.

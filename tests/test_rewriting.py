@@ -183,5 +183,21 @@ def test_gradients_flow_only_where_they_did():
         assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
+def test_weight_that_is_written_to_later():
+    """Autograd refuses new views of a view that was made under no_grad before the write."""
+    hidden, weight, _, target = inputs()
+
+    def function(h, w, y):
+        h = h + w[y % forms.V, :]
+        with torch.no_grad():
+            loss = forms.flat(h @ w.T, y)
+            w.mul_(1.1)
+        return loss
+
+    expected = function(hidden, weight.detach().clone().requires_grad_(), target)
+    torch.testing.assert_close(rewrite(function)(hidden, weight, target), expected)
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+
+
 def _double(tensor):
     return torch.float64 if tensor.is_floating_point() else None

@@ -104,8 +104,9 @@ def _check_call(captured: Captured, program: Program, inputs: Inputs, verdict: V
     with_pass = run(captured, program, inputs, inputs.dtype)
     verdict.rewritten = counters["lmhead_pass"]["rewritten"]
     verdict.raised = verdict.raised or without.error
-    if counters["lmhead_pass"]["failed"]:
-        raise Wrong("failed", "the pass reported a failure")
+    if captured.failure is not None:
+        kind = type(captured.failure).__name__
+        raise Wrong(f"{kind} in the pass", str(captured.failure)) from captured.failure
     if with_pass.error != without.error:
         # A head that is not there any more does not mind that its input is written to.
         if with_pass.error is not None or _LOST not in without.message:

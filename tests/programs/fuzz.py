@@ -23,7 +23,7 @@ import torch
 
 from .checking import Verdict, Wrong, check
 from .grammar import KINDS, programs
-from .program import Program, forget_sources
+from .program import Program, forget
 from .uniform import BACKEND
 
 _BATCH = 200
@@ -181,7 +181,7 @@ def main() -> int:
     try:
         while go_on():
             search.batch(seed, _BATCH, go_on)
-            forget_sources()
+            forget()
             seed += 1
             if seed % 5 == 0:
                 count = search.statistics

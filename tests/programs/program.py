@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 ARGUMENTS = ("hidden", "weight", "bias", "target", "scale", "row")
@@ -124,10 +125,12 @@ class Program:
         return names["program"]
 
 
-def forget_sources() -> None:
-    """Drop the lines of all programs that ran."""
-    for name in [name for name in linecache.cache if name.startswith("<program ")]:
+def forget() -> None:
+    """Drop what torch and Python keep of all programs that ran: lines, code, and fake results."""
+    for name in [name for name in linecache.cache if name.startswith(("<program ", "<eval_with"))]:
         del linecache.cache[name]
+    torch.fx.graph_module._loader.eval_cache.clear()
+    FakeTensorMode.cache_clear()
 
 
 def _in_double(source: str) -> str:

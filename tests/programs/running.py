@@ -36,11 +36,17 @@ class Captured:
     def __init__(self, function: Callable[..., Any], dynamic: bool):
         self.rewritten = False
         """Which of the two a call runs."""
+        self.failure: Exception | None = None
+        """What the pass raised. To the program it would look as if it failed without the pass."""
         self.function = torch.compile(function, backend=self._backend, dynamic=dynamic)
 
     def _backend(self, module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         original = _duplicate(module)
-        _rewrite(module)
+        try:
+            _rewrite(module)
+        except Exception as error:
+            self.failure = error
+            raise
         # Not by calling them: a GraphModule prints what its code raises.
         return lambda *inputs: (module if self.rewritten else original).forward(*inputs)
 
