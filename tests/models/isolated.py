@@ -1,0 +1,50 @@
+"""Runs each model in a process of its own: none of them can end the sweep."""
+
+import multiprocessing
+import os
+import resource
+import warnings
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT_SECONDS = 120
+_MEMORY = 16 << 30
+_PRELOADED = ["torch", "torch._inductor.custom_graph_pass", "transformers.modeling_utils"]
+
+
+def run_isolated(class_name: str, kind: str) -> dict[str, Any]:
+    """What ``running.run`` finds, or how the process ended instead."""
+    os.environ.update(QUIET)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOADED, "tests.models.running"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, class_name, kind), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(TIMEOUT_SECONDS):
+            return receiver.recv()
+        return {"not built": f"it takes more than {TIMEOUT_SECONDS} seconds"}
+    except EOFError:
+        process.join(10)
+        return {"not built": f"its process ended with code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+    # One thread: the server that models are forked from must not have started others.
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def _child(sender: Connection, class_name: str, kind: str) -> None:
+    from .running import run
+
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    warnings.simplefilter("ignore")
+    sender.send(run(class_name, kind))
