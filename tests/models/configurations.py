@@ -65,6 +65,10 @@ def _differs(after: Any, before: Any) -> bool:
 def _switch(name: str, value: bool, kind: str) -> bool:
     if name == "use_cache":
         return False  # a training step
+    if name == "axial_pos_embds":
+        return False  # their shape would have to be that of the inputs
+    if name == "output_router_logits":
+        return True  # their losses come beside the cross entropy
     if name == "is_decoder" and kind == "causal":
         return True
     return value
@@ -174,6 +178,7 @@ _RULES: list[tuple[re.Pattern[str], Any]] = [
         (r"hidden_dim|projection_dim|proj_dim|cross_attention_dim|lru_width|output_dim", 64),
         (r"codebook_dim|adapter_in(put)?_(dim|size)|d_latents|mamba_d_ssm|entity_emb", 64),
         (r"ngram_vocab", VOCAB),
+        (r"^(mamba_)?n_?groups$", _at_most(2)),
         (r"bottleneck_size", 64),
         (r"^attention_window", 8),
         (r"^num_filters$", 4),
@@ -185,8 +190,11 @@ _RULES: list[tuple[re.Pattern[str], Any]] = [
 ]
 _FILLINGS: dict[str, Any] = {
     r"^vocab_size$": VOCAB,
-    r"^head_dim$": 16,
-    r"^num_key_value_heads$": 2,
+    r"head_dim$": 16,
+    r"(key_value|kv)_heads$": 2,
+    r"^indexer_n_heads$": 4,
+    r"compress_ratio$": 4,
+    r"_budget$": 16,
     r"moe_intermediate_size": 96,
     r"^n_shared_experts$": 1,
     r"^(n_routed|num_local|num|n)_experts$": 4,

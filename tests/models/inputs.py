@@ -20,7 +20,9 @@ def inputs_for(model: PreTrainedModel, kind: str) -> Iterator[dict[str, Any]]:
     text = _text(kind)
     labels = {"labels": text["labels"]}
     decoder = {"decoder_input_ids": text["input_ids"]}
+    types = torch.zeros_like(text["input_ids"])
     yield _only(parameters, text)
+    yield _only(parameters, text | {"token_type_ids": types, "mm_token_type_ids": types})
     for more in _other_modalities(model):
         if more.keys() & parameters:
             for inputs in (text | more, more | labels, more | labels | decoder):

@@ -1,7 +1,6 @@
 """Runs one model as a training step in two ways, rewritten and as it was, and compares them."""
 
 import copy
-import os
 import re
 import traceback
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from lmhead_pass.matcher import find
 from lmhead_pass.source import place_in
 from lmhead_pass.spelling import describe
 
+from . import table
 from .configurations import configurations
 from .inputs import inputs_for
 
@@ -60,7 +60,7 @@ def run(class_name: str, kind: str) -> dict[str, Any]:
     except Exception as error:
         return {"not built": _sentence(error)}
     result: dict[str, Any] = {}
-    for way in WAYS:
+    for way in table.WAYS:
         try:
             result[way] = asdict(_compare(built, way))
         except Exception as error:
@@ -99,7 +99,7 @@ def _compare(built: Built, way: str) -> Outcome:
     torch._dynamo.reset()
     counters.clear()
     outcome = Outcome()
-    both = _with_inductor if WITH_INDUCTOR else _without_inductor
+    both = _with_inductor if table.WITH_INDUCTOR else _without_inductor
     with lmhead_pass.config.patch(strict=True, min_vocab_size=LEAST_VOCAB):
         ours, unfused = both(WAYS[way], built.model, built.inputs, outcome)
     _judge(outcome, ours, unfused, _exact(WAYS[way], built))
@@ -131,7 +131,6 @@ def _with_inductor(call, model, inputs, outcome: Outcome) -> tuple[Results, Resu
 
 
 LEAST_VOCAB = 256
-WITH_INDUCTOR = os.environ.get("LMHEAD_PASS_MODELS_BACKEND") == "inductor"
 WAYS: dict[str, Callable[..., Any]] = {
     "labels": lambda model, inputs: model(**inputs),
     "loss only": lambda model, inputs: model(**inputs).loss,

@@ -1,12 +1,15 @@
 """The table of what is expected of each model: ``expected.json``, written by ``record``."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 PATH = Path(__file__).with_name("expected.json")
 COMMAND = "python -m tests.models.record"
 WAYS = ("labels", "loss only")
+ASPECTS = ("rewrites", "graphs", "reasons")
+WITH_INDUCTOR = os.environ.get("LMHEAD_PASS_MODELS_BACKEND") == "inductor"
 
 
 def load() -> dict[str, Any]:
@@ -29,7 +32,7 @@ def entry(architecture: str, kind: str, found: dict[str, Any]) -> dict[str, Any]
         if "failed" in outcome:
             kept[way] = {"failed": outcome["failed"]}
         else:
-            kept[way] = {name: outcome[name] for name in ("rewrites", "graphs", "reasons")}
+            kept[way] = {name: outcome[name] for name in ASPECTS}
     return kept
 
 
@@ -42,7 +45,9 @@ def differences(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def changes(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def changes(
+    expected: dict[str, Any], found: dict[str, Any], aspects: tuple[str, ...] = ASPECTS
+) -> list[str]:
     """How what ``running.run`` found is not what the table expects, in a sentence each.
 
     Messages of errors are not compared: they are other people's.
@@ -51,11 +56,10 @@ def changes(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     if ("not built" in found) != ("not built" in expected):
         return [f"{_or_built(found)}; expected: {_or_built(expected)}"]
     return [
-        f"{way}: {what} {now.get(what)}, expected {before.get(what)}"
+        f"{way}: {aspect} {now.get(aspect)}, expected {before.get(aspect)}"
         for way in WAYS
-        if (before := expected.get(way, {})) != (now := found.get(way, {}))
-        for what in ("rewrites", "graphs", "reasons")
-        if now.get(what) != before.get(what)
+        for aspect in aspects
+        if (now := found.get(way, {})).get(aspect) != (before := expected.get(way, {})).get(aspect)
     ]
 
 
