@@ -27,10 +27,10 @@ BY_DEFAULT = {
 }
 
 
-def _parameters():
-    for class_name in RECORDED["models"]:
-        marks = () if class_name in BY_DEFAULT else pytest.mark.models
-        yield pytest.param(class_name, marks=marks)
+PARAMETERS = [
+    pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.models)
+    for name in RECORDED["models"]
+]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def _aspects():
     return table.ASPECTS[: None if release == RECORDED["torch"] and not table.WITH_INDUCTOR else 1]
 
 
-@pytest.mark.parametrize("class_name", _parameters())
+@pytest.mark.parametrize("class_name", PARAMETERS)
 def test_model(class_name, _recorded_release):
     from .isolated import run_isolated
 
