@@ -96,7 +96,7 @@ def test_a_failure_of_the_pass_is_no_failure_of_the_program(monkeypatch):
     def fail(*_):
         raise ArithmeticError("on purpose")
 
-    monkeypatch.setattr("lmhead_pass.rewriter._insert", fail)
+    monkeypatch.setattr("lmhead_pass.rewriter.emit_call", fail)
     with pytest.raises(Wrong, match="ArithmeticError in the pass: on purpose"):
         for program in many_programs()[:COUNT]:
             check(program)
@@ -226,7 +226,7 @@ def without_operators_that_write(patch):
 
 
 def without_writes_to_views(patch):
-    patch.setattr(mutation, "_storages", lambda node: {id(node)})
+    patch.setattr(mutation, "memory_of", lambda node: {id(node)})
 
 
 def with_any_part_of_the_vocabulary(patch):
