@@ -76,7 +76,7 @@ def _late_inputs(
 ) -> tuple[Node, ...] | None:
     """What has to be moved before ``place`` for target and class weights to be there.
 
-    None if something cannot be moved: it takes what is only known later, or reads what is written.
+    None if something cannot be: it is made of other than targets, or reads what is written before.
     """
     late: set[Node] = set()
     pending = [part for part in asked or () if isinstance(part, Node)]
@@ -84,11 +84,11 @@ def _late_inputs(
         node = pending.pop()
         if order[node] < order[place] or node in late:
             continue
-        between = _between(place.prev, node)
+        before = nodes_between(place.prev, node)
         if (
             not _is_of_integers(node)
             or mutation.may_write(node)
-            or any(mutation.writers(between, of=node.all_input_nodes))
+            or any(mutation.writers(before, of=node.all_input_nodes))
         ):
             return None
         late.add(node)
@@ -184,7 +184,7 @@ def _check_writers(
         ("the head's input, weight or bias", nodes_read(logits), logits.head.node, last),
         ("the target or weights of the loss", asked, first, latest),
     ):
-        for writer in mutation.writers(_between(since, until), of=of):
+        for writer in mutation.writers(nodes_between(since, until), of=of):
             when = "between the head and the loss"
             if order[writer] > order[place]:
                 when = "after the loss, whose backward reads it again"
@@ -205,7 +205,8 @@ def _reduction(readers: list[Reader], weighting: Weighting | None) -> str:
     return "none" if loss is None or by_row else loss.reduction
 
 
-def _between(first: Node, last: Node) -> Iterator[Node]:
+def nodes_between(first: Node, last: Node) -> Iterator[Node]:
+    """Those after ``first`` and before ``last``."""
     node = first
     while node is not last:
         node = node.next

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from .match import Rewrite
 from .lifting import find_across_regions
+from .match import Rewrite
 from .report import summary
 from .source import place_in
 

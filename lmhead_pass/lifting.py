@@ -19,7 +19,6 @@ from .match import Refusal, Rewrite
 from .matcher import find, heads
 from .tensors import value_of
 
-
 _STUCK = (
     "head and loss are not in the same checkpointed region, and what the region does besides (a "
     "write in place, a change of autocast or no_grad) keeps them from being moved out of it"

@@ -241,3 +241,19 @@ def _differentiable_with_measures(*arguments):
 
 _library.impl("linear_cross_entropy", _differentiable, "Autograd")
 _library.impl("linear_cross_entropy_and_measures", _differentiable_with_measures, "Autograd")
+
+
+class _WithGradientOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, source):
+        ctx.dtype = source.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient.to(ctx.dtype)
+
+
+# ``with_gradient_of(value, source)`` is ``value``, and passes its gradient on to ``source`` as well.
+_library.define("with_gradient_of(Tensor value, Tensor source) -> Tensor")
+_library.impl("with_gradient_of", _WithGradientOf.apply, "CompositeImplicitAutograd")

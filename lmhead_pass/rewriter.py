@@ -6,15 +6,16 @@ from torch.fx import Graph, Node
 
 from . import config, report
 from .emitter import emit_fact
+from .joining import join
 from .leaving import emit_lazily
 from .lifting import Lifted, find_across_regions
 from .match import Match, Refusal, Rewrite
-from .serving import emit_call
+from .serving import emit_call, emit_join
 
 
 @dataclass
 class _Change:
-    """What a rewrite does to a graph, but for the nodes that it has inserted already."""
+    """What is to be done to a graph, but for the nodes that are inserted already."""
 
     replaced: dict[Node, Node] = field(default_factory=dict)
     """What stands for which node."""
@@ -23,7 +24,22 @@ class _Change:
     gone: set[Node] = field(default_factory=set)
     """What is erased."""
     calls: list[tuple[Match, list[Node]]] = field(default_factory=list)
-    """Each call of the op, with its nodes."""
+    """What is rewritten, with the nodes of its call of the op."""
+
+    def check(self) -> None:
+        """What is erased must not be needed."""
+        for node in self.gone - self.replaced.keys():
+            for user in node.users.keys() - self.gone:
+                if not (user.op == "output" and node in self.leaving):
+                    raise AssertionError(f"{node} is needed by {user}")
+
+    def carry_out(self, graph: Graph) -> None:
+        for before, after in self.replaced.items():
+            before.replace_all_uses_with(after, lambda user, after=after: user is not after)
+        for before, after in self.leaving.items():
+            graph.output_node().replace_input_with(before, after)
+        for node in reversed([node for node in graph.nodes if node in self.gone]):
+            graph.erase_node(node)
 
 
 def rewrite_graph(graph: Graph) -> None:
@@ -35,7 +51,8 @@ def rewrite_graph(graph: Graph) -> None:
     lifted: list[Lifted] = []
     try:
         found, lifted = find_across_regions(graph)
-        changes = [_prepare(graph, item) for item in found if isinstance(item, Rewrite)]
+        change = _prepare(graph, [item for item in found if isinstance(item, Rewrite)])
+        change.check()
     except Exception as error:
         for part in lifted:
             part.let_go()
@@ -50,43 +67,38 @@ def rewrite_graph(graph: Graph) -> None:
             report.refused(item)
     for part in lifted:
         part.keep()
-    for change in changes:
-        for match, nodes in change.calls:
-            report.rewritten(match, nodes)
-        _carry_out(graph, change)
+    for match, nodes in change.calls:
+        report.rewritten(match, nodes)
+    change.carry_out(graph)
 
 
-def _prepare(graph: Graph, rewrite: Rewrite) -> _Change:
-    """Insert what takes the place of the head and what reads it; nothing old is touched yet."""
-    change = _Change(gone=set(rewrite.nodes))
-    for match in rewrite.matches:
-        for node in match.moved:
-            match.place.prepend(node)
-        values, nodes = emit_call(graph, match)
-        change.calls.append((match, nodes))
-        for reader in match.readers:
-            if reader.kind == "returned":
-                change.leaving[reader.node] = values.pop(reader.node)
-            else:
-                change.gone.add(reader.node)
+def _prepare(graph: Graph, rewrites: list[Rewrite]) -> _Change:
+    """Insert what takes the place of heads and their readers; nothing old is touched yet."""
+    change = _Change()
+    joins = join(graph, rewrites)
+    for joined in joins:
+        values, nodes = emit_join(graph, joined)
         change.replaced |= values
-        change.gone.update(() if match.weighting is None else match.weighting.nodes)
-    for logits in rewrite.returned:
-        change.leaving[logits.node] = emit_lazily(graph, logits)
-    for node, fact in rewrite.facts.items():
-        change.replaced[node] = emit_fact(graph, node, fact)
-        change.gone.add(node)
-    for node in change.gone - change.replaced.keys():
-        for user in node.users.keys() - change.gone:
-            if not (user.op == "output" and node in change.leaving):
-                raise AssertionError(f"{node} is needed by {user}")
+        change.calls += ((match, nodes) for match in joined.matches)
+    for rewrite in rewrites:
+        change.gone.update(rewrite.nodes)
+        for match in rewrite.matches:
+            if not any(match in joined.matches for joined in joins):
+                _prepare_call(graph, match, change)
+            change.gone.update(reader.node for reader in match.readers if reader.kind != "returned")
+        for logits in rewrite.returned:
+            change.leaving[logits.node] = emit_lazily(graph, logits)
+        for node, fact in rewrite.facts.items():
+            change.replaced[node] = emit_fact(graph, node, fact)
+            change.gone.add(node)
     return change
 
 
-def _carry_out(graph: Graph, change: _Change) -> None:
-    for before, after in change.replaced.items():
-        before.replace_all_uses_with(after)
-    for before, after in change.leaving.items():
-        graph.output_node().replace_input_with(before, after)
-    for node in reversed([node for node in graph.nodes if node in change.gone]):
-        graph.erase_node(node)
+def _prepare_call(graph: Graph, match: Match, change: _Change) -> None:
+    values, nodes = emit_call(graph, match)
+    change.calls.append((match, nodes))
+    for reader in match.readers:
+        if reader.kind == "returned":
+            change.leaving[reader.node] = values.pop(reader.node)
+    change.replaced |= values
+    change.gone.update(() if match.weighting is None else match.weighting.nodes)

@@ -1,12 +1,15 @@
 """Inserts a call of the op, and makes of its results what each reader is to have."""
 
 import operator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from .emitter import Emitter, emit_bias, emit_hidden, emit_weight, on_numbers, on_rows, size_of
+from .joining import Join
 from .match import NOTHING_IGNORED, Logits, Loss, Match, Reader, RowStep, row_order
 from .tensors import tensor_of
 from .weighting import emit_weights
@@ -27,15 +30,67 @@ _MEASURES = {
 
 def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]:
     """Insert the call that serves ``match``: what replaces which node, and all new nodes."""
+    for node in match.moved:
+        match.place.prepend(node)
     emit = Emitter(graph, match.place)
-    rows = emit_hidden(emit, match.logits, row_order(match.logits.steps))
-    results = _emit_op(emit, match, rows)
+    rows = emit_rows(emit, match)
+    hidden, target = emit_flat(emit, rows), emit_target(emit, match, rows)
+    coefficient = None
+    if match.weighting is not None:
+        coefficient = emit_weights(emit, match.node, match.weighting, target_of(match))
+    names = [name for reader in match.readers for name in _MEASURES.get(reader.kind, ())]
+    measures = list(dict.fromkeys(names))
+    results = emit_op(emit, match, hidden, target, coefficient, measures)
     values = {
-        node: _like(emit, node, match, _value(emit, match, reader, rows, results))
+        _replaced(match, reader): emit_value(emit, match, reader, rows, results)
         for reader in match.readers
-        for node in (_replaced(match, reader),)
     }
     return values, emit.nodes
+
+
+def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], list[Node]]:
+    """Insert the call that serves all of ``joined``: what replaces which node, and all new nodes."""
+    behind = joined.place.next
+    for node in joined.moved:
+        behind.prepend(node)
+    emit = Emitter(graph, joined.place)
+    rows = [emit_rows(emit, match) for match in joined.matches]
+    hidden = emit(torch.cat, [emit_flat(emit, part) for part in rows])
+    targets = list(map(partial(emit_target, emit), joined.matches, rows))
+    coefficients = list(map(partial(_share, emit), joined.matches, joined.factors))
+    results = emit_op(
+        *(emit, replace(joined.matches[0], reduction="sum"), hidden),
+        *(emit(torch.cat, targets), emit(torch.cat, coefficients), ["losses"]),
+    )
+    sizes = [size_of(emit, target, 0) for target in targets]
+    pieces = emit(torch.split, results["losses"], sizes)
+    values = {}
+    for number, match in enumerate(joined.matches):
+        # Its own losses, as if it had a call for them alone.
+        alone = replace(match, reduction="none", weighting=None)
+        piece = {"loss": emit(operator.getitem, pieces, number)}
+        values[match.node] = emit_value(emit, alone, match.readers[0], rows[number], piece)
+    values[joined.root] = Emitter(graph, joined.root.next)(
+        torch.ops.lmhead_pass.with_gradient_of.default, joined.root, results["loss"]
+    )
+    return values, emit.nodes
+
+
+def _share(emit: Emitter, match: Match, factors: tuple[tuple[str, Any], ...]) -> Node:
+    """``[N]``: by what each row's loss is multiplied in the sum."""
+    reader, target = match.readers[0], target_of(match)
+    if match.weighting is not None:
+        share = emit_weights(emit, match.node, match.weighting, target)
+    else:
+        dtype = torch.promote_types(match.compute_dtype, torch.float32)
+        share = emit("reshape", emit(torch.ones_like, target, dtype=dtype), -1)
+        if reader.loss is not None and reader.loss.reduction == "mean":
+            share = emit("div", share, _denominator(emit, reader.loss))
+    if reader.kind == "log_probability":
+        share = emit("mul", share, -reader.factor)
+    for name, operand in factors:
+        share = emit(name, share, operand)
+    return share
 
 
 def _replaced(match: Match, reader: Reader) -> Node:
@@ -61,36 +116,56 @@ def _asked(match: Match) -> Loss | None:
     return None
 
 
-def _emit_op(emit: Emitter, match: Match, rows: Node) -> dict[str, Node]:
+def target_of(match: Match) -> Node:
+    asked = _asked(match)
+    assert asked is not None, "only a reader of a target has weights"
+    return asked.target
+
+
+def emit_rows(emit: Emitter, match: Match) -> Node:
+    """``[*rows, H]``: the hidden states."""
+    return emit_hidden(emit, match.logits, row_order(match.logits.steps))
+
+
+def emit_flat(emit: Emitter, rows: Node) -> Node:
+    """``[N, H]``"""
+    if tensor_of(rows).dim() == 1:
+        return emit("unsqueeze", rows, 0)
+    return emit("flatten", rows, 0, -2) if tensor_of(rows).dim() > 2 else rows
+
+
+def emit_target(emit: Emitter, match: Match, rows: Node) -> Node:
+    """``[N]``"""
+    asked = _asked(match)
+    if asked is None:
+        size = size_of(emit, emit_flat(emit, rows), 0)
+        return emit("new_full", rows, (size,), _NO_TARGET, dtype=torch.int64)
+    if tensor_of(asked.target).dim() == 1:
+        return asked.target
+    return emit("reshape", asked.target, -1)
+
+
+def emit_op(
+    emit: Emitter,
+    match: Match,
+    hidden: Node,
+    target: Node,
+    coefficient: Node | None,
+    measures: list[str],
+) -> dict[str, Node]:
     """The results of the op: of the loss, under "loss", and of each measure."""
-    logits, asked = match.logits, _asked(match)
-    hidden, weight, bias = rows, emit_weight(emit, logits), emit_bias(emit, logits)
-    if tensor_of(hidden).dim() == 1:
-        hidden = emit("unsqueeze", hidden, 0)
-    elif tensor_of(hidden).dim() > 2:
-        hidden = emit("flatten", hidden, 0, -2)
+    asked = _asked(match)
+    weight, bias = emit_weight(emit, match.logits), emit_bias(emit, match.logits)
     if not _needs_gradient(match):
         # No gradient may flow where none did: no_grad around the loss, a detach on the way.
         hidden, weight = emit("detach", hidden), emit("detach", weight)
         bias = None if bias is None else emit("detach", bias)
-    coefficient = None
-    if asked is None:
-        size = size_of(emit, hidden, 0)
-        target = emit("new_full", hidden, (size,), _NO_TARGET, dtype=torch.int64)
-    else:
-        target = asked.target
-        if match.weighting is not None:
-            coefficient = emit_weights(emit, match.node, match.weighting, target)
-        if tensor_of(target).dim() != 1:
-            target = emit("reshape", target, -1)
     arguments = (
         *(hidden, weight, bias, target, asked and asked.class_weight, coefficient),
         *(match.reduction, asked.ignore_index if asked else _NO_TARGET),
         *(asked.label_smoothing if asked else 0.0, *_scale_and_softcap(match)),
         *(match.compute_dtype, match.rows_per_chunk),
     )
-    measures = [name for reader in match.readers for name in _MEASURES.get(reader.kind, ())]
-    measures = list(dict.fromkeys(measures))
     ops = torch.ops.lmhead_pass
     if not measures:
         return {"loss": emit(ops.linear_cross_entropy.default, *arguments)}
@@ -100,19 +175,31 @@ def _emit_op(emit: Emitter, match: Match, rows: Node) -> dict[str, Node]:
 
 
 def _scale_and_softcap(match: Match) -> tuple[float, float | None]:
-    """``cap tanh(scale x + ...)`` as the op has it: ``softcap tanh(logit_scale (x + ...) / softcap)``."""
+    """The factors of ``softcap tanh(logit_scale (x + ...) / softcap)``, as the op has it."""
     values = match.logits.values
     if values.cap is None:
         return values.scale, None
     return values.scale * values.cap, abs(values.cap)
 
 
+def emit_value(
+    emit: Emitter, match: Match, reader: Reader, rows: Node, results: dict[str, Node]
+) -> Node:
+    """What replaces ``reader``, or the weighted sum that it goes into."""
+    value = _value(emit, match, reader, rows, results)
+    before = tensor_of(_replaced(match, reader))
+    if reader.kind == "returned":
+        before = before.detach()
+    if tensor_of(value).dtype != before.dtype:
+        value = emit("to", value, before.dtype)
+    if _needs_gradient(match) and not before.requires_grad:
+        value = emit("detach", value)
+    value.meta["example_value"] = before
+    return value
+
+
 def _value(
-    emit: Emitter,
-    match: Match,
-    reader: Reader,
-    rows: Node,
-    results: dict[str, Node],
+    emit: Emitter, match: Match, reader: Reader, rows: Node, results: dict[str, Node]
 ) -> Node:
     """What ``reader`` reads, but for its dtype."""
     if reader.loss is not None:
@@ -180,21 +267,13 @@ def _loss(emit: Emitter, loss: Loss, reduction: str, result: Node) -> Node:
     total = emit("sum", result)
     if loss.reduction == "sum":
         return total
+    return emit("div", total, _denominator(emit, loss))
+
+
+def _denominator(emit: Emitter, loss: Loss) -> Node:
+    """What a mean divides the sum of its losses by."""
     counted = emit("ne", loss.target, loss.ignore_index)
     if loss.class_weight is not None:
         target = emit("mul", loss.target, counted)
         counted = emit("mul", emit(operator.getitem, loss.class_weight, target), counted)
-    return emit("div", total, emit("sum", counted))
-
-
-def _like(emit: Emitter, node: Node, match: Match, value: Node) -> Node:
-    """``value`` as what replaces ``node``."""
-    before = tensor_of(node)
-    if node in {reader.node for reader in match.readers if reader.kind == "returned"}:
-        before = before.detach()
-    if tensor_of(value).dtype != before.dtype:
-        value = emit("to", value, before.dtype)
-    if _needs_gradient(match) and not before.requires_grad:
-        value = emit("detach", value)
-    value.meta["example_value"] = before
-    return value
+    return emit("sum", counted)

@@ -58,6 +58,7 @@ _NAMES = {
     "gather": ["gather"],
     "take_along_dim": ["take_along_dim"],
     "sum": ["sum"],
+    "stack": ["stack"],
     "mean": ["mean"],
     "argmax": ["argmax"],
     "amax": ["amax"],

@@ -65,7 +65,7 @@ def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
             row_max[index] = maximum = block.amax(1)
             block.sub_(maximum.unsqueeze(1))
             losses[index], _, log_sum[index] = _exponentiate_(block, rows, part)
-    return [rows.reduce(losses), row_max, log_sum, *taken.finish(row_max, log_sum)]
+    return [rows.reduce(losses), row_max, log_sum, *taken.finish(losses, row_max, log_sum)]
 
 
 def forward_and_gradients(
@@ -92,7 +92,7 @@ def forward_and_gradients(
             losses[index], nll, log_sum[index] = _exponentiate_(block, rows, part)
             _differentiate_(block, rows, part, nll, log_sum[index], upstream[part])
         sums.add(rows.index[chunk], hidden, logits)
-    return [rows.reduce(losses), *sums.finish(), *taken.finish(row_max, log_sum)]
+    return [rows.reduce(losses), *sums.finish(), *taken.finish(losses, row_max, log_sum)]
 
 
 def backward(

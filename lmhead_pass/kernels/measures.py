@@ -7,6 +7,8 @@ With logits ``z`` and probabilities ``p``, of each row, whether or not it has a 
     max         the largest z_v             [N], in the compute dtype
     entropy     -sum_v p_v log p_v          [N], in the accumulation dtype; 0 log 0 is 0
     logits      z                           [N, V], in the compute dtype
+    losses      each row's loss             [N], in the accumulation dtype; before coefficient and
+                                            reduction, 0 where the target is ignored
 
 The entropy is a sum of what is never negative, so that that of a confident row keeps its digits.
 With ``m`` the place of the largest logit, and ``d_v = z_m - z_v``, it is
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from ..problem import Problem
 
-NAMES = ("logsumexp", "argmax", "max", "entropy", "logits")
+NAMES = ("logsumexp", "argmax", "max", "entropy", "logits", "losses")
 
 
 def allocate(problem: Problem, names: list[str]) -> dict[str, Tensor]:
@@ -35,6 +37,7 @@ def allocate(problem: Problem, names: list[str]) -> dict[str, Tensor]:
         "max": problem.compute_dtype,
         "entropy": problem.accumulate_dtype,
         "logits": problem.compute_dtype,
+        "losses": problem.accumulate_dtype,
     }
     return {
         name: problem.hidden.new_empty(
@@ -52,7 +55,8 @@ class Measures:
         self._taken = allocate(problem, names)
 
     def __bool__(self) -> bool:
-        return bool(self._taken)
+        """Whether there is anything to take of the logits of each row, ignored or not."""
+        return bool(self._taken.keys() - {"losses"})
 
     def take(self, rows: Tensor | slice, logits: Tensor) -> None:
         """Read ``logits`` ``[rows, V]``, as the loss sees them, of the rows ``rows`` of all."""
@@ -73,13 +77,15 @@ class Measures:
                 spread = torch.special.entr(exponentials).sum(1) / (1 + others)
                 taken["entropy"][rows] = torch.log1p(others) + spread
 
-    def finish(self, row_max: Tensor, log_sum: Tensor) -> list[Tensor]:
+    def finish(self, losses: Tensor, row_max: Tensor, log_sum: Tensor) -> list[Tensor]:
         """The measures in the order asked for.
 
-        ``row_max`` and ``log_sum`` ``[N]`` are each row's largest logit and the log of its sum of
+        ``losses`` ``[N]`` are the rows' losses, ``row_max`` and ``log_sum`` ``[N]`` are each row's largest logit and the log of its sum of
         ``exp(logit - row_max)``.
         """
         taken = self._taken
+        if "losses" in taken:
+            taken["losses"].copy_(losses)
         if "logsumexp" in taken:
             torch.add(row_max, log_sum, out=taken["logsumexp"])
         return list(taken.values())

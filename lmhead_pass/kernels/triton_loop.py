@@ -39,7 +39,7 @@ def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
             logits, rows.target[chunk], rows.terms, losses[chunk], row_max[chunk], log_sum[chunk],
             every_row=bool(taken),
         )  # fmt: skip
-    return [rows.reduce(losses), row_max, log_sum, *taken.finish(row_max, log_sum)]
+    return [rows.reduce(losses), row_max, log_sum, *taken.finish(losses, row_max, log_sum)]
 
 
 def forward_and_gradients(
@@ -64,7 +64,7 @@ def forward_and_gradients(
         else:
             row_gradients(*given, gradient, upstream[chunk], loss=losses[chunk])
         sums.add(chunk, hidden, gradient)
-    return [rows.reduce(losses), *sums.finish(), *taken.finish(row_max, log_sum)]
+    return [rows.reduce(losses), *sums.finish(), *taken.finish(losses, row_max, log_sum)]
 
 
 def backward(
