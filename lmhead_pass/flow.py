@@ -185,7 +185,10 @@ class _Walk:
 
     def _fact(self, logits: Logits, node: Node) -> Fact | None:
         """What ``node`` looks up of the logits besides their values; None if it reads them."""
-        if node.op == "call_method" and node.target == "size" and type(node.args[-1]) is int:
+        is_size = node.target is torch.ops.aten.sym_size.int or (
+            node.op == "call_method" and node.target == "size"
+        )
+        if is_size and type(node.args[-1]) is int:
             return Fact(logits, "size", node.args[1])
         if node.op == "call_method" and node.target in ("type_as", "to") and len(node.args) == 2:
             source, like = node.args

@@ -205,19 +205,26 @@ def _whole_index(index: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
     for part in index:
         if not (part is None or part is ... or type(part) in (int, slice) or _is_tensor(part)):
             raise Refused("the logits are indexed in a way that is not understood")
-    full = [slice(None)] * (dims - sum(part is not None and part is not ... for part in index))
+    full = [slice(None)] * (dims - sum(map(_dims_taken, index)))
     place = next((place for place, part in enumerate(index) if part is ...), len(index))
     return (*index[:place], *full, *index[place + 1 :])
+
+
+def _dims_taken(part: Any) -> int:
+    """How many dimensions a part of an index is about."""
+    if part is None or part is ...:
+        return 0
+    return tensor_of(part).dim() if _is_tensor(part) and tensor_of(part).dtype == torch.bool else 1
 
 
 def _is_tensor(part: Any) -> bool:
     if not isinstance(part, Node) or not isinstance(value_of(part), torch.Tensor):
         return False
     value = tensor_of(part)
-    if value.dtype != torch.int64 or value.dim() != 1:
+    if value.dtype != torch.bool and (value.dtype != torch.int64 or value.dim() != 1):
         raise Refused(
             f"the logits are indexed with a {value.dim()}-d tensor of {value.dtype}; numbers, "
-            "slices and a vector of integers are understood"
+            "slices, masks and a vector of integers are understood"
         )
     return True
 
@@ -229,11 +236,11 @@ def _indexed(logits: Logits, index: tuple[Any, ...]) -> Logits:
     rows: list[Any] = []
     words, vocab_dim, dim = slice(None), 0, 0  # vocab_dim is that of the result
     for part in index:
-        if part is not None and dim == logits.vocab_dim:
+        if part is not None and dim <= logits.vocab_dim < dim + _dims_taken(part):
             words, vocab_dim = part, sum(not isinstance(kept, int) for kept in rows)
         else:
             rows.append(part)
-        dim += part is not None
+        dim += _dims_taken(part)
     kept = all(part is None or _is_full(part) for part in rows)
     cut = _cut_along(logits, words, shape[logits.vocab_dim])
     return _add(cut, vocab_dim, RowStep("getitem", tuple(rows)) if rows else None, takes_all=kept)

@@ -64,11 +64,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """The size seen while compiling, for choices that are right for any other size too."""
+    """The size seen while compiling, for choices that are right for any other size too.
+
+    0 if it depends on data, and nothing is known of it.
+    """
     value = size if isinstance(size, int) else size.node.hint
-    if value is None:
-        raise Refused("a size of the head depends on data")
-    return value
+    return 0 if value is None else value
 
 
 def product(sizes: Iterable[Any]) -> Any:

@@ -10,6 +10,8 @@ from lmhead_pass.graph_pass import the_pass
 from . import forms, reference
 from .backend import rewrite
 
+V = forms.V
+
 
 def inputs(dtype=torch.float32, batch=3, length=7, hidden=16):
     """Leaves hidden, weight, bias, and a target."""
@@ -96,6 +98,49 @@ def test_chain_with_dynamic_shapes(name):
         hidden, weight, _, target = inputs(batch=batch, length=length)
         torch._dynamo.mark_static(weight)  # as parameters of a module are
         check(function, (hidden, weight, target), compiled)
+
+
+# Each mask is one node: of two equal ones, torch.compile itself loses track.
+MASKS = {
+    "all": (lambda y: y > 20, lambda z, y, m: F.cross_entropy(z[m], y[m])),
+    "shifted": (
+        lambda y: y[:, 1:] > 20,
+        lambda z, y, m: F.cross_entropy(z[..., :-1, :][m].contiguous(), y[..., 1:][m]),
+    ),
+    "flat": (
+        lambda y: y.view(-1) > 20,
+        lambda z, y, m: F.cross_entropy(z.view(-1, V)[m], y.view(-1)[m]),
+    ),
+    "along": (
+        lambda y: y[0] > 20,
+        lambda z, y, m: F.cross_entropy(z[:, m].flatten(0, 1), y[:, m].flatten(), reduction="sum"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("backend", ["rewrite", "inductor"])
+def test_rows_chosen_by_a_mask(name, backend):
+    hidden, weight, _, target = inputs()
+
+    def function(h, w, y):
+        mask, loss = MASKS[name]
+        return loss(F.linear(h, w), y, mask(y))
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = rewrite(function) if backend == "rewrite" else torch.compile(function)
+        check(function, (hidden, weight, target), compiled)
+
+
+def test_hidden_states_chosen_by_a_mask():
+    hidden, weight, _, target = inputs()
+
+    def function(h, w, y):
+        mask = y > 20
+        return F.cross_entropy(F.linear(h[mask], w), y[mask])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        check(function, (hidden, weight, target))
 
 
 def test_one_loss_over_a_vector():
