@@ -209,6 +209,8 @@ LOGITS_WRITES = {
     "softcap_iadd": "{x} /= 3.0\ntorch.tanh_({x})\n{x} *= 3.0",
     "mul_by_itself": "{x}.mul_({x}.detach().abs().amax())",
     "div_rows_": "{x}.div_(scale.detach())",
+    "div_by_rows_": "{x}.div_({r}.detach().unsqueeze({v}))",
+    "mul_by_rows_": "{x} *= {r}.detach().unsqueeze({v})",
     "add_alpha_": "{x}.add_(0.5, alpha=2)",
     "add_itself_": "{x}.add_({x})",
     "div_rounding_": "{x}.div_(0.5, rounding_mode='floor')",
