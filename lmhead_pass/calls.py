@@ -64,6 +64,8 @@ def _place(readers: list[Reader], order: dict[Node, int]) -> Node | None:
     if readers[0].kind == "returned":
         return readers[0].node.graph.output_node()
     users = [user for reader in readers for user in reader.node.users]
+    if not {reader.node for reader in readers}.isdisjoint(users):
+        return None  # a target that is made of the same logits
     first_user = min(users, key=order.__getitem__, default=readers[0].node)
     # Where a gradient is wanted, it is recorded.
     wanting = [reader.node for reader in readers if tensor_of(reader.node).requires_grad]

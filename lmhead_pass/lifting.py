@@ -43,7 +43,11 @@ def find_across_regions(graph: Graph) -> "tuple[list[Rewrite | Refusal], list[Li
             else:
                 stuck.append(Refusal(region, _STUCK))
     found = find(graph)
-    rewritten = {node for item in found if isinstance(item, Rewrite) for node in item.nodes}
+    rewritten: set[Node] = set()
+    for item in found:
+        if isinstance(item, Rewrite):
+            rewritten.update(item.nodes)
+            rewritten.update(reader.node for match in item.matches for reader in match.readers)
     useless = [part for part in lifted if not part.is_useful(rewritten)]
     for part in reversed(useless):
         part.undo()

@@ -103,6 +103,8 @@ def check_fits(loss: Loss, logits: Logits) -> None:
         raise Refused("nll_loss is taken of logits that went through no log_softmax")
     if logits.stage not in ("logits", "log_probabilities") or logits.factor != 1:
         raise Refused("the loss is taken of what is made of the softmax, not of logits")
+    if loss.label_smoothing and logits.is_masked:
+        raise Refused("label_smoothing counts words of the vocabulary that are masked")
 
 
 def _class_dim(dims: int) -> int:

@@ -109,6 +109,13 @@ class Logits:
     history: tuple[tuple[Any, ...], ...] = ()
     """What was done to the values, in order, from the head's on: an operation and its operand."""
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether some words are so unlikely that they count for nothing."""
+        return any(bias.fill is not None for bias in self.values.biases) or any(
+            step[0] == "fill" for step in self.history
+        )
+
     def same_values(self, other: "Logits") -> bool:
         """Whether both hold the same function of the same logits, row by row."""
         return self._made_alike(other) and row_order(self.steps) == row_order(other.steps)

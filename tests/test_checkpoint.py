@@ -40,6 +40,9 @@ FORMS = {
     "head": lambda h, w, y: forms.flat(kept(F.linear, body(h), w), y),
     "body_and_head": lambda h, w, y: forms.flat(kept(body_and_head, h, w) * 2, y),
     "loss": lambda h, w, y: kept(forms.flat, F.linear(body(h), w), y),
+    "loss_and_nothing_else": lambda h, w, y: kept(
+        F.cross_entropy, F.linear(body(h), w).flatten(0, 1), y.flatten()
+    ),
     "head_and_loss_together": lambda h, w, y: kept(head_and_loss, body(h), w, y),
     "head_and_loss_apart": lambda h, w, y: kept(forms.flat, kept(F.linear, body(h), w), y),
     "everything": lambda h, w, y: kept(everything, h, w, y),

@@ -222,6 +222,18 @@ REFUSED = {
         lambda h, w, b, y: flat(F.dropout(F.linear(h, w), 0.0), y),
         "the logits come from dropout",
     ),
+    "masked_with_smoothing": (
+        lambda h, w, b, y: flat(
+            F.linear(h, w).masked_fill(torch.arange(V) >= 90, -1e5), y % 90, label_smoothing=0.1
+        ),
+        "label_smoothing counts words of the vocabulary that are masked",
+    ),
+    "written_with_smoothing": (
+        lambda h, w, b, y: flat(
+            forms.written(F.linear(h, w), forms.mask_padding), y % 90, label_smoothing=0.1
+        ),
+        "label_smoothing counts words of the vocabulary that are masked",
+    ),
     "masked_by_row": (
         lambda h, w, b, y: flat(F.linear(h, w).masked_fill((y == 3)[..., None], -torch.inf), y * 0),
         "other than a mask of the vocabulary",

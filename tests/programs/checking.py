@@ -21,10 +21,11 @@ import lmhead_pass
 from .program import Inputs, Program
 from .running import Captured, Outcome, noise, run
 
-_NOISE_RUNS = 3
-_MORE_NOISE_RUNS = 24
+# As many as are needed: most programs do not stray further than without noise.
+_NOISE_RUNS = (0, 3, 24)
 _FACTOR = 3
-_LOST = "modified by an inplace operation"
+# Errors about the logits themselves, which are not there any more.
+_LOST = ("modified by an inplace operation", "Inplace update to inference tensor outside")
 
 
 class Wrong(AssertionError):
@@ -62,7 +63,10 @@ def check(program: Program) -> Verdict:
         returned_logits=program.returned_logits,
         batch_chunk_size=program.batch_chunk_size,
     )
-    with settings, _refusals(verdict.refusals):
+    dynamo = torch._dynamo.config.patch(
+        capture_dynamic_output_shape_ops=program.captures_dynamic_rows
+    )
+    with settings, dynamo, _refusals(verdict.refusals):
         for inputs in (program.inputs, program.more_inputs):
             if inputs is not None:
                 _check_call(captured, program, inputs, verdict)
@@ -109,11 +113,13 @@ def _check_call(captured: Captured, program: Program, inputs: Inputs, verdict: V
         raise Wrong(f"{kind} in the pass", str(captured.failure)) from captured.failure
     if with_pass.error != without.error:
         # A head that is not there any more does not mind that its input is written to.
-        if with_pass.error is not None or _LOST not in without.message:
+        if with_pass.error is not None or not any(text in without.message for text in _LOST):
             raise Wrong(
                 f"raised {with_pass.error} instead of {without.error}",
                 with_pass.message or without.message,
             )
+        if without.error.endswith("forward"):
+            return
         _forget_gradients(with_pass, without)
         program = replace(program, gradient_of=())
     elif with_pass.error is not None and verdict.rewritten:
@@ -189,7 +195,11 @@ class _Measure:
         if self.exact.error:
             self.exact = without
         self._noisy: list[Outcome] = []
-        self.add_noise(_NOISE_RUNS)
+
+    @property
+    def may_multiply_0_by_infinity(self) -> bool:
+        """Whether the program may have NaN where the limit of a softmax is no such: 0 log 0."""
+        return bool(re.search(r"log\(\)|torch\.log\(|softmax\([^)]*\)+ \*", self._program.source))
 
     def add_noise(self, runs: int) -> None:
         """Run the program some more times, with other noise."""
@@ -255,7 +265,7 @@ def _check_value(name: str, got: Any, measure: _Measure) -> None:
         return
     if not isinstance(measure.exact.values.get(name), Tensor):
         raise Wrong(f"no exact {name}", "the program does not run in FP64 as it does otherwise")
-    for runs in (_NOISE_RUNS, _MORE_NOISE_RUNS):
+    for runs in _NOISE_RUNS:
         measure.add_noise(runs)
         if measure.error(got, name) <= measure.allowed(name):
             break
@@ -268,13 +278,15 @@ def _check_value(name: str, got: Any, measure: _Measure) -> None:
         )
     exact = measure.exact.values[name]
     both = ~exact.isfinite() & ~expected.isfinite()
+    if measure.may_multiply_0_by_infinity:
+        both &= ~expected.isnan()
     if not _is_same(got[both], expected[both]):
         raise Wrong(f"infinities of {name}", f"{got}, not {expected}")
 
 
 def _check_whole(name: str, got: Tensor, measure: _Measure) -> None:
     """Counts and the like may only differ where rounding alone changes them."""
-    measure.add_noise(_MORE_NOISE_RUNS)
+    measure.add_noise(_NOISE_RUNS[-1])
     others = torch.stack(measure.others(name))
     steady = (others == others[0]).all(0)
     if not torch.equal(got[steady], others[0][steady]):

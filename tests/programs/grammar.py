@@ -47,6 +47,7 @@ def programs(draw: Callable[..., Any]) -> Program:
         reads_first=draw(st.booleans()),
         returned_logits=draw(st.sampled_from(("lazy", "lazy", "detach", "keep"))),
         batch_chunk_size=draw(st.sampled_from((None, 1, 3, 4, 7))),
+        captures_dynamic_rows=draw(st.booleans()),
         kinds=frozenset(writer.kinds),
     )
 
@@ -86,6 +87,10 @@ class _Logits:
     is_second: bool = False
     """Whether the vocabulary is not the last dimension, but the second of three."""
 
+    @property
+    def vocab_dim(self) -> int:
+        return 1 if self.is_second else -1
+
 
 class _Writer:
     """Writes one program, statement by statement."""
@@ -97,7 +102,7 @@ class _Writer:
         self._indent = 1
         self._states: list[_Logits] = []
         self._returned: list[str] = []
-        self._odd = self._one((0, 0, 0, 1, 2, 3, 5))
+        self._odd = self._one((0, 0, 1, 2, 3, 5, 7))
         """How many more parts it may have that are off the plainest pattern."""
         self._leaves = set(inputs.requires_grad)
         self.kinds: set[str] = set()
@@ -141,6 +146,7 @@ class _Writer:
         fields: dict[str, Any] = {"ignored": self._ignored, "V": self._inputs.vocab_size}
         if logits is not None:
             fields |= {"x": logits.x, "y": logits.y, "r": logits.r, "V": logits.vocab}
+            fields["v"] = logits.vocab_dim
         return text.format(**{**fields, **more})
 
     @property
@@ -163,7 +169,9 @@ class _Writer:
         """All of it."""
         self._prepare()
         if self._chance(10):
-            self._checkpointed()
+            with self._checkpoint("model") as names:
+                self._model()
+                names.append("loss")
         else:
             with self._region(6):
                 self._model()
@@ -177,17 +185,30 @@ class _Writer:
         else:
             self._line("return " + ", ".join(names))
 
-    def _checkpointed(self) -> None:
-        self.kinds.add("checkpoint")
-        arguments = ", ".join(ARGUMENTS)
-        self._line(f"def region({arguments}):")
+    @contextmanager
+    def _checkpoint(self, kind: str, *read: str) -> Iterator[list[str]]:
+        """A checkpointed region around what is written inside.
+
+        Inside only the names ``read`` and the arguments may be written to. What it yields is to be
+        filled with the names that are needed outside; the other names are not known there.
+        """
+        self.kinds.add(f"checkpoint_{kind}")
+        self._names += 1
+        region, known, returned = f"region{self._names}", self._states, len(self._returned)
+        arguments = list(dict.fromkeys([*ARGUMENTS, *read]))
+        self._states = [state for state in known if {state.x, state.y, state.r} <= {*arguments}]
+        names: list[str] = []
+        self._line(f"def {region}({', '.join(arguments)}):")
         self._indent += 1
-        self._model()
-        names = ", ".join(["loss", *self._returned])
-        self._line(f"return {names}")
+        yield names
+        if self._chance(4):
+            self._return(self._assign("hidden * 2", "h"), differentiable=True)
+        names = list(dict.fromkeys([*names, *self._returned[returned:]]))
+        self._line(f"return {', '.join(names)}")
         self._indent -= 1
-        self._line(f"{names} = checkpoint(region, {arguments}, use_reentrant=False)")
-        self._states.clear()  # their names are not known out here
+        called = ", ".join([region, *arguments])
+        self._line(f"{', '.join(names)} = checkpoint({called}, use_reentrant=False)")
+        self._states = known
 
     def _prepare(self) -> None:
         for _ in range(self._one((0, 0, 1, 2))):
@@ -201,7 +222,7 @@ class _Writer:
 
     def _model(self) -> None:
         """Heads, losses, and what else is to be returned."""
-        losses = [self._loss(self._between(self._head()))]
+        losses = [self._loss(self._between(self._checkpointed_head()))]
         if self._chance(5):
             if self._chance(2):
                 logits = self._head("(hidden * 0.5)")
@@ -215,6 +236,16 @@ class _Writer:
             self._return_logits()
         if self._chance(12):
             self._return(self._assign("hidden * 2", "h"), differentiable=True)
+
+    def _checkpointed_head(self) -> _Logits:
+        if not self._chance(12):
+            return self._head()
+        with self._checkpoint("head") as names:
+            logits = self._head()
+            if self._chance(2):
+                logits = self._between(logits)
+            names += [name for name in (logits.x, logits.y, logits.r) if name not in ARGUMENTS]
+        return self._note(logits)
 
     def _head(self, hidden: str = "hidden") -> _Logits:
         with self._region(10):
@@ -268,7 +299,7 @@ class _Writer:
             self._read_or_write()
         if self._is_odd(4):
             return self._write_to_logits(logits)
-        if self._is_odd(3):
+        if self._is_odd(2):
             return self._odd_value(logits)
         if self._chance(2):
             return replace(logits, x=self._cast(logits))
@@ -299,11 +330,22 @@ class _Writer:
         if len(logits.rows) == 1:
             if logits.rows[0] < 4:
                 return logits
+            if self._is_odd(8):
+                return self._some_rows(logits)
             return self._on_rows(logits, *self._pick("FLAT_ROW_STEPS")[1])
         if min(logits.rows) < 1 or logits.rows[1] < 3 or self._chance(4):
             return self._flatten(logits)
+        if self._is_odd(8):
+            return self._some_rows(logits)
         names = ["ODD_ROW_STEPS"] if self._is_odd(4) else ["ROW_STEPS"]
         return self._on_rows(logits, *self._pick(*names)[1])
+
+    def _some_rows(self, logits: _Logits) -> _Logits:
+        """As many as a mask has."""
+        self.kinds.add("masked_rows")
+        mask = self._one((f"{logits.y} != {self._ignored}", f"{logits.r} > 0.5"))
+        text = "{x}[" + self._assign(mask, "m") + "]"
+        return self._on_rows(logits, text, text, lambda *_: (3,))
 
     def _on_rows(
         self, logits: _Logits, text: str, rows_text: str, rows: Callable[..., tuple[int, ...]]
@@ -334,15 +376,37 @@ class _Writer:
     def _read_or_write(self) -> None:
         if self._chance(2):
             self._write_elsewhere()
+        elif not self._states:
+            return
         elif self._chance(2):
             self._write_to_logits(self._one(self._states))
+        elif self._chance(2):
+            self._measure(self._one(self._states))
         else:
             self._read(self._one(self._states))
+
+    def _measure(self, logits: _Logits) -> None:
+        """What a training step logs of the logits, without a gradient, mostly."""
+        text = self._pick("MEASURES")[1]
+        how = self._one(("no_grad", "no_grad", "detach", "plain"))
+        if how == "detach":
+            logits = replace(logits, x=f"{logits.x}.detach()")
+        if how == "no_grad":
+            self._line("with torch.no_grad():")
+            self._indent += 1
+        value = self._assign(self._fill(text, logits), "a")
+        self._indent -= how == "no_grad"
+        self._return(value, differentiable=True)
 
     def _write_to_logits(self, logits: _Logits) -> _Logits:
         names = ["LOGITS_WRITES"] + ["LOGITS_WRITES_BY_WORD"] * (not logits.is_second)
         key, text = self._pick(*names)
-        self._line(self._fill(text, logits))
+        written = logits
+        if self._chance(4):
+            _, name = self._pick("WRITTEN_NAMES")
+            written = replace(logits, x=self._assign(self._fill(name, logits)))
+        with self._region(8):
+            self._line(self._fill(text, written))
         if key in tables.LOGITS_WRITES_BY_WORD:
             return self._without_last_words(logits, logits.vocab)
         return logits
@@ -402,8 +466,34 @@ class _Writer:
     def _loss(self, logits: _Logits) -> str:
         if self._is_odd(4):
             self._read_or_write()
+        if self._is_odd(6):
+            _, text = self._pick("LABELS")
+            logits = self._note(replace(logits, y=self._assign(self._fill(text, logits), "y")))
+        if not self._chance(12):
+            return self._loss_and_more(logits)
+        with self._checkpoint("loss", logits.x, logits.y, logits.r) as names:
+            names.append(self._loss_and_more(logits))
+        return names[0]
+
+    def _loss_and_more(self, logits: _Logits) -> str:
+        terms = []
+        if self._chance(6):
+            self._measure(logits)
+        if self._is_odd(4):
+            terms.append(self._loss_beside(logits))
+        terms.append(self._loss_itself(logits))
+        if self._is_odd(4):
+            terms.append(self._loss_beside(logits))
+        if self._chance(6):
+            self._measure(self._one(self._states) if self._states else logits)
+        return terms[0] if len(terms) == 1 else self._assign(" + ".join(terms), "loss")
+
+    def _loss_beside(self, logits: _Logits) -> str:
+        return self._assign(self._fill(self._pick("LOSSES_BESIDE")[1], logits), "l")
+
+    def _loss_itself(self, logits: _Logits) -> str:
         with self._region(8):
-            if self._is_odd(3):
+            if self._is_odd(2):
                 if logits.is_second:
                     logits = self._row_step(logits)
                 if self._chance(3):
@@ -484,17 +574,17 @@ class _Writer:
     def _loop(self, logits: _Logits) -> str:
         if len(logits.rows) == 2 and self._chance(2):
             _, pairs = self._pick("UNBINDING")
-            call = "F.cross_entropy(part, labels, reduction='sum'{ignoring})"
         else:
             if len(logits.rows) == 2:
                 logits = self._note(self._flatten(logits))
             _, pairs = self._pick("LOOPS")
-            call = "F.cross_entropy(part, labels, reduction='sum'{ignoring})"
         ignored = self._inputs.ignored
         ignoring = "" if ignored in (None, -100) else f", ignore_index={ignored}"
         self._names += 1
         total = f"loss{self._names}"
         self._line(f"{total} = 0.0")
         self._line(f"for part, labels in {self._fill(pairs, logits)}:")
-        self._line(f"    {total} = {total} + {call.format(ignoring=ignoring)}")
+        _, piece = self._pick("PIECES", among=None if self._chance(2) else ["as_is"])
+        _, call = self._pick("PIECE_LOSSES", among=None if self._chance(2) else ["sum"])
+        self._line(f"    {total} = {total} + {call.format(p=f'({piece})', ignoring=ignoring)}")
         return self._assign(f"{total} / {logits.y}.numel()", "loss")

@@ -32,6 +32,7 @@ check(Program(
     reads_first={reads_first},
     returned_logits={returned_logits!r},
     batch_chunk_size={batch_chunk_size},
+    captures_dynamic_rows={captures_dynamic_rows},
 ))
 '''
 
@@ -103,6 +104,8 @@ class Program:
     """Whether what is returned is read before the backward, or after it."""
     returned_logits: str = "lazy"
     batch_chunk_size: int | None = None
+    captures_dynamic_rows: bool = False
+    """Whether Dynamo goes on where it does not know how many rows there are."""
     kinds: frozenset[str] = frozenset()
     """Which parts of the grammar it uses."""
 

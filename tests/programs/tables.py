@@ -1,9 +1,9 @@
 """The words of the grammar: ways to write each part of a program.
 
 In the texts ``{x}`` is the tensor at hand (logits, where nothing else is said), ``{V}`` its
-vocabulary, ``{y}`` and ``{r}`` the targets and the weights of its rows, ``{h}``, ``{w}``, ``{b}``
-the head's input, weight ``[V, H]`` and bias, ``{wt}`` the weight ``[H, V]``, and ``{ignored}`` the
-target of ignored rows.
+vocabulary, ``{v}`` the dimension of that, ``{y}`` and ``{r}`` the targets and the weights of its
+rows, ``{h}``, ``{w}``, ``{b}`` the head's input, weight ``[V, H]`` and bias, ``{wt}`` the weight
+``[H, V]``, and ``{ignored}`` the target of ignored rows.
 """
 
 TRANSPOSED = {
@@ -140,6 +140,23 @@ ODD_VALUES = {
     "temperature": "{x} / scale",
     "temperature_multiplied": "scale * {x}",
     "temperature_item": "{x} * scale.detach()",
+    "temperature_float": "({x} / scale.float()).to({x}.dtype)",
+    "temperature_of_rows": "{x} / {r}.unsqueeze({v})",
+    "temperature_new": "{x} / torch.tensor(0.7, dtype={x}.dtype)",
+    "subtracted_from": "0.5 - {x}",
+    "reciprocal": "1.0 / ({x} + 30.0)",
+    "scaled_moved_scaled": "({x} * 0.5 + 1.0) / 2.0",
+    "softcap_moved": "torch.tanh({x} / 3.0 + 0.25) * 3.0 - 1.0",
+    "softcap_negative": "torch.tanh({x} * -0.5) * 2.0",
+    "softcap_scaled": "torch.tanh({x} / 3.0) * 3.0 / 0.7",
+    "softcap_sigmoid_moved": "-4.0 * torch.sigmoid(1.0 - {x}) + 1.0",
+    "softcap_twice": "torch.tanh(torch.tanh({x}) * 2.0)",
+    "softcap_by_tensor": "torch.tanh({x} / scale) * scale",
+    "softcap_float": "(torch.tanh({x}.float() / 3.0) * 3.0).to({x}.dtype)",
+    "normalised": "{x}.log_softmax({v})",
+    "normalised_by_logsumexp": "{x} - {x}.logsumexp({v}, keepdim=True)",
+    "log_of_softmax": "{x}.softmax({v}).log()",
+    "normalised_twice": "({x}.log_softmax({v}) * 0.5).log_softmax({v})",
     "softcap": "torch.tanh({x} / 3.0) * 3.0",
     "softcap_left": "3.0 * ({x} / 3.0).tanh()",
     "softcap_sigmoid": "3.0 * torch.sigmoid({x} / 3.0)",
@@ -152,6 +169,20 @@ ODD_VALUES = {
 }
 # With the vocabulary last.
 ODD_VALUES_BY_WORD = {
+    "bias_added": "{x} + torch.linspace(-1, 1, {V}, dtype={x}.dtype)",
+    "bias_subtracted": "{x} - torch.linspace(-1, 1, {V}, dtype={x}.dtype)",
+    "bias_minuend": "torch.linspace(-1, 1, {V}, dtype={x}.dtype) - {x}",
+    "bias_of_more_dims": "{x} + torch.linspace(-1, 1, {V}, dtype={x}.dtype)[None, :]",
+    "bias_integers": "{x} + torch.arange({V}) % 3",
+    "row_temperature_detached": "{x} / {r}.detach().unsqueeze(-1)",
+    "row_added": "{x} + {r}.unsqueeze(-1)",
+    "word_temperature": "{x} * torch.linspace(0.5, 2, {V}, dtype={x}.dtype)",
+    "masked_finfo": "{x}.masked_fill(torch.arange({V}) >= {V} - 3, torch.finfo({x}.dtype).min)",
+    "masked_in_the_middle": "{x}.masked_fill(torch.arange({V}) == {V} - 3, float('-inf'))",
+    "masked_little": "{x}.masked_fill(torch.arange({V}) >= {V} - 3, -9.0)",
+    "masked_and_scaled": "{x}.masked_fill(torch.arange({V}) >= {V} - 3, float('-inf')) * 0.5",
+    "masked_and_moved": "{x}.masked_fill(torch.arange({V}) >= {V} - 3, float('-inf')) + 2.0",
+    "masked_and_negated": "-((-{x}).masked_fill(torch.arange({V}) >= {V} - 3, float('inf')))",
     "row_temperature": "{x} / {r}.unsqueeze(-1)",
     "row_temperature_none": "{x} * {r}[..., None]",
     "masked_suffix": "{x}.masked_fill(torch.arange({V}) >= {V} - 3, float('-inf'))",
@@ -171,6 +202,24 @@ LOGITS_WRITES = {
     "mul_": "{x}.mul_(1.5)",
     "mul_scale_": "{x}.mul_(scale)",
     "add_": "{x}.add_(0.5)",
+    "sub_": "{x}.sub_(0.5)",
+    "neg_": "{x}.neg_()",
+    "sigmoid_": "{x}.sigmoid_().mul_(4.0)",
+    "softcap_": "{x}.div_(3.0).tanh_().mul_(3.0)",
+    "softcap_iadd": "{x} /= 3.0\ntorch.tanh_({x})\n{x} *= 3.0",
+    "mul_by_itself": "{x}.mul_({x}.detach().abs().amax())",
+    "div_rows_": "{x}.div_(scale.detach())",
+    "div_by_rows_": "{x}.div_({r}.detach().unsqueeze({v}))",
+    "mul_by_rows_": "{x} *= {r}.detach().unsqueeze({v})",
+    "add_alpha_": "{x}.add_(0.5, alpha=2)",
+    "add_itself_": "{x}.add_({x})",
+    "div_rounding_": "{x}.div_(0.5, rounding_mode='floor')",
+    "no_grad_mul_": "with torch.no_grad():\n    {x}.mul_(0.5)",
+    "no_grad_add_": "with torch.no_grad():\n    {x}.add_(1.0)",
+    "pieces_": "for part in {x}.chunk(2):\n    part.mul_(0.5)",
+    "unbound_": "for part in {x}.unbind(0):\n    part.add_(0.25)",
+    "split_first_": "{x}.split(2)[0].div_(2.0)",
+    "setitem_all": "{x}[:] = {x} * 0.5",
     "iadd": "{x} += 1.0",
     "itruediv": "{x} /= 2.0",
     "tanh_": "{x}.tanh_()",
@@ -187,7 +236,34 @@ LOGITS_WRITES = {
     "write_to_detached": "{x}.detach().mul_(0.5)",
     "index_fill_": "{x}.index_fill_(-1, torch.tensor([1]), 0.5)",
 }
+# What shares the memory of logits {x}, to be written to instead.
+WRITTEN_NAMES = {
+    "view_as": "{x}.view_as({x})",
+    "moved": "{x}.transpose(0, 1)",
+    "detached": "{x}.detach()",
+    "everything": "{x}[...]",
+    "first": "{x}[0]",
+    "all_but_last": "{x}[:-1]",
+    "from_second": "{x}[1:]",
+    "second_dim": "{x}[:, 1:]",
+    "one_axis_more": "{x}.unsqueeze(0)",
+    "flat": "{x}.view(-1)",
+    "reshaped": "{x}.reshape(-1, {x}.size(-1))",
+    "piece": "{x}.chunk(2)[-1]",
+    "same_dtype": "{x}.to({x}.dtype)",
+    "contiguous": "{x}.contiguous()",
+}
 LOGITS_WRITES_BY_WORD = {
+    "masked_fill_infinite": (
+        "{x}.masked_fill_(torch.arange({x}.size(-1)) >= {x}.size(-1) - 3, float('-inf'))"
+    ),
+    "setitem_infinite": "{x}[..., -3:] = float('-inf')",
+    "setitem_from_start": "{x}[..., {x}.size(-1) - 3 :] = float('-inf')",
+    "setitem_mask": "{x}[..., torch.arange({x}.size(-1)) >= {x}.size(-1) - 3] = float('-inf')",
+    "bias_added_": "{x}.add_(torch.linspace(-1, 1, {x}.size(-1), dtype={x}.dtype))",
+    "bias_iadd": "{x} += torch.linspace(-1, 1, {x}.size(-1), dtype={x}.dtype)",
+    "setitem_prefix": "{x}[..., :2] = -1e4",
+    "narrow_filled": "{x}.narrow(-1, {x}.size(-1) - 3, 3).fill_(float('-inf'))",
     "masked_fill_": "{x}.masked_fill_(torch.arange({x}.size(-1)) >= {x}.size(-1) - 3, -1e4)",
     "setitem_suffix": "{x}[..., -3:] = -1e4",
 }
@@ -217,10 +293,24 @@ OTHER_WRITES = {
 TARGET_WRITES = {
     "target_first_written": "{y}[0] = 2",
     "target_clamped": "{y}.clamp_(max=4)",
+    "target_masked": "{y}.masked_fill_({y} > 5, {ignored})",
+    "target_last_ignored": "{y}[..., -1:] = {ignored}",
     "target_argument_written": "target[:, 0] = 3",
 }
 
 # Values: of logits, beside the loss.
+# Other targets, made of the logits {x} or of the targets {y}.
+LABELS = {
+    "argmax": "{x}.argmax({v})",
+    "argmax_detached": "{x}.detach().argmax(dim={v})",
+    "max_indices": "{x}.detach().max({v})[1]",
+    "where_likely": "torch.where({x}.detach().amax({v}) > 0.5, {y}, {ignored})",
+    "clamped": "{y}.clamp(max=3)",
+    "clamped_low": "{y}.clamp(min=0)",
+    "where_row": "torch.where({r} > 0.6, {y}, {ignored})",
+    "cloned": "{y}.clone()",
+}
+
 READERS = {
     "maximum": "{x}.detach().amax()",
     "square": "{x}.float().square().mean()",
@@ -233,6 +323,54 @@ READERS_BY_WORD = {
     "entropy": "-({x}.softmax(-1) * {x}.log_softmax(-1)).sum(-1).mean().detach()",
     "z_loss": "1e-2 * torch.logsumexp({x}, -1).square().mean()",
     "top_words": "{x}.topk(2, -1).values.sum(-1).mean()",
+}
+
+# Numbers of each row of logits {x}, as a training step logs them.
+MEASURES = {
+    "argmax": "{x}.argmax({v})",
+    "argmax_keepdim": "torch.argmax({x}, {v}, keepdim=True)",
+    "accuracy": "({x}.argmax({v}) == {y}).float().mean()",
+    "counted_accuracy": "(({x}.argmax({v}) == {y}) & ({y} != {ignored})).sum()",
+    "max_values": "{x}.max({v}).values",
+    "max_indices": "{x}.max({v})[1]",
+    "max_sum": "sum({x}.max({v}))",
+    "amax": "{x}.amax({v}, keepdim=True)",
+    "amax_list": "torch.amax({x}, [{v}])",
+    "logsumexp": "{x}.logsumexp({v})",
+    "logsumexp_keepdim": "torch.logsumexp({x}, {v}, keepdim=True)",
+    "logsumexp_mean": "{x}.float().logsumexp(dim={v}).square().mean()",
+    "entropy": "-({x}.softmax({v}) * {x}.log_softmax({v})).sum({v})",
+    "entropy_float": (
+        "-(F.softmax({x}.float(), {v}) * F.log_softmax({x}.float(), {v})).sum({v}).mean()"
+    ),
+    "entropy_from_logits": ("{x}.logsumexp({v}) - (torch.softmax({x}, {v}) * {x}).sum({v})"),
+    "negative_entropy": "(2 * {x}.softmax({v}) * {x}.log_softmax({v})).sum({v}, keepdim=True)",
+    "log_probability_argmax": "{x}.log_softmax({v}).argmax({v})",
+    "probability_argmax": "{x}.softmax({v}).argmax({v})",
+    "negative_argmax": "(-{x}).argmax({v})",
+    "confidence": "{x}.softmax({v}).amax({v})",
+    "chosen_word": "{x}.gather({v}, {y}.clamp(min=0).unsqueeze({v})).squeeze({v})",
+    "chosen_log_probability": (
+        "-2 * {x}.log_softmax({v}).gather({v}, {y}.clamp(min=0).unsqueeze({v})).squeeze({v})"
+    ),
+    "other_loss": (
+        "F.cross_entropy({x}.movedim({v}, -1).flatten(0, -2), {y}.clamp(min=0).flatten())"
+    ),
+    "size": "{x}.new_zeros({x}.size(0)) + {x}.size({v})",
+    "dtype": "torch.ones(3).to({x})",
+}
+# Added to the loss, gradient and all.
+LOSSES_BESIDE = {
+    "z_loss": "1e-2 * torch.logsumexp({x}, {v}).square().mean()",
+    "z_loss_keepdim": "0.1 * ({x}.logsumexp({v}, keepdim=True) ** 2).sum()",
+    "z_loss_of_counted": (
+        "(({x}.logsumexp({v}) ** 2) * ({y} != {ignored})).sum() / ({y} != {ignored}).sum()"
+    ),
+    "z_loss_float": "1e-2 * {x}.float().logsumexp({v}).pow(2).mean()",
+    "z_loss_scaled": "torch.logsumexp(0.5 * {x} + 1.0, {v}).mean()",
+    "entropy_bonus": "0.1 * ({x}.softmax({v}) * {x}.log_softmax({v})).sum({v}).mean()",
+    "target_logits": "0.1 * {x}.gather({v}, {y}.clamp(min=0).unsqueeze({v})).square().mean()",
+    "max_logit": "0.01 * {x}.amax({v}).mean()",
 }
 
 CROSS_ENTROPIES = {
@@ -258,6 +396,30 @@ TOKEN_LOG_PROBABILITIES = {
     "softmax_log": "F.softmax({x}, -1).log().gather(-1, {c}.unsqueeze(-1)).squeeze(-1)",
     "logsumexp": "{x}.gather(-1, {c}.unsqueeze(-1)).squeeze(-1) - {x}.logsumexp(-1)",
     "normalised": "({x} - {x}.logsumexp(-1, keepdim=True)).gather(-1, {c}[..., None]).squeeze(-1)",
+    "categorical": "torch.distributions.Categorical(logits={x}).log_prob({c})",
+    "categorical_unchecked": (
+        "torch.distributions.Categorical(logits={x}, validate_args=False).log_prob({c})"
+    ),
+    "one_hot_of_logits": "({x} * F.one_hot({c}, {V})).sum(-1) - {x}.logsumexp(-1)",
+    "one_hot_keepdim": (
+        "(F.one_hot({c}, {V}).to({x}.dtype) * {x}.log_softmax(-1)).sum(-1, keepdim=True)[..., 0]"
+    ),
+    "selective": (
+        "{x}.gather(-1, {c}.unsqueeze(-1)).squeeze(-1)"
+        " - torch.stack([a.logsumexp(-1) for a in {x}])"
+    ),
+    "selective_split": (
+        "torch.cat([a.gather(-1, b[..., None])[..., 0] - a.logsumexp(-1)"
+        " for a, b in zip({x}.split(2), {c}.split(2))])"
+    ),
+    "selective_chunks": (
+        "torch.cat([a.log_softmax(-1).gather(-1, b[..., None])[..., 0]"
+        " for a, b in zip({x}.chunk(3), {c}.chunk(3))])"
+    ),
+    "cross_entropy_none": (
+        "-F.cross_entropy({x}.reshape(-1, {V}), {c}.reshape(-1), reduction='none').view({c}.shape)"
+    ),
+    "scaled_log_probabilities": "(F.log_softmax({x}, -1) * 0.5).gather(-1, {c}[..., None])[..., 0]",
     "by_sequence": (
         "torch.stack([F.log_softmax(a, -1).gather(-1, b.unsqueeze(-1)).squeeze(-1)"
         " for a, b in zip({x}, {c})])"
@@ -268,6 +430,37 @@ FLAT_TOKEN_LOG_PROBABILITIES = {
 }
 # The loss of the per-token losses {t}.
 REDUCTIONS = {
+    "mean_of_last": "{t}.mean(-1).sum()",
+    "mean_of_first": "({t} * {r}).mean(0).sum()",
+    "keepdim": "({t} * {r}.detach()).sum(-1, keepdim=True).mean()",
+    "by_sequence": "(({t} * {r}.detach()).sum(-1) / {r}.detach().sum(-1)).mean()",
+    "by_sequence_keepdim": (
+        "(({t} * {r}.detach()).sum(-1, keepdim=True) / {r}.detach().sum(-1, keepdim=True)).mean()"
+    ),
+    "by_sequence_masked": (
+        "(({t} * ({y} != {ignored})).sum(-1) / ({y} != {ignored}).sum(-1).clamp(min=1)).mean()"
+    ),
+    "by_first": "(({t} * {r}.detach()).sum(0) / {r}.detach().sum(0)).sum()",
+    "masked_zeros_like": "torch.where({y} == {ignored}, torch.zeros_like({t}), {t}).sum() / 7",
+    "masked_fill": "{t}.masked_fill({y} == {ignored}, 0.0).sum()",
+    "masked_twice": "(({t} * ({y} != {ignored})) * {r}.detach()).sum() / ({y} != {ignored}).sum()",
+    "masked_float": "(({y} != {ignored}).float() * {t}.float()).sum()",
+    "weighted_known": "({t} * {r}.detach()).sum() / {r}.detach().sum()",
+    "weighted_negative": "-(({t} * 2) * -{r}.detach()).mean()",
+    "divided_rows": "({t} / {r}.detach()).mean()",
+    "divided_first": "({t} / 3).sum() / 2",
+    "one_factor_for_sequence": "({t} * {r}.detach()[..., :1]).sum()",
+    "rows_repeated": "({t} * {r}.detach().unsqueeze(0)).sum()",
+    "sum_of_means": "{t}.mean((0,), keepdim=True).sum()",
+    "reshaped": "({t}.reshape(-1) * {r}.detach().reshape(-1)).mean()",
+    "reshaped_to_column": "({t}.reshape(-1, 1) * {r}.detach().reshape(-1, 1)).sum(0).mean()",
+    "part_of_rows": "{t}[..., 1:].sum()",
+    "normalised_by_itself": "({t} * {t}.detach()).mean()",
+    "divides": "({r}.detach() / (1 + {t})).mean()",
+    "cumulative": "{t}.cumsum(-1).mean()",
+    "double": "{t}.double().mean()",
+    "written_before": "{t}.mul_({r}.detach()).sum()",
+    "baseline": "(({t} - {t}.mean().detach()) * {r}.detach()).mean()",
     "mean": "{t}.mean()",
     "sum": "{t}.sum()",
     "weighted": "({t} * {r}).sum()",
@@ -293,6 +486,26 @@ LOOPS = {
     "tensor_split": "zip(torch.tensor_split({x}, 2), torch.tensor_split({y}, 2))",
     "slices": "(({x}[i : i + 2], {y}[i : i + 2]) for i in range(0, {x}.size(0), 2))",
 }
+# What becomes of each piece before its loss.
+PIECES = {
+    "as_is": "part",
+    "float": "part.float()",
+    "halved": "part * 0.5",
+    "temperature": "part / scale",
+    "softcap": "torch.tanh(part / 2.0) * 2.0",
+    "contiguous": "part.contiguous()",
+}
+PIECE_LOSSES = {
+    "sum": "F.cross_entropy({p}, labels, reduction='sum'{ignoring})",
+    "mean": "F.cross_entropy({p}, labels{ignoring})",
+    "none": "F.cross_entropy({p}, labels, reduction='none'{ignoring}).sum()",
+    "nll": "F.nll_loss({p}.log_softmax(1), labels, reduction='sum'{ignoring})",
+    "gathered": "-{p}.log_softmax(1).gather(1, labels.clamp(min=0)[:, None]).mean()",
+    "z_loss": (
+        "F.cross_entropy({p}, labels, reduction='sum'{ignoring})"
+        " + 0.1 * {p}.logsumexp(1).square().sum()"
+    ),
+}
 UNBINDING = {"unbind": "zip({x}.unbind(0), {y}.unbind(0))", "iterated": "zip({x}, {y})"}
 
 REGIONS = {
@@ -312,6 +525,16 @@ RETURNED_LOGITS = {
     "logits_scaled": "{x} * 2",
     "logits_capped": "torch.tanh({x})",
     "logits_argmax": "{x}.argmax(-1)",
+    "logits_added": "{x} + 0.25",
+    "logits_divided": "{x} / 0.7",
+    "logits_softcapped": "3.0 * torch.tanh({x} / 3.0)",
+    "logits_biased": "{x} + {x}.new_ones({x}.size(-1))",
+    "logits_cut": "{x}[..., :-3]",
+    "logits_flat": "{x}.reshape(-1, {x}.size(-1))",
+    "logits_temperature": "{x} / scale",
+    "logits_masked": "{x}.masked_fill(torch.arange({x}.size(-1)) > 9, float('-inf'))",
+    "logits_moved": "{x}.transpose(0, 1)",
+    "logits_piece": "{x}.chunk(2)[0]",
     "log_probabilities": "F.log_softmax({x}, -1)",
     "logits_shape": "{x}.size(0)",
 }
