@@ -1,6 +1,5 @@
 """``lmhead_pass.explain``: what the pass would do to a function, without compiling it."""
 
-import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,10 +8,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from .advice import Captured, advise
+from .breaks import break_after, counted_apart, told
 from .lifting import find_across_regions
 from .match import Rewrite
 from .report import summary
-from .source import place_in
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Explanation:
     """A sentence for each place where Dynamo ended a graph: where, and why."""
     graphs: int = 0
     """How many graphs Dynamo made."""
+    advice: list[str] = field(default_factory=list)
+    """A sentence for each thing that keeps a head and its loss apart: where, and what to do."""
 
     def __str__(self) -> str:
         lines = [
@@ -37,10 +39,7 @@ class Explanation:
         if not self.rewritten and not self.refused:
             lines.append("  no loss over logits reached a graph")
         lines += (f"  graph break: {sentence}" for sentence in self.graph_breaks)
-        if self.graph_breaks and not self.rewritten:
-            lines.append(
-                "  a head and its loss can be rewritten only if no graph break lies between them"
-            )
+        lines += (f"fix: {sentence}" for sentence in self.advice)
         return "\n".join(lines)
 
 
@@ -54,9 +53,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     registered.
     """
     explanation = Explanation()
+    graphs: list[Captured] = []
 
     def backend(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        _look_at(module, explanation)
+        graphs.append(_look_at(module, explanation))
         return module.forward
 
     fn = getattr(fn, "_orig_mod", fn)
@@ -68,8 +68,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     with (
         torch.random.fork_rng(devices),
         torch._dynamo.config.patch(recompile_limit=1 << 16),
+        counted_apart(),
     ):
         torch.compile(call, backend=backend)(fn, args, kwargs)
+        explanation.advice = advise(graphs, told())
     return explanation
 
 
@@ -77,11 +79,14 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     return fn(*args, **kwargs)
 
 
-def _look_at(module: GraphModule, explanation: Explanation) -> None:
+def _look_at(module: GraphModule, explanation: Explanation) -> Captured:
     explanation.graphs += 1
+    before = told()
+    captured = Captured(before, break_after(module, before))
     for part in module.modules():
         if isinstance(part, GraphModule):
             found, lifted = find_across_regions(part.graph)
+            captured.look(part.graph, found)
             for item in found:
                 if isinstance(item, Rewrite):
                     explanation.rewritten += map(summary, item.matches)
@@ -89,12 +94,6 @@ def _look_at(module: GraphModule, explanation: Explanation) -> None:
                     explanation.refused.append(summary(item))
             for copied in reversed(lifted):
                 copied.undo()
-    reason = getattr(module, "compile_subgraph_reason", None)
-    if reason is not None and reason.graph_break:
-        explanation.graph_breaks.append(_break_sentence(reason))
-
-
-def _break_sentence(reason: Any) -> str:
-    # Dynamo's text goes on with advice for its own developers, after an empty line.
-    advice = " ".join(line.strip() for line in reason.reason.split("\n\n")[0].splitlines())
-    return f"{place_in(''.join(traceback.format_list(reason.user_stack)))}: {advice}"
+    if captured.end is not None:
+        explanation.graph_breaks.append(str(captured.end))
+    return captured

@@ -60,6 +60,19 @@ def find(graph: Graph) -> list[Rewrite | Refusal]:
     return found
 
 
+def has_no_head(refusal: Refusal) -> bool:
+    """Whether a loss is left alone because its logits come from outside of the graph."""
+    return refusal.reason == _INPUT
+
+
+def unread_heads(graph: Graph) -> Iterator[Flow]:
+    """What becomes of the large linear layers in ``graph`` that no loss reads."""
+    for head in heads(graph):
+        flow = follow_logits(head)
+        if not any(reader.kind in _OF_A_LOSS for reader in flow.readers):
+            yield flow
+
+
 def _claimed(flow: Flow) -> set[Node]:
     return flow.nodes | {reader.node for reader in flow.readers}
 

@@ -26,12 +26,19 @@ class _Change:
     calls: list[tuple[Match, list[Node]]] = field(default_factory=list)
     """What is rewritten, with the nodes of its call of the op."""
 
-    def check(self) -> None:
-        """What is erased must not be needed."""
-        for node in self.gone - self.replaced.keys():
-            for user in node.users.keys() - self.gone:
-                if not (user.op == "output" and node in self.leaving):
-                    raise AssertionError(f"{node} is needed by {user}")
+    def check(self, graph: Graph) -> None:
+        """Afterwards, each node has to find what it reads, and before it."""
+        order = {node: number for number, node in enumerate(graph.nodes)}
+        for node in graph.nodes:
+            if node in self.gone:
+                continue
+            for source in node.all_input_nodes:
+                found = self.replaced.get(source, source)
+                if node.op == "output":
+                    found = self.leaving.get(source, found)
+                found = source if found is node else found
+                if found in self.gone or order[found] >= order[node]:
+                    raise AssertionError(f"{node} needs {found}, which is not there")
 
     def carry_out(self, graph: Graph) -> None:
         for before, after in self.replaced.items():
@@ -52,7 +59,7 @@ def rewrite_graph(graph: Graph) -> None:
     try:
         found, lifted = find_across_regions(graph)
         change = _prepare(graph, [item for item in found if isinstance(item, Rewrite)])
-        change.check()
+        change.check(graph)
     except Exception as error:
         for part in lifted:
             part.let_go()
