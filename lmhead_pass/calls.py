@@ -1,4 +1,4 @@
-"""Plans the calls of the op that serve the readers of a head: who shares one, and where it stands."""
+"""Plans the calls of the op that serve a head's readers: who shares one, and where it stands."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

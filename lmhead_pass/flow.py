@@ -218,19 +218,23 @@ class _Walk:
         for other, held in list(self.holds.items()):
             if memory_of(written).isdisjoint(memory_of(other)):
                 continue
-            changed = None
-            if is_recorded and isinstance(held, Logits) and held.extent.is_within(before.extent):
-                if tensor_of(other).requires_grad == tensor_of(written).requires_grad:
-                    changed = change(held)
-            self.holds[other] = changed or _Spoiled(node)
+            is_clear = (
+                is_recorded
+                and isinstance(held, Logits)
+                and held.extent.is_within(before.extent)
+                and tensor_of(other).requires_grad == tensor_of(written).requires_grad
+            )
+            self.holds[other] = (change(held) if is_clear else None) or _Spoiled(node)
         self.flow.nodes.add(node)
         if isinstance(value_of(node), torch.Tensor):
-            self.holds[node] = replace(self._checked(before, change(before), node), node=node)
+            after = self.holds[written]
+            is_clear = isinstance(after, Logits)
+            self.holds[node] = self._checked(before, after, node) if is_clear else after
 
     def _change_by(self, node: Node, written: Logits) -> Callable[[Logits], Logits | None]:
-        """What the write ``node`` makes of other logits in the memory of ``written``; None: unclear.
+        """What the write ``node`` to ``written`` makes of logits in its memory; None: unclear.
 
-        Refused if it is not even clear for what is written.
+        Refused if it is not even clear for ``written`` itself.
         """
         if written.stage != "logits":
             raise Refused(f"{describe(node)} writes to {written.stage.replace('_', '-')} in place")

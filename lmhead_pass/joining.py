@@ -142,7 +142,8 @@ def _factors_of_rows(match: Match) -> Iterator[Node]:
 def _path(loss: Node) -> dict[Node, tuple[Factor, ...]]:
     """The sums that ``loss`` goes into, and by what factors: all that its gradient comes from."""
     path: dict[Node, tuple[Factor, ...]] = {}
-    node, factors = loss, ()
+    node = loss
+    factors: tuple[Factor, ...] = ()
     while (user := _differentiable_user(node)) is not None:
         step = _STEPS.get(operation(user), lambda node, user: None)(node, user)
         if step is None:

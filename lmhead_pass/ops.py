@@ -254,6 +254,6 @@ class _WithGradientOf(torch.autograd.Function):
         return gradient, gradient.to(ctx.dtype)
 
 
-# ``with_gradient_of(value, source)`` is ``value``, and passes its gradient on to ``source`` as well.
+# ``with_gradient_of(value, source)`` is ``value``; its gradient goes to ``source`` as well.
 _library.define("with_gradient_of(Tensor value, Tensor source) -> Tensor")
 _library.impl("with_gradient_of", _WithGradientOf.apply, "CompositeImplicitAutograd")

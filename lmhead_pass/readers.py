@@ -97,7 +97,7 @@ def _getitem(logits: Logits, node: Node) -> Reader | None:
 
 
 def _counts(node: Node, dim: int, sizes: list[Any]) -> bool:
-    """Whether ``node`` is 0, 1, 2 ... along row dimension ``dim``, and the same along the others."""
+    """Whether ``node`` is 0, 1, 2 ... along dimension ``dim``, and the same along the others."""
     chain = origin(node)
     call = arguments(chain[0], lambda end, *, dtype=None, device=None, **_: locals())
     if operation(chain[0]) != "arange" or call is None:
@@ -134,7 +134,7 @@ def _sum(logits: Logits, node: Node) -> Reader | None:
         not isinstance(dim, int) or dim % tensor_of(logits.node).dim() != logits.vocab_dim
     ):
         raise Refused(f"{describe(node)} sums over rows")
-    options = {"keeps_dim": keeps_dim, "is_summed": dim is None}
+    options: dict[str, Any] = {"keeps_dim": keeps_dim, "is_summed": dim is None}
     if is_selected:
         assert logits.index is not None
         return _word(logits, node, logits.index, **options)

@@ -1,4 +1,4 @@
-"""Follows the shape of logits from the head on: which dimension is the vocabulary, which rows remain.
+"""Follows the shape of logits from the head on: where the vocabulary is, and which rows remain.
 
 Everything that keeps the vocabulary whole acts on rows alone, so it can be done to the hidden
 states, before the head, with the same result.

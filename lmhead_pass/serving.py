@@ -49,7 +49,7 @@ def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]
 
 
 def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], list[Node]]:
-    """Insert the call that serves all of ``joined``: what replaces which node, and all new nodes."""
+    """Insert the call that serves ``joined``: what replaces which node, and all new nodes."""
     behind = joined.place.next
     for node in joined.moved:
         behind.prepend(node)

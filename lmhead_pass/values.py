@@ -24,7 +24,7 @@ def is_value_step(node: Node) -> bool:
 
 
 def follow_values(logits: Logits, node: Node) -> Logits:
-    """What ``node`` makes of ``logits``, its first argument or second; Refused if not understood."""
+    """What ``node`` makes of ``logits``, one of its arguments; Refused if not understood."""
     if logits.stage == "logits":
         return _FOLLOWERS[operation(node)](logits, node)
     if operation(node) in ("mul", "div", "neg"):

@@ -65,7 +65,7 @@ def test_inductor(name):
 
 
 def test_nothing_is_computed_twice():
-    """Rewritten in its region, the loss would come with its gradients, and again in the backward."""
+    """In its region, the loss would come with its gradients, and again in the backward."""
     hidden, weight, _, target = inputs()
     loss = torch.compile(FORMS["head_and_loss_together"])(hidden, weight, target)
     with torch.profiler.profile() as profile:

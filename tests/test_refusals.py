@@ -141,12 +141,6 @@ def write_to_bias_before_the_backward(h, w, b, y):
     return loss
 
 
-def write_to_target_before_the_backward(h, w, b, y):
-    loss = flat(F.linear(h, w, b), y, reduction="none").square().mean()
-    y.fill_(0)
-    return loss
-
-
 def write_by_fill(h, w, b, y):
     z = F.linear(h, w)
     z[:, :, 90:].fill_(-torch.inf)
@@ -157,10 +151,6 @@ REFUSED = {
     "write_to_bias_before_the_backward": (
         write_to_bias_before_the_backward,
         "add_ at .* weight or bias in place after the loss, whose backward",
-    ),
-    "write_to_target_before_the_backward": (
-        write_to_target_before_the_backward,
-        "fill_ at .* target or weights of the loss in place after the loss, whose backward",
     ),
     "write_by_fill": (write_by_fill, "fill_ at .* reads the logits too"),
     "write_to_hidden": (write_to_hidden, "add_ at .* in place between the head and the loss"),

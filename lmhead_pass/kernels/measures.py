@@ -80,8 +80,8 @@ class Measures:
     def finish(self, losses: Tensor, row_max: Tensor, log_sum: Tensor) -> list[Tensor]:
         """The measures in the order asked for.
 
-        ``losses`` ``[N]`` are the rows' losses, ``row_max`` and ``log_sum`` ``[N]`` are each row's largest logit and the log of its sum of
-        ``exp(logit - row_max)``.
+        ``losses``, ``row_max`` and ``log_sum`` ``[N]`` are each row's loss, its largest logit, and
+        the log of its sum of ``exp(logit - row_max)``.
         """
         taken = self._taken
         if "losses" in taken:
