@@ -209,7 +209,6 @@ def test_masked_rows_come_into_one_graph(cls, tokens):
     assert explanation.advice == explanation.graph_breaks == []
 
 
-@pytest.mark.xfail(strict=False, reason="rows chosen by a mask are not understood")
 @pytest.mark.parametrize("cls", [Masked, MaskedLogits])
 def test_masked_rows_are_rewritten(cls, tokens):
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
