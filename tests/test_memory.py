@@ -45,7 +45,7 @@ def test_training_step_holds_a_fraction_of_the_logits():
 
 
 def in_pieces(h, w, y):
-    """As torchtune and torchtitan take the loss, so that it is the logits of a piece that are held."""
+    """As torchtune and torchtitan take the loss: the logits of a piece at a time."""
     pieces = zip(h.chunk(8), y.chunk(8), strict=True)
     return sum(F.cross_entropy(F.linear(p, w), t, reduction="sum") for p, t in pieces) / len(y)
 
