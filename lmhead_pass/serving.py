@@ -1,6 +1,7 @@
 """Inserts a call of the op, and makes of its results what each reader is to have."""
 
 import operator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from . import mutation
 from .emitter import Emitter, emit_bias, emit_hidden, emit_weight, on_numbers, on_rows, size_of
 from .joining import Join
 from .match import NOTHING_IGNORED, Logits, Loss, Match, Reader, RowStep, row_order
@@ -194,8 +196,15 @@ def emit_value(
         value = emit("to", value, before.dtype)
     if _needs_gradient(match) and not before.requires_grad:
         value = emit("detach", value)
+    if any(mutation.writers(_after(reader.node), of=[reader.node])):
+        value = emit("clone", value)  # other readers may share its memory
     value.meta["example_value"] = before
     return value
+
+
+def _after(node: Node) -> Iterator[Node]:
+    while (node := node.next).op != "output":
+        yield node
 
 
 def _value(
