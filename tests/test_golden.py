@@ -115,9 +115,9 @@ after:
     l_h_ = L_h_
     l_y_ = L_y_
     t = l_w_.t()
-    t_1 = t.t()
     flatten = l_h_.flatten(0, -2)
     reshape = l_y_.reshape(-1)
+    t_1 = t.t()
     linear_cross_entropy_default = torch.ops.lmhead_pass.linear_cross_entropy.default(flatten, t_1, None, reshape, None, None, 'none', -100, 0.0, 1.0, None, torch.float32, 512)
     view_as = linear_cross_entropy_default.view_as(l_y_)
     return (view_as,)""",
