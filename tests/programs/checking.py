@@ -26,6 +26,8 @@ _NOISE_RUNS = (0, 3, 24)
 _FACTOR = 3
 # What a user is told after a graph break between head and loss.
 _REFUSED_LATER = "lmhead_pass: a gradient would flow into logits that a compiled model returned"
+# Words behind those that count are cut off: the model has a loss of infinity or of the fill there.
+_MASKED_TARGET = r"Target \d+ is out of bounds"
 # Errors about the logits themselves, which are not there any more.
 _LOST = ("modified by an inplace operation", "Inplace update to inference tensor outside")
 
@@ -115,6 +117,9 @@ def _check_call(captured: Captured, program: Program, inputs: Inputs, verdict: V
         raise Wrong(f"{kind} in the pass", str(captured.failure)) from captured.failure
     if with_pass.message.startswith(_REFUSED_LATER):
         verdict.raised = "RuntimeError for a gradient into lazy logits"
+        return
+    if not without.error and re.match(_MASKED_TARGET, with_pass.message):
+        verdict.raised = "IndexError for a target that is masked"
         return
     if with_pass.error != without.error:
         # A head that is not there any more does not mind that its input is written to.
