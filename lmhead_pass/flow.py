@@ -23,7 +23,16 @@ from .softmaxes import (
 )
 from .source import at
 from .spelling import describe, is_in_place, operation
-from .tensors import gradients_are_recorded, memory_of, same, tensor_of, value_of
+from .tensors import (
+    ENTER_INFERENCE,
+    EXIT_INFERENCE,
+    gradients_are_recorded,
+    is_inference,
+    memory_of,
+    same,
+    tensor_of,
+    value_of,
+)
 from .values import fill_words, follow_values, is_value_step, words_filled
 
 
@@ -74,12 +83,22 @@ class _Walk:
         self.flow = Flow(head, nodes={head.node})
         self.absorbed: set[Node] = set()
         """What makes a step of the walk besides logits; not needed if nobody else reads it."""
+        self.without_history: set[Node] = set()
+        """What is made in inference mode: no gradient gets through it, whatever it says."""
 
     def run(self) -> Flow:
+        inference = is_inference(self.logits.node)
         for node in _from(self.logits.node):
+            if node.target is ENTER_INFERENCE:
+                inference = True
+            elif node.target is EXIT_INFERENCE:
+                inference = False
+            elif inference:
+                self.without_history.add(node)
             inputs = [source for source in node.all_input_nodes if source in self.holds]
             if inputs:
                 try:
+                    self._check_history(node, inputs)
                     self._visit(node, inputs)
                 except Refused as refused:
                     self.flow.strangers[node] = _with_place(str(refused), node)
@@ -115,6 +134,17 @@ class _Walk:
         else:
             self._hold(node, self._checked(logits, self._step(logits, node, inputs), node))
         return None
+
+    def _check_history(self, node: Node, inputs: list[Node]) -> None:
+        """Refused if ``node`` wants a gradient to go where the model has none."""
+        value = value_of(node)
+        if (
+            node not in self.without_history
+            and not self.without_history.isdisjoint(inputs)
+            and isinstance(value, torch.Tensor)
+            and value.requires_grad
+        ):
+            raise Refused(f"{describe(node)} takes a gradient of what was made in inference mode")
 
     def _first(self, node: Node, inputs: list[Node]) -> Logits:
         logits = self.holds[inputs[0]]

@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_leaves
 from .match import Refused
 from .spelling import describe
 
+ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
+EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
+
 
 def value_of(node: Any) -> Any:
     """The example value of a node, or what is not a node as it is."""
@@ -87,6 +90,14 @@ def gradients_are_recorded(node: Node) -> bool:
             return recorded
         if earlier.target is torch._C._set_grad_enabled:
             recorded = bool(earlier.args[0])
-        elif earlier.target is torch.autograd.grad_mode._enter_inference_mode:
+        elif earlier.target is ENTER_INFERENCE:
             return False
     raise AssertionError("a node is in its graph")
+
+
+def is_inference(node: Node) -> bool:
+    """Whether the graph enters inference mode before ``node``, and leaves it after."""
+    while (node := node.prev).op not in ("placeholder", "root"):
+        if node.target in (ENTER_INFERENCE, EXIT_INFERENCE):
+            return node.target is ENTER_INFERENCE
+    return False

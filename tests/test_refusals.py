@@ -34,6 +34,14 @@ def write_to_hidden_through_view(h, w, b, y):
     return flat(z, y)
 
 
+def view_made_in_inference_mode(h, w, b, y):
+    """No gradient gets through it in eager, though it says that it requires one."""
+    z = F.linear(h, w)
+    with torch.inference_mode():
+        z = z.view(-1, V)
+    return flat(z, y)
+
+
 def write_to_hidden_by_index(h, w, b, y):
     h = h.detach() * 1
     z = F.linear(h, w)
@@ -211,6 +219,10 @@ REFUSED = {
     "dropped_out": (
         lambda h, w, b, y: flat(F.dropout(F.linear(h, w), 0.0), y),
         "the logits come from dropout",
+    ),
+    "inference_mode": (
+        view_made_in_inference_mode,
+        "a gradient of what was made in inference mode",
     ),
     "masked_with_smoothing": (
         lambda h, w, b, y: flat(

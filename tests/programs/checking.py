@@ -24,6 +24,10 @@ from .running import Captured, Outcome, noise, run
 # As many as are needed: most programs do not stray further than without noise.
 _NOISE_RUNS = (0, 3, 24)
 _FACTOR = 3
+# What a user is told after a graph break between head and loss.
+_REFUSED_LATER = "lmhead_pass: a gradient would flow into logits that a compiled model returned"
+# Words behind those that count are cut off: the model has a loss of infinity or of the fill there.
+_MASKED_TARGET = r"Target \d+ is out of bounds"
 # Errors about the logits themselves, which are not there any more.
 _LOST = ("modified by an inplace operation", "Inplace update to inference tensor outside")
 
@@ -111,6 +115,12 @@ def _check_call(captured: Captured, program: Program, inputs: Inputs, verdict: V
     if captured.failure is not None:
         kind = type(captured.failure).__name__
         raise Wrong(f"{kind} in the pass", str(captured.failure)) from captured.failure
+    if with_pass.message.startswith(_REFUSED_LATER):
+        verdict.raised = "RuntimeError for a gradient into lazy logits"
+        return
+    if not without.error and re.match(_MASKED_TARGET, with_pass.message):
+        verdict.raised = "IndexError for a target that is masked"
+        return
     if with_pass.error != without.error:
         # A head that is not there any more does not mind that its input is written to.
         if with_pass.error is not None or not any(text in without.message for text in _LOST):
@@ -199,7 +209,9 @@ class _Measure:
     @property
     def may_multiply_0_by_infinity(self) -> bool:
         """Whether the program may have NaN where the limit of a softmax is no such: 0 log 0."""
-        return bool(re.search(r"log\(\)|torch\.log\(|softmax\([^)]*\)+ \*", self._program.source))
+        return bool(
+            re.search(r"log\(\)|torch\.log\(|one_hot|softmax\([^)]*\)+ \*", self._program.source)
+        )
 
     def add_noise(self, runs: int) -> None:
         """Run the program some more times, with other noise."""

@@ -200,6 +200,8 @@ class _Writer:
         names: list[str] = []
         self._line(f"def {region}({', '.join(arguments)}):")
         self._indent += 1
+        if kind != "loss" and self._chance(2):
+            self._line("hidden = torch.tanh(hidden)")
         yield names
         if self._chance(4):
             self._return(self._assign("hidden * 2", "h"), differentiable=True)

@@ -88,7 +88,7 @@ def run(
     arguments = inputs.make(dtype)
     stage = "forward"
     try:
-        with around():
+        with _modes_as_ever(), around():
             result = function(*arguments.values(), _linear(arguments, inputs))
             returned, spec = tree_flatten(result)
             outcome.structure = str(spec)
@@ -109,6 +109,13 @@ def run(
         grad = arguments[name].grad
         outcome.values[f"gradient of {name}"] = None if grad is None else grad.clone()
     return outcome
+
+
+@contextmanager
+def _modes_as_ever() -> Iterator[None]:
+    """A graph that raises leaves no mode that it has entered."""
+    with torch.enable_grad(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def _linear(arguments: dict[str, Any], inputs: Inputs) -> nn.Linear | None:
