@@ -111,13 +111,21 @@ def _users_before(
         for user in pending.pop().users:
             if order[user] < order[place] and user not in users | losses:
                 is_tensor = isinstance(value_of(user), torch.Tensor)
-                if not is_tensor or mutation.may_write(user) or operation(user) is None:
+                if not is_tensor or operation(user) is None or _writes_to_others(user, users):
                     return None
                 users.add(user)
                 pending.append(user)
             elif user in losses:
                 return None  # a loss that depends on another
     return tuple(sorted(users, key=order.__getitem__))
+
+
+def _writes_to_others(node: Node, moved: set[Node]) -> bool:
+    """Whether ``node`` writes to what others may read, who are not among those ``moved``."""
+    if not mutation.may_write(node):
+        return False
+    total = node.args[0]  # total += loss
+    return isinstance(total, Node) and total not in moved and len(total.users) > 1
 
 
 def _inputs(match: Match) -> set[Node]:

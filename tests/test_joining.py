@@ -79,7 +79,31 @@ def with_class_weights(h, w, b, y):
     )
 
 
+def added_in_place(h, w, b, y):
+    total = 0
+    for hidden, target in zip(h.split(2, 1), y.split(2, 1), strict=True):
+        total += forms.flat(F.linear(hidden, w, b), target, reduction="sum")
+    return total / y.numel()
+
+
+def added_to_a_tensor(h, w, b, y):
+    total = torch.zeros((), dtype=h.dtype)
+    for row, target in zip(F.linear(h, w, b), y, strict=True):
+        total += forms.flat(row, target)
+    total /= len(y)
+    return total
+
+
+def stacked_and_weighted(h, w, b, y):
+    z = F.linear(h, w, b)
+    losses = [forms.flat(row, target) for row, target in zip(z, y, strict=True)]
+    return torch.stack(losses).mul(0.5).sum() + h.square().sum()
+
+
 JOINED = [
+    added_in_place,
+    added_to_a_tensor,
+    stacked_and_weighted,
     over_pieces_of_logits,
     over_pieces_of_hidden,
     multi_token_prediction,
@@ -167,6 +191,16 @@ def weighted_by_a_parameter(h, w, b, y):
     return forms.flat(z[0], y[0]) * h.sum() + forms.flat(z[1:], y[1:])
 
 
+def read_before_it_is_added_to(h, w, b, y):
+    z = F.linear(h, w, b)
+    total = h.sum() * 1
+    first = forms.flat(z[0], y[0])
+    seen = total * 2
+    total += first
+    second = forms.flat(z[1:], y[1:])
+    return total + second + seen.detach()
+
+
 def hidden_of_a_loss(h, w, b, y):
     first = forms.flat(F.linear(h, w, b), y)
     return first + forms.flat(F.linear(h * first.detach(), w, b), y)
@@ -187,6 +221,7 @@ APART = [
     returned_too,
     weighted_by_a_parameter,
     hidden_of_a_loss,
+    read_before_it_is_added_to,
     written_in_between,
 ]
 
