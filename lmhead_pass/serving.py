@@ -14,6 +14,7 @@ from .emitter import Emitter, emit_bias, emit_hidden, emit_weight, on_numbers, o
 from .joining import Join
 from .match import NOTHING_IGNORED, Logits, Loss, Match, Reader, RowStep, row_order
 from .tensors import tensor_of
+from .values import fill_behind
 from .weighting import emit_weights
 
 # The target of rows that have none.
@@ -256,7 +257,7 @@ def _returned(emit: Emitter, match: Match, logits: Logits, rows: Node, values: N
         values = emit("add", values, match.logits.values.shift)
     missing = tensor_of(logits.node).size(logits.vocab_dim) - tensor_of(values).size(-1)
     if missing:
-        fill = next(step[2] for step in reversed(logits.history) if step[0] == "fill")
+        fill = fill_behind(logits)
         values = emit(torch.nn.functional.pad, values, (0, missing), value=fill)
     values = emit("reshape", values, (*_sizes(emit, rows), tensor_of(values).size(-1)))
     for step in _further_steps(match, logits):

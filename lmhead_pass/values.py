@@ -17,6 +17,7 @@ from .tensors import is_number, number_of, same, tensor_of
 
 # The difference to -inf cannot be seen in a softmax, unless all logits are about as low.
 _HARDLY = torch.finfo(torch.float16).min
+_STILL_HARDLY = -1e4
 
 
 def is_value_step(node: Node) -> bool:
@@ -33,7 +34,8 @@ def follow_values(logits: Logits, node: Node) -> Logits:
 
 
 def _scale_of(logits: Logits, node: Node) -> float:
-    scaled = _FOLLOWERS[operation(node)](replace(logits, values=type(logits.values)()), node)
+    plain = replace(logits, values=type(logits.values)(), words=None, history=())
+    scaled = _FOLLOWERS[operation(node)](plain, node)
     if scaled.steps != logits.steps:
         raise Refused(f"{describe(node)} scales {logits.stage.replace('_', '-')} by a tensor")
     return scaled.values.scale
@@ -79,8 +81,10 @@ def _multiplied(logits: Logits, factor: float, step: tuple[str, float]) -> Logit
     if values.cap is not None:
         changes: dict[str, Any] = {"cap": values.cap * factor}
     else:
-        if factor < 0 and any(bias.fill is not None for bias in values.biases):
-            raise Refused("masked logits are negated")
+        fills = [bias.fill * bias.factor for bias in values.biases if bias.fill is not None]
+        fills += [fill_behind(logits)] if _is_cut_short(logits) else []
+        if any(fill * factor > _STILL_HARDLY for fill in fills):
+            raise Refused(f"masked logits are multiplied by {factor}: these words would count")
         biases = tuple(replace(bias, factor=bias.factor * factor) for bias in values.biases)
         changes = {"scale": values.scale * factor, "biases": biases}
     return _done(with_values(logits, **changes, shift=values.shift * factor), *step)
@@ -95,6 +99,8 @@ def _scaled_by_tensor(logits: Logits, node: Node, other: Any) -> Logits:
     by_row = logits.vocab_dim == dims - 1 and tensor.dim() > 0 and same(tensor.size(-1), 1)
     if not (by_row or tensor.dim() == 0):
         raise Refused(f"{describe(node)} scales the words of the vocabulary apart")
+    if _is_cut_short(logits):
+        raise Refused(f"{describe(node)} scales masked logits by a tensor")
     if values.biases or values.cap is not None or values.shift != 0:
         raise Refused(f"{describe(node)} scales by a tensor after a bias or softcap")
     if not tensor.is_floating_point() or tensor.device != tensor_of(logits.node).device:
@@ -122,7 +128,7 @@ def _added(logits: Logits, node: Node, other: Any, sign: int) -> Logits:
         raise Refused(f"{describe(node)} adds a tensor to the logits after a softcap")
     if not _is_for_words(logits, tensor_of(other)) or not tensor_of(other).is_floating_point():
         raise Refused(f"{describe(node)} adds a tensor to the logits that is not a bias")
-    biases = (*values.biases, Bias(other, float(sign)))
+    biases = (*values.biases, Bias(other, float(sign), words=_first_words(logits)))
     return _done(with_values(logits, biases=biases), "add_tensor", other, sign)
 
 
@@ -158,6 +164,26 @@ def _is_cut_short(logits: Logits) -> bool:
     )
 
 
+def _first_words(logits: Logits) -> tuple[int, int] | None:
+    """Which words of a tensor that has one for each in the logits' tensor count; None: all."""
+    if logits.words is None or not _is_cut_short(logits):
+        return None
+    return 0, logits.words[1] - logits.words[0]
+
+
+def fill_behind(logits: Logits) -> float:
+    """What the words behind those that count hold."""
+    fill = 0.0
+    for name, *operands in logits.history:
+        if name == "fill":
+            fill = operands[1]
+        elif name == "mul":
+            fill *= operands[0]
+        elif name == "div":
+            fill /= operands[0]
+    return fill
+
+
 def _sigmoid(logits: Logits, node: Node) -> Logits:
     # sigmoid(x) = tanh(x / 2) / 2 + 1 / 2
     halved = _multiplied(logits, 0.5, ("mul", 0.5))
@@ -174,7 +200,7 @@ def _masked_fill(logits: Logits, node: Node) -> Logits:
     mask = tensor_of(call["mask"])
     if not _is_for_words(logits, mask) or mask.dtype != torch.bool or logits.values.cap is not None:
         raise Refused(f"{describe(node)} masks logits by other than a mask of the vocabulary")
-    biases = (*logits.values.biases, Bias(call["mask"], 1.0, fill))
+    biases = (*logits.values.biases, Bias(call["mask"], 1.0, fill, _first_words(logits)))
     return _done(with_values(logits, biases=biases), "masked_fill", call["mask"], fill)
 
 
@@ -211,6 +237,8 @@ def words_filled(logits: Logits, node: Node) -> tuple[int, float]:
 
 def fill_words(logits: Logits, start: int, fill: float) -> Logits:
     """``logits`` whose words from ``start`` on are ``fill``, which is next to nothing."""
+    if _is_cut_short(logits) and fill != fill_behind(logits):
+        raise Refused("masked words are masked once more, with another value")
     return _done(cut_words(logits, 0, start), "fill", start, fill)
 
 

@@ -180,6 +180,15 @@ WRITES = {
     "of_a_cast": lambda z, y: flat(written(z.float(), lambda z: z.mul_(0.5)), y),
     "tanh_": lambda z, y: flat(z.div_(5).tanh_() * 5, y),
     "padding": lambda z, y: flat(written(z, mask_padding), y % 90),
+    "padding_then_negative_loss": lambda z, y: (
+        (-written(z, mask_padding).log_softmax(-1)).gather(-1, (y % 90)[..., None]).mean()
+    ),
+    "padding_then_bias": lambda z, y: flat(
+        written(z, mask_padding) + torch.linspace(-1, 1, V, dtype=z.dtype), y % 90
+    ),
+    "padding_then_mask": lambda z, y: flat(
+        written(z, mask_padding).masked_fill(torch.arange(V) == 85, float("-inf")), y % 85
+    ),
     "padding_of_a_view": lambda z, y: flat(
         written(z, lambda z: mask_padding(z.view(-1, V))), y % 90
     ),

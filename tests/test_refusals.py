@@ -34,6 +34,10 @@ def write_to_hidden_through_view(h, w, b, y):
     return flat(z, y)
 
 
+def write_padding(z):
+    z[..., 90:] = -1e5
+
+
 def view_made_in_inference_mode(h, w, b, y):
     """No gradient gets through it in eager, though it says that it requires one."""
     z = F.linear(h, w)
@@ -223,6 +227,26 @@ REFUSED = {
     "inference_mode": (
         view_made_in_inference_mode,
         "a gradient of what was made in inference mode",
+    ),
+    "masked_and_negated": (
+        lambda h, w, b, y: flat(-F.linear(h, w).masked_fill(torch.arange(V) >= 90, -1e5), y % 90),
+        "masked logits are multiplied by -1",
+    ),
+    "written_and_negated": (
+        lambda h, w, b, y: flat(-forms.written(F.linear(h, w), write_padding), y % 90),
+        "masked logits are multiplied by -1",
+    ),
+    "masked_and_scaled_away": (
+        lambda h, w, b, y: flat(
+            F.linear(h, w).masked_fill(torch.arange(V) >= 90, -1e5) * 1e-4, y % 90
+        ),
+        "these words would count",
+    ),
+    "masked_and_scaled_by_tensor": (
+        lambda h, w, b, y: flat(
+            forms.written(F.linear(h, w), forms.mask_padding) / b[0].detach().abs(), y % 90
+        ),
+        "scales masked logits by a tensor",
     ),
     "masked_with_smoothing": (
         lambda h, w, b, y: flat(

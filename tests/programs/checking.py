@@ -29,7 +29,12 @@ _REFUSED_LATER = "lmhead_pass: a gradient would flow into logits that a compiled
 # Words behind those that count are cut off: the model has a loss of infinity or of the fill there.
 _MASKED_TARGET = r"Target \d+ is out of bounds"
 # Errors about the logits themselves, which are not there any more.
-_LOST = ("modified by an inplace operation", "Inplace update to inference tensor outside")
+_LOST = (
+    "modified by an inplace operation",
+    "has been modified inplace",
+    "Inplace update to inference tensor outside",
+    "Inference tensors cannot be saved for backward",
+)
 
 
 class Wrong(AssertionError):
@@ -118,7 +123,7 @@ def _check_call(captured: Captured, program: Program, inputs: Inputs, verdict: V
     if with_pass.message.startswith(_REFUSED_LATER):
         verdict.raised = "RuntimeError for a gradient into lazy logits"
         return
-    if not without.error and re.match(_MASKED_TARGET, with_pass.message):
+    if without.error != with_pass.error and re.match(_MASKED_TARGET, with_pass.message):
         verdict.raised = "IndexError for a target that is masked"
         return
     if with_pass.error != without.error:
@@ -134,6 +139,8 @@ def _check_call(captured: Captured, program: Program, inputs: Inputs, verdict: V
         program = replace(program, gradient_of=())
     elif with_pass.error is not None and verdict.rewritten:
         return  # how far it got before that is not the same
+    if _saves_what_it_writes(program.source) or _picks_masked_words(without):
+        _forget_gradients(with_pass, without)
     _check_form(with_pass, without, program)
     if not verdict.rewritten:
         _check_same(with_pass, without)
@@ -142,6 +149,17 @@ def _check_call(captured: Captured, program: Program, inputs: Inputs, verdict: V
     for name in without.values:
         _check_value(name, with_pass.values[name], measure)
     verdict.blunt |= measure.is_blunt("output 0")
+
+
+def _picks_masked_words(outcome: Outcome) -> bool:
+    """Whether a target is masked: the gradient stops at the mask, of a loss that is no use."""
+    loss = outcome.values.get("output 0")
+    return isinstance(loss, Tensor) and bool((loss.abs() > 1e4).any())
+
+
+def _saves_what_it_writes(source: str) -> bool:
+    """Whether eager gradients may be wrong: a checkpoint hides writes to what tanh has saved."""
+    return "checkpoint(" in source and bool(re.search(r"(tanh|sigmoid)_\(", source))
 
 
 def _forget_gradients(*outcomes: Outcome) -> None:
@@ -250,6 +268,8 @@ class _Measure:
         strayed = [self.error(value, name) for value in self.others(name)]
         strayed = [error for error in strayed if error < torch.inf]
         dtype = self.without.values[name].dtype
+        if self.exact is self.without and dtype.itemsize > self._inputs.dtype.itemsize:
+            dtype = self._inputs.dtype  # nothing was measured
         sums = torch.promote_types(dtype, torch.float32)
         eps = 2 * torch.finfo(dtype).eps + 8 * torch.finfo(sums).eps
         smallest = torch.finfo(dtype).smallest_normal

@@ -185,7 +185,7 @@ def main() -> int:
             search.batch(seed, _BATCH, go_on)
             forget()
             seed += 1
-            if seed % 5 == 0:
+            if seed % 2 == 0:
                 count = search.statistics
                 print(
                     f"{count.programs} programs, {count.rewritten} with a rewrite, "
