@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from .match import Bias, Extent, Fact, Head, Logits, Reader, Refused, Values
-from .readers import read, read_maximum
+from .readers import read, read_largest
 from .rows import follow_pieces, follow_rows, is_pieces, is_row_step
 from .softmaxes import (
     follow_softmax,
@@ -125,8 +125,8 @@ class _Walk:
             self.flow.facts[node] = fact
         elif (reader := read(logits, node)) is not None:
             self.flow.readers.append(reader)
-        elif (maximum := read_maximum(logits, node)) is not None:
-            self._hold(node, maximum)
+        elif (largest := read_largest(logits, node)) is not None:
+            self._hold(node, largest)
         elif operation(node) == "broadcast_tensors":
             self._broadcast(node, logits)
         elif is_pieces(node):

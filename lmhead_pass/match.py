@@ -178,6 +178,7 @@ class Reader:
     kind: str
     """``loss``: a Loss. ``log_probability``, ``logit``: those of the words ``target``.
     ``logsumexp``, ``argmax``, ``max``, ``entropy``, ``expected_logit``: one number for each row.
+    ``topk_values:k``, ``topk_indices:k``: k of them.
     ``returned``: the logits leave the graph."""
     loss: Loss | None = None
     target: Node | None = None

@@ -177,12 +177,25 @@ _READERS: dict[str | None, Callable[[Logits, Node], Reader | None]] = {
 }
 
 
-def read_maximum(logits: Logits, node: Node) -> list[Reader] | None:
-    """The readers that ``max(dim)`` is, for values and indices; None if ``node`` is no such."""
-    if operation(node) != "max" or not isinstance(value_of(node), tuple):
+def read_largest(logits: Logits, node: Node) -> list[Reader] | None:
+    """The readers that ``max(dim)`` or ``topk`` is, for values and indices; None if neither."""
+    if operation(node) not in ("max", "topk") or not isinstance(value_of(node), tuple):
         return None
-    values, indices = (_over_words(kind)(logits, node) for kind in ("max", "argmax"))
-    if any(value.requires_grad for value in value_of(node)):
+    if value_of(node)[0].requires_grad:
         raise Refused(f"{describe(node)} needs a gradient, and has one only if all logits are kept")
-    assert values is not None and indices is not None
-    return [values, indices]
+    if operation(node) == "topk":
+        return _topk(logits, node)
+    pair = [_over_words(kind)(logits, node) for kind in ("max", "argmax")]
+    return [reader for reader in pair if reader is not None]
+
+
+def _topk(logits: Logits, node: Node) -> list[Reader]:
+    call = arguments(node, lambda input, k, dim=-1, largest=True, sorted=True: locals())
+    dims = tensor_of(logits.node).dim()
+    if call is None or type(call["k"]) is not int or not call["largest"]:
+        raise Refused(f"{describe(node)} is called with arguments that are not understood")
+    if call["dim"] % dims != logits.vocab_dim or logits.vocab_dim != dims - 1:
+        raise Refused(f"{describe(node)} is not taken over a vocabulary that comes last")
+    if logits.stage != "logits" or (logits.words and call["k"] > logits.words[1] - logits.words[0]):
+        raise Refused(f"{describe(node)} is taken of other than logits, or of more than there are")
+    return [Reader(node, logits, f"topk_{part}:{call['k']}") for part in ("values", "indices")]

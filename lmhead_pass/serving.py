@@ -19,13 +19,9 @@ from .weighting import emit_weights
 
 # The target of rows that have none.
 _NO_TARGET = -100
-# What readers are made of, besides losses.
+# What readers are made of, besides losses; others are a measure themselves.
 _MEASURES = {
     "logit": ("logsumexp",),
-    "logsumexp": ("logsumexp",),
-    "argmax": ("argmax",),
-    "max": ("max",),
-    "entropy": ("entropy",),
     "expected_logit": ("logsumexp", "entropy"),
     "returned": ("logits",),
 }
@@ -41,7 +37,7 @@ def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]
     coefficient = None
     if match.weighting is not None:
         coefficient = emit_weights(emit, match.node, match.weighting, target_of(match))
-    names = [name for reader in match.readers for name in _MEASURES.get(reader.kind, ())]
+    names = [name for reader in match.readers for name in _measures_of(reader)]
     measures = list(dict.fromkeys(names))
     results = emit_op(emit, match, hidden, target, coefficient, measures)
     values = {
@@ -94,6 +90,12 @@ def _share(emit: Emitter, match: Match, factors: tuple[tuple[str, Any], ...]) ->
     for name, operand in factors:
         share = emit(name, share, operand)
     return share
+
+
+def _measures_of(reader: Reader) -> tuple[str, ...]:
+    if reader.kind in ("loss", "log_probability"):
+        return ()
+    return _MEASURES.get(reader.kind, (reader.kind,))
 
 
 def _replaced(match: Match, reader: Reader) -> Node:
@@ -228,8 +230,11 @@ def _value(
             return _returned(emit, match, reader.logits, rows, results["logits"])
         case kind:
             value = results[kind]
-    if shift and reader.kind in ("logit", "expected_logit", "logsumexp", "max"):
+    is_of_values = reader.kind in ("logit", "expected_logit", "logsumexp", "max")
+    if shift and (is_of_values or reader.kind.startswith("topk_values")):
         value = emit("add", value, shift)
+    if reader.kind.startswith("topk"):
+        return _in_rows(emit, match, reader.logits, rows, value)
     if reader.factor != 1 and reader.kind != "argmax":
         value = emit("mul", value, reader.factor)
     if reader.is_summed:
@@ -251,6 +256,14 @@ def _further_steps(match: Match, logits: Logits) -> tuple[RowStep, ...]:
     return logits.steps[len(row_order(match.logits.steps)) :]
 
 
+def _in_rows(emit: Emitter, match: Match, logits: Logits, rows: Node, values: Node) -> Node:
+    """``values`` ``[N, k]`` of the call's rows as those of ``logits``: ``[*rows, k]``."""
+    values = emit("reshape", values, (*_sizes(emit, rows), tensor_of(values).size(-1)))
+    for step in _further_steps(match, logits):
+        values = on_rows(emit, values, step)
+    return values
+
+
 def _returned(emit: Emitter, match: Match, logits: Logits, rows: Node, values: Node) -> Node:
     """Logits ``[N, V]`` in the shape of those that leave the graph."""
     if match.logits.values.shift:
@@ -259,9 +272,7 @@ def _returned(emit: Emitter, match: Match, logits: Logits, rows: Node, values: N
     if missing:
         fill = fill_behind(logits)
         values = emit(torch.nn.functional.pad, values, (0, missing), value=fill)
-    values = emit("reshape", values, (*_sizes(emit, rows), tensor_of(values).size(-1)))
-    for step in _further_steps(match, logits):
-        values = on_rows(emit, values, step)
+    values = _in_rows(emit, match, logits, rows, values)
     for name, *operands in logits.history:
         if name == "cast":
             values = emit("to", values, *operands)

@@ -63,6 +63,7 @@ _NAMES = {
     "argmax": ["argmax"],
     "amax": ["amax"],
     "max": ["max"],
+    "topk": ["topk"],
     "nll_loss": ["nll_loss"],
     "cross_entropy": ["cross_entropy"],
 }

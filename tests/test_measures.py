@@ -10,7 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import reference
 from .test_op import DTYPES, call, op_and_measures, tensors
 
-MEASURES = ("logsumexp", "argmax", "max", "entropy", "logits")
+MEASURES = (
+    *("logsumexp", "argmax", "max", "entropy", "logits", "losses"),
+    *("topk_values:3", "topk_indices:3", "topk_values:5"),
+)
 OPTIONS = {
     "plain": {},
     "scale": {"logit_scale": -0.5},
@@ -60,6 +63,12 @@ def test_values(dtype, reduction, options, requires_grad):
     assert taken["argmax"].dtype == torch.int64
     assert torch.equal(taken["argmax"], taken["logits"].argmax(1))
     assert torch.equal(taken["max"], taken["logits"].amax(1))
+    values, indices = taken["logits"].topk(3)
+    assert torch.equal(taken["topk_values:3"], values)
+    assert torch.equal(taken["topk_indices:3"], indices)
+    assert torch.equal(taken["topk_values:5"], taken["logits"].topk(5).values)
+    alone = call(*leaves, target, reduction="none", **options)
+    torch.testing.assert_close(taken["losses"], alone, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -269,11 +278,17 @@ def test_no_measures_asked_for():
 def test_token_counts(tokens, reduction, ignored):
     *leaves, target = tensors(tokens=tokens)
     target.fill_(-100 if ignored else 3)
-    names = [name for name in MEASURES if name != "argmax" or tokens]
+    names = [name for name in MEASURES if tokens or name != "argmax"]
     _, *taken = call(*leaves, target, reduction=reduction, measures=names)
     expected = reference.logits(*leaves)
     if tokens:
         every = reference.measures(expected)
+        every["losses"] = F.cross_entropy(expected, target, reduction="none")
+        every |= {
+            f"topk_{part}:{k}": getattr(expected.topk(k), part)
+            for part in ("values", "indices")
+            for k in (3, 5)
+        }
         torch.testing.assert_close(taken, [every[name] for name in names])
     else:
         assert [len(t) for t in taken] == [0] * len(names)

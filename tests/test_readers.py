@@ -45,6 +45,10 @@ MEASURES = {
     "entropy_from_logits": entropy_from_logits,
     "log_probabilities": lambda z, y: F.log_softmax(z, -1).gather(-1, y[..., None]).squeeze(-1),
     "target_logits": lambda z, y: z.gather(-1, y[..., None]).squeeze(-1),
+    "top_5": lambda z, y: (z.topk(5, dim=-1).indices == y[..., None]).any(-1).float().mean(),
+    "top_3_of_flat": lambda z, y: torch.topk(z.view(-1, V), 3),
+    "top_2_values": lambda z, y: (z + 3).topk(2)[0],
+    "top_of_slices": lambda z, y: z[:, 1:].topk(4),
     "chosen_of_slices": lambda z, y: torch.stack([row.argmax(-1) for row in z]),
 }
 

@@ -5,6 +5,7 @@ With logits ``z`` and probabilities ``p``, of each row, whether or not it has a 
     logsumexp   log(sum_v exp z_v)          [N], in the accumulation dtype
     argmax      as of torch.argmax(z, -1)   [N] int64, of z rounded to the compute dtype
     max         the largest z_v             [N], in the compute dtype
+    topk_values:k, topk_indices:k           [N, k], in the compute dtype; int64, as of torch.topk
     entropy     -sum_v p_v log p_v          [N], in the accumulation dtype; 0 log 0 is 0
     logits      z                           [N, V], in the compute dtype
     losses      each row's loss             [N], in the accumulation dtype; before coefficient and
@@ -21,16 +22,18 @@ from torch import Tensor
 
 from ..problem import Problem
 
-NAMES = ("logsumexp", "argmax", "max", "entropy", "logits", "losses")
+NAMES = (
+    *("logsumexp", "argmax", "max", "entropy", "logits", "losses"),
+    *("topk_values", "topk_indices"),
+)
 
 
 def allocate(problem: Problem, names: list[str]) -> dict[str, Tensor]:
     """An empty tensor for each measure; a ValueError for a name that is unknown or repeated."""
-    unknown = [name for name in names if name not in NAMES]
+    unknown = [name for name in names if name.split(":")[0] not in NAMES]
     if unknown or len(set(names)) < len(names):
         wrong = f"has no measure '{unknown[0]}'" if unknown else f"takes each measure once: {names}"
         raise ValueError(f"lmhead_pass: linear_cross_entropy {wrong}. It has {', '.join(NAMES)}.")
-    rows, vocab = problem.hidden.size(0), problem.weight.size(0)
     dtypes = {
         "logsumexp": problem.accumulate_dtype,
         "argmax": torch.int64,
@@ -38,10 +41,15 @@ def allocate(problem: Problem, names: list[str]) -> dict[str, Tensor]:
         "entropy": problem.accumulate_dtype,
         "logits": problem.compute_dtype,
         "losses": problem.accumulate_dtype,
+        "topk_values": problem.compute_dtype,
+        "topk_indices": torch.int64,
     }
+    rows = problem.hidden.size(0)
+    widths = {"logits": [problem.weight.size(0)]}
     return {
         name: problem.hidden.new_empty(
-            (rows, vocab) if name == "logits" else rows, dtype=dtypes[name]
+            [rows, *widths.get(name, map(int, name.split(":")[1:]))],
+            dtype=dtypes[name.split(":")[0]],
         )
         for name in names
     }
@@ -61,18 +69,24 @@ class Measures:
     def take(self, rows: Tensor | slice, logits: Tensor) -> None:
         """Read ``logits`` ``[rows, V]``, as the loss sees them, of the rows ``rows`` of all."""
         taken = self._taken
-        if taken.keys() & {"logits", "argmax"}:
+        largest_of = {int(name.split(":")[1]) for name in taken if name.startswith("topk")}
+        if largest_of or taken.keys() & {"logits", "argmax"}:
             rounded = logits.to(self._compute_dtype)
+            for count in largest_of:
+                largest = rounded.topk(count)
+                for part, values in zip(("values", "indices"), largest, strict=True):
+                    if (name := f"topk_{part}:{count}") in taken:
+                        taken[name][rows] = values
             if "logits" in taken:
                 taken["logits"][rows] = rounded
             if "argmax" in taken:
                 taken["argmax"][rows] = rounded.argmax(1)
         if taken.keys() & {"max", "entropy"}:
-            largest, place = logits.max(1, keepdim=True)
+            maximum, place = logits.max(1, keepdim=True)
             if "max" in taken:
-                taken["max"][rows] = largest.squeeze(1).to(self._compute_dtype)
+                taken["max"][rows] = maximum.squeeze(1).to(self._compute_dtype)
             if "entropy" in taken:
-                exponentials = logits.sub(largest).exp_().scatter_(1, place, 0)
+                exponentials = logits.sub(maximum).exp_().scatter_(1, place, 0)
                 others = exponentials.sum(1)
                 spread = torch.special.entr(exponentials).sum(1) / (1 + others)
                 taken["entropy"][rows] = torch.log1p(others) + spread
