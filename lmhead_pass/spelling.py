@@ -60,6 +60,7 @@ _NAMES = {
     "sum": ["sum"],
     "stack": ["stack"],
     "mean": ["mean"],
+    "where": ["where"],
     "argmax": ["argmax"],
     "amax": ["amax"],
     "max": ["max"],

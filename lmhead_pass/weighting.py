@@ -47,6 +47,9 @@ def _is_linear(before: Node, after: Node, is_reduced: bool) -> bool:
     if name in ("mul", "div"):
         factor = other_operand(before, after)
         return factor is not None and _is_known(before, after, factor)
+    if name in ("where", "masked_fill"):
+        mask = kept_rows(before, after)
+        return mask is not None and _is_known(before, after, mask[0])
     if name == "reshape":
         return not is_reduced and not after.kwargs and after.args[0] is before
     return name in ("cast", "neg")
@@ -60,6 +63,34 @@ def other_operand(before: Node, after: Node) -> Any:
     if call["input"] is before:
         return call["other"]
     return call["input"] if operation(after) == "mul" else None
+
+
+def kept_rows(before: Node, after: Node) -> tuple[Node, bool] | None:
+    """A mask with which ``after`` sets losses to 0, and whether it says which are kept.
+
+    None if ``after`` is other than that.
+    """
+    call: dict[str, Any] | None
+    if operation(after) == "masked_fill":
+        call = arguments(after, lambda input, mask, value: locals())
+        if call is not None and call["input"] is before and _is_zero(call["value"]):
+            return call["mask"], False
+        return None
+    if after.op == "call_method":  # losses.where(mask, 0)
+        call = arguments(after, lambda input, condition, other: locals())
+    else:
+        call = arguments(after, lambda condition, input=None, other=None: locals())
+    if call is None or not isinstance(call["condition"], Node):
+        return None
+    if call["input"] is before and _is_zero(call["other"]):
+        return call["condition"], True
+    if call["other"] is before and _is_zero(call["input"]):
+        return call["condition"], False
+    return None
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
 
 
 def _is_known(before: Node, after: Node, factor: Any) -> bool:
@@ -105,6 +136,9 @@ def emit_weights(emit: Emitter, losses: Node, weighting: Weighting, target: Node
             weights = emit("neg", weights)
         elif name in ("mul", "div"):
             weights = emit(name, weights, _spread(emit, other_operand(before, node), kept, weights))
+        elif (mask := kept_rows(before, node)) is not None and name in ("where", "masked_fill"):
+            dropped = emit("logical_not", mask[0]) if mask[1] else mask[0]
+            weights = emit("masked_fill", weights, _spread(emit, dropped, kept, weights), 0)
         elif (reduction := reduced_dims(node)) is not None and name in ("sum", "mean"):
             dims = {kept[dim] for dim in reduction[0]}
             if name == "mean":

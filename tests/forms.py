@@ -286,6 +286,10 @@ LOG_PROBABILITIES = {
 PER_TOKEN = {
     "mean": lambda p, y: -p.mean(),
     "masked": lambda p, y: -(p * _mask(y)).sum() / _mask(y).sum(),
+    "where": lambda p, y: -torch.where(y % 3 > 0, p, 0.0).sum() / _mask(y).sum(),
+    "where_not": lambda p, y: -torch.where(y % 3 == 0, 0, p).sum(-1).mean(),
+    "where_method": lambda p, y: -p.where(y[:, :1] > 30, 0).mean(),
+    "masked_fill": lambda p, y: -p.masked_fill(y % 3 == 0, 0).mean(-1).sum(),
     "by_sequence": lambda p, y: -((p * _mask(y)).sum(-1) / _mask(y).sum(-1)).mean(),
     "weights": lambda p, y: (p * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(),
     "items": lambda p, y: -p.sum() / torch.tensor(y.numel() - 2),

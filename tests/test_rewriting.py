@@ -71,6 +71,37 @@ def test_per_token(name):
     check(lambda h, w, y: use(log_probabilities(F.linear(h, w), y), y), (hidden, weight, target))
 
 
+KNOWN_BEFORE = {
+    *("mean", "masked", "where", "where_not", "where_method", "masked_fill"),
+    *("by_sequence", "weights", "items"),
+}
+
+
+@pytest.mark.parametrize("name", forms.PER_TOKEN)
+def test_weights_that_are_known_before_the_loss(name):
+    """Those losses have their gradients with three products: the op gives a sum, not each row's."""
+    hidden, weight, _, target = inputs()
+    use, log_probabilities = forms.PER_TOKEN[name], forms.LOG_PROBABILITIES["gather"]
+    graphs = []
+    rewrite(lambda h, w, y: use(log_probabilities(F.linear(h, w), y), y), graphs)(
+        hidden, weight, target
+    )
+    assert ("'sum'" in graphs[1]) == (name in KNOWN_BEFORE)
+
+
+def test_a_row_that_is_masked_may_have_any_loss():
+    hidden, weight, bias, target = inputs()
+    with torch.no_grad():
+        bias[5] = -torch.inf
+
+    def function(h, w, b, y):
+        losses = forms.flat(F.linear(h, w, b), y, reduction="none")
+        return losses.masked_fill(y.flatten() == 5, 0).mean()
+
+    target[0, :3] = 5
+    check(function, (hidden, weight, bias.detach(), target))
+
+
 @pytest.mark.parametrize("name", forms.LOSSES)
 def test_loss(name):
     hidden, weight, bias, target = inputs()

@@ -215,6 +215,8 @@ class _Rows:
             return losses
         if self._coefficient is not None:
             losses = losses.index_select(0, self.index) * self._coefficient
+            # A row that counts for nothing does so with an infinite loss, too.
+            losses = losses.masked_fill(self._coefficient == 0, 0)
         return losses.sum() / self._denominator
 
     @property
