@@ -54,7 +54,9 @@ def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], list[Node]]
         behind.prepend(node)
     emit = Emitter(graph, joined.place)
     rows = [emit_rows(emit, match) for match in joined.matches]
-    hidden = emit(torch.cat, [emit_flat(emit, part) for part in rows])
+    # In the products' dtype: under autocast, cat does not take every other.
+    flat = [emit("to", emit_flat(emit, part), joined.matches[0].compute_dtype) for part in rows]
+    hidden = emit(torch.cat, flat)
     targets = list(map(partial(emit_target, emit), joined.matches, rows))
     coefficients = list(map(partial(_share, emit), joined.matches, joined.factors))
     results = emit_op(

@@ -5,6 +5,8 @@ import os
 # No graph comes from a cache: on a hit the pass would not be called. Torch reads this on import.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
+from . import device  # isort: skip  # noqa: F401  before what imports Triton
+
 import pytest
 import torch
 

@@ -148,6 +148,20 @@ def test_inductor(function):
     assert_as_eager(function, inputs(), torch.compile(function))
 
 
+def test_fp16_under_an_autocast_to_bf16():
+    """torch.cat under autocast is particular about dtypes."""
+    tensors = inputs(torch.float16)
+
+    def function(h, w, b, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return over_pieces_of_hidden(h, w, b, y)
+
+    expected = reference.run(function, list(map(reference.leaf, tensors)))
+    results = reference.run(rewrite(function), tensors)
+    assert counters["lmhead_pass"]["refused"] == 0
+    torch.testing.assert_close(results, expected, atol=2e-2, rtol=2e-2)
+
+
 def test_values_beside_the_sum():
     tensors = inputs()
     expected, results = logged(*tensors), rewrite(logged)(*tensors)
