@@ -279,9 +279,7 @@ class _Walk:
         def change(held: Logits) -> Logits | None:
             if held.stage != "logits" or not (by_number or _look_alike(held, written)):
                 return None
-            # The follower looks for the logits among the node's arguments.
-            result = follow_values(replace(held, node=written.node), node)
-            return replace(result, node=held.node)
+            return follow_values(held, node)
 
         return change
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from .match import Bias, Logits, Refused, RowStep, with_values
-from .spelling import arguments, describe, operation
+from .spelling import arguments, describe, is_in_place, operation
 from .tensors import is_number, number_of, same, tensor_of
 
 # The difference to -inf cannot be seen in a softmax, unless all logits are about as low.
@@ -46,7 +46,7 @@ def _operands(logits: Logits, node: Node) -> tuple[Any, bool]:
     call = arguments(node, lambda input, other: locals())
     if call is None:
         raise Refused(f"{describe(node)} is called with arguments that are not understood")
-    if call["input"] is logits.node:
+    if call["input"] is logits.node or is_in_place(node):
         return call["other"], False
     return call["input"], True
 
@@ -194,7 +194,7 @@ def _sigmoid(logits: Logits, node: Node) -> Logits:
 
 def _masked_fill(logits: Logits, node: Node) -> Logits:
     call = arguments(node, lambda input, mask, value: locals())
-    if call is None or call["input"] is not logits.node:
+    if call is None or not (call["input"] is logits.node or is_in_place(node)):
         raise Refused(f"{describe(node)} is called with arguments that are not understood")
     fill = _fill(node, call["value"])
     mask = tensor_of(call["mask"])

@@ -159,6 +159,11 @@ def mask_padding(z):
     z[..., 90:] = float("-inf")
 
 
+def mask_and_return(z):
+    mask_padding(z)
+    return z
+
+
 def divide_a_slice(z):
     z = z[:, 1:]
     z.div_(0.5)
@@ -178,6 +183,12 @@ WRITES = {
     "of_a_slice": lambda z, y: flat(divide_a_slice(z), y[:, 1:]),
     "after_a_slice": lambda z, y: flat(written(z[:, 1:], lambda _: z.mul_(3)), y[:, 1:]),
     "of_a_cast": lambda z, y: flat(written(z.float(), lambda z: z.mul_(0.5)), y),
+    "padding_then_through_a_view": lambda z, y: flat(
+        written(mask_and_return(z), lambda z: z.view(-1, V).mul_(0.5)), y % 90
+    ),
+    "padding_after_a_view": lambda z, y: F.cross_entropy(
+        written(z.view(-1, V), lambda rows: (mask_padding(z), rows.mul_(0.5))), y.view(-1) % 90
+    ),
     "tanh_": lambda z, y: flat(z.div_(5).tanh_() * 5, y),
     "padding": lambda z, y: flat(written(z, mask_padding), y % 90),
     "padding_then_negative_loss": lambda z, y: (

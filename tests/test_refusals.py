@@ -153,6 +153,15 @@ def write_to_bias_before_the_backward(h, w, b, y):
     return loss
 
 
+def write_by_fill_and_to_a_view(h, w, b, y):
+    z = F.linear(h, w)
+    rows = z.reshape(-1, V)
+    loss = flat(rows, y)
+    z[..., 90:] = -torch.inf
+    rows.div_(0.7)
+    return loss + 0 * z[..., :90].detach().std()
+
+
 def write_by_fill(h, w, b, y):
     z = F.linear(h, w)
     z[:, :, 90:].fill_(-torch.inf)
@@ -163,6 +172,10 @@ REFUSED = {
     "write_to_bias_before_the_backward": (
         write_to_bias_before_the_backward,
         "add_ at .* weight or bias in place after the loss, whose backward",
+    ),
+    "write_by_fill_and_to_a_view": (
+        write_by_fill_and_to_a_view,
+        "std at .* reads the logits too",
     ),
     "write_by_fill": (write_by_fill, "fill_ at .* reads the logits too"),
     "write_to_hidden": (write_to_hidden, "add_ at .* in place between the head and the loss"),
