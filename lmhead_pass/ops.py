@@ -18,7 +18,8 @@ it equals
     torch.nn.functional.cross_entropy(logits, target, class_weight, ...)
 
 and raises an IndexError where that does. A ``coefficient``, for reduction "sum" only, multiplies
-the rows' losses before they are added. It is a constant: no gradient flows to it.
+the rows' losses before they are added; where it is 0, a row counts for nothing even if its loss is
+infinite. It is a constant: no gradient flows to it.
 
 Measures are of each row's logits, whether the row counts or not: ``kernels/measures.py`` lists
 them. Of the measures "logsumexp" has a gradient, with reduction "none" only; the others have none.

@@ -182,8 +182,8 @@ def test_coefficient_is_a_constant():
     assert coefficient.grad is None
 
 
-def test_coefficient_multiplies_whatever_the_loss_is():
-    """0 times an infinite loss is NaN, as it is in eager; an ignored row has no loss."""
+def test_a_row_with_a_coefficient_of_0_may_have_any_loss():
+    """As under ``torch.where``; an ignored row has no loss, whatever its coefficient."""
     hidden, weight, _, target = tensors(ignored=False)
     bias = torch.zeros(101)
     target[3], bias[7] = 7, -torch.inf
@@ -193,7 +193,17 @@ def test_coefficient_multiplies_whatever_the_loss_is():
     options = {"reduction": "sum", "coefficient": coefficient}
     assert call(hidden, weight, bias, target, **options).isposinf()
     coefficient[3] = 0
-    assert call(hidden, weight, bias, target, **options).isnan()
+    kept = torch.arange(37) != 3
+
+    def masked(hidden, weight):
+        losses = F.cross_entropy(F.linear(hidden, weight, bias), target, reduction="none")
+        return torch.where(kept, losses, 0).sum()
+
+    results = reference.run(
+        lambda *leaves: call(*leaves, bias, target, **options), (hidden, weight)
+    )
+    expected = reference.run(masked, [reference.leaf(t) for t in (hidden, weight)])
+    torch.testing.assert_close(results, expected)
     target[3] = -100
     coefficient[3] = torch.nan
     assert call(hidden, weight, bias, target, **options).isfinite()
