@@ -20,6 +20,11 @@ def mask_padding(z):
     return z
 
 
+def lower_padding(z):
+    z[..., 90:] = -1e6
+    return z
+
+
 CHAINS = {
     "plain": lambda z, b: z,
     "float": lambda z, b: z.float(),
@@ -36,6 +41,7 @@ CHAINS = {
     "sliced": lambda z, b: (z / 2)[:, :-1],
     "sequence_first": lambda z, b: z.transpose(0, 1) * 2,
     "written": lambda z, b: z.div_(0.7),
+    "padding_lowered_and_scaled": lambda z, b: lower_padding(z) / 0.5,
     "padding_masked": lambda z, b: mask_padding(z),
 }
 
