@@ -1,6 +1,5 @@
 """Plans the calls of the op that serve a head's readers: who shares one, and where it stands."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +85,7 @@ def _late_inputs(
         node = pending.pop()
         if order[node] < order[place] or node in late:
             continue
-        before = nodes_between(place.prev, node)
+        before = mutation.nodes_between(place.prev, node)
         if (
             not _is_of_integers(node)
             or mutation.may_write(node)
@@ -132,7 +131,7 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
 
     head, logits = readers[0].logits.head, readers[0].logits
     computed, weight = tensor_of(head.node), tensor_of(head.weight)
-    first, last = logits.words or (0, computed.size(head.vocab_dim))
+    start, stop = logits.words or (0, computed.size(head.vocab_dim))
     shape = tensor_of(logits.node).shape
     tokens = product(size for dim, size in enumerate(shape) if dim != logits.vocab_dim)
     return Match(
@@ -142,11 +141,11 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
         moved=moved,
         weighting=weighting,
         tokens=tokens,
-        vocab_size=last - first,
+        vocab_size=stop - start,
         compute_dtype=computed.dtype,
         rows_per_chunk=plan_rows(
             hint(tensor_of(head.hidden).size(head.hidden_dim)),
-            hint(last - first),
+            hint(stop - start),
             computed.dtype,
             computed.device,
             tokens=hint(tokens),
@@ -186,7 +185,7 @@ def _check_writers(
         ("the head's input, weight or bias", nodes_read(logits), logits.head.node, last),
         ("the target or weights of the loss", asked, first, latest),
     ):
-        for writer in mutation.writers(nodes_between(since, until), of=of):
+        for writer in mutation.writers(mutation.nodes_between(since, until), of=of):
             when = "between the head and the loss"
             if order[writer] > order[place]:
                 when = "after the loss, whose backward reads it again"
@@ -205,12 +204,3 @@ def _reduction(readers: list[Reader], weighting: Weighting | None) -> str:
     )
     loss = readers[0].loss
     return "none" if loss is None or by_row else loss.reduction
-
-
-def nodes_between(first: Node, last: Node) -> Iterator[Node]:
-    """Those after ``first`` and before ``last``."""
-    node = first
-    while node is not last:
-        node = node.next
-        if node is not last:
-            yield node

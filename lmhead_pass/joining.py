@@ -14,7 +14,6 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from . import mutation
-from .calls import nodes_between
 from .emitter import nodes_read
 from .match import NOTHING_IGNORED, Match, Rewrite
 from .softmaxes import summed_dims
@@ -96,7 +95,7 @@ def _join(group: list[Match], order: dict[Node, int]) -> Join | None:
     if moved is None or any(order[node] >= order[place] for node in inputs):
         return None
     first = min((match.node for match in group), key=order.__getitem__)
-    if any(mutation.writers(nodes_between(first, place), of=inputs)):
+    if any(mutation.writers(mutation.nodes_between(first, place), of=inputs)):
         return None
     return Join(tuple(group), factors, root, place, moved)
 

@@ -1,7 +1,6 @@
 """Logits that leave the graph: whether they can be computed when they are read, and what then
 stands for them."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,8 @@ def check_returned(logits: Logits) -> Logits:
     if config.returned_logits == "detach":
         return logits
     logits = _for_later(logits)
-    for writer in mutation.writers(_after(logits.head.node), of=nodes_read(logits)):
+    later = mutation.nodes_between(logits.head.node, logits.head.node.graph.output_node())
+    for writer in mutation.writers(later, of=nodes_read(logits)):
         raise Refused(
             f"the logits are returned, and {describe(writer)} may change the head's input, weight "
             f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
@@ -109,8 +109,3 @@ def _input_weight(logits: Logits) -> tuple[Node, bool]:
             f"{_INSTEAD}"
         )
     return node, is_transposed
-
-
-def _after(node: Node) -> Iterator[Node]:
-    while (node := node.next).op != "output":
-        yield node

@@ -80,3 +80,12 @@ def may_write(node: Node) -> bool:
 
 def _bound(node: Node) -> dict[str, object]:
     return inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments
+
+
+def nodes_between(first: Node, last: Node) -> Iterator[Node]:
+    """Those after ``first`` and before ``last``."""
+    node = first
+    while node is not last:
+        node = node.next
+        if node is not last:
+            yield node

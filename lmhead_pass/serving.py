@@ -1,7 +1,6 @@
 """Inserts a call of the op, and makes of its results what each reader is to have."""
 
 import operator
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -201,15 +200,11 @@ def emit_value(
         value = emit("to", value, before.dtype)
     if _needs_gradient(match) and not before.requires_grad:
         value = emit("detach", value)
-    if any(mutation.writers(_after(reader.node), of=[reader.node])):
+    later = mutation.nodes_between(reader.node, emit.graph.output_node())
+    if any(mutation.writers(later, of=[reader.node])):
         value = emit("clone", value)  # other readers may share its memory
     value.meta["example_value"] = before
     return value
-
-
-def _after(node: Node) -> Iterator[Node]:
-    while (node := node.next).op != "output":
-        yield node
 
 
 def _value(
