@@ -2,9 +2,9 @@
 
 ``torch.ops.lmhead_pass.linear_cross_entropy`` is what stands in a rewritten graph:
 
-    linear_cross_entropy(hidden, weight, bias, target, class_weight, coefficient, reduction,
-                         ignore_index, label_smoothing, logit_scale, softcap, compute_dtype,
-                         batch_chunk_size) -> loss
+    linear_cross_entropy(hidden, weight, bias, target, class_weight, coefficient,
+                         logsumexp_coefficient, z_loss, reduction, ignore_index, label_smoothing,
+                         logit_scale, softcap, compute_dtype, batch_chunk_size) -> loss
     linear_cross_entropy_and_measures(..., measures) -> [loss, *measures]
 
 Their arguments are the fields of ``lmhead_pass.problem.Problem``. The loss is ``[]``, or ``[N]``
@@ -19,7 +19,10 @@ it equals
 
 and raises an IndexError where that does. A ``coefficient``, for reduction "sum" only, multiplies
 the rows' losses before they are added; where it is 0, a row counts for nothing even if its loss is
-infinite. It is a constant: no gradient flows to it.
+infinite. It is a constant: no gradient flows to it. So are ``logsumexp_coefficient`` and ``z_loss``
+(after PaLM's, https://arxiv.org/abs/2204.02311, section 5), which add to such a sum
+
+    sum_n logsumexp_coefficient_n lse_n + z_loss_n lse_n^2       lse = torch.logsumexp(logits, 1)
 
 Measures are of each row's logits, whether the row counts or not: ``kernels/measures.py`` lists
 them. Of the measures "logsumexp" has a gradient, with reduction "none" only; the others have none.
@@ -39,8 +42,9 @@ from .problem import Gradients, Problem, held_dtype
 
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
-    "Tensor? coefficient, str reduction, int ignore_index, float label_smoothing, "
-    "float logit_scale, float? softcap, ScalarType compute_dtype, SymInt batch_chunk_size"
+    "Tensor? coefficient, Tensor? logsumexp_coefficient, Tensor? z_loss, str reduction, "
+    "int ignore_index, float label_smoothing, float logit_scale, float? softcap, "
+    "ScalarType compute_dtype, SymInt batch_chunk_size"
 )
 _FIELDS = [field.name for field in dataclasses.fields(Problem)]
 _TENSORS = _FIELDS.index("reduction")  # the fields before it are tensors

@@ -24,6 +24,12 @@ class Problem:
     """``[V]`` floating point: the ``weight`` argument of ``cross_entropy``."""
     coefficient: Tensor | None
     """``[N]`` floating point: what each row's loss is multiplied by, for reduction "sum" only."""
+    logsumexp_coefficient: Tensor | None
+    """``[N]`` floating point: each row, ignored or not, adds to the loss its log-sum-exp times
+    this, for reduction "sum" only."""
+    z_loss: Tensor | None
+    """``[N]`` floating point: the same for the square of its log-sum-exp. Not with FP16 products:
+    how far gradients reach would not be known before."""
     reduction: str
     """``"mean"``, ``"sum"`` or ``"none"``."""
     ignore_index: int
@@ -40,11 +46,39 @@ class Problem:
     """At most this many rows of logits exist at once."""
 
     def __post_init__(self) -> None:
-        if self.coefficient is not None and self.reduction != "sum":
+        by_row = ("coefficient", "logsumexp_coefficient", "z_loss")
+        given = [name for name in by_row if getattr(self, name) is not None]
+        if given and self.reduction != "sum":
             raise ValueError(
-                "lmhead_pass: linear_cross_entropy takes a coefficient for each row with reduction "
+                f"lmhead_pass: linear_cross_entropy takes a {given[0]} for each row with reduction "
                 f"'sum' only, not with '{self.reduction}'"
             )
+        if self.z_loss is not None and self.compute_dtype == torch.float16:
+            raise ValueError("lmhead_pass: linear_cross_entropy takes no z_loss in torch.float16")
+
+    @property
+    def has_logsumexp_terms(self) -> bool:
+        """Whether the loss has terms of each row's log-sum-exp, beside its cross entropy."""
+        return self.logsumexp_coefficient is not None or self.z_loss is not None
+
+    def logsumexp_terms(self, lse: Tensor) -> Tensor:
+        """``[]``: the sum of these terms, for log-sum-exps ``[N]``."""
+        total = lse.new_zeros(())
+        for factor, value in ((self.logsumexp_coefficient, lse), (self.z_loss, lse * lse)):
+            if factor is not None:
+                # As with the coefficient: a row that counts for nothing may have any log-sum-exp.
+                total = total + (factor.to(lse.dtype) * value).masked_fill(factor == 0, 0).sum()
+        return total
+
+    def grad_logsumexp(self, lse: Tensor, rows: Tensor | slice) -> Tensor:
+        """The gradient of that sum with respect to the log-sum-exps ``lse`` of the ``rows``."""
+        gradient = torch.zeros_like(lse)
+        if self.logsumexp_coefficient is not None:
+            gradient += self.logsumexp_coefficient[rows]
+        if self.z_loss is not None:
+            z_loss = self.z_loss[rows].to(lse.dtype)
+            gradient += (2 * z_loss * lse).masked_fill(z_loss == 0, 0)
+        return gradient
 
     @property
     def accumulate_dtype(self) -> torch.dtype:

@@ -168,6 +168,7 @@ def emit_op(
         bias = None if bias is None else emit("detach", bias)
     arguments = (
         *(hidden, weight, bias, target, asked and asked.class_weight, coefficient),
+        *(None, None),
         *(match.reduction, asked.ignore_index if asked else _NO_TARGET),
         *(asked.label_smoothing if asked else 0.0, *_scale_and_softcap(match)),
         *(match.compute_dtype, match.rows_per_chunk),

@@ -27,6 +27,8 @@ def linear_cross_entropy(
     target: Tensor,
     class_weight: Tensor | None = None,
     coefficient: Tensor | None = None,
+    logsumexp_coefficient: Tensor | None = None,
+    z_loss: Tensor | None = None,
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -37,11 +39,15 @@ def linear_cross_entropy(
     z = logits(hidden, weight, bias, logit_scale, softcap)
     if class_weight is not None:
         class_weight = class_weight.to(z.dtype)
-    if coefficient is not None:
-        assert reduction == "sum"
+    if coefficient is None:
+        loss = F.cross_entropy(z, target, class_weight, reduction=reduction, **options)
+    else:
         losses = F.cross_entropy(z, target, class_weight, reduction="none", **options)
-        return (losses * coefficient.to(z.dtype)).sum()
-    return F.cross_entropy(z, target, class_weight, reduction=reduction, **options)
+        loss = (losses * coefficient.to(z.dtype)).sum()
+    for factor, power in ((logsumexp_coefficient, 1), (z_loss, 2)):
+        if factor is not None:
+            loss = loss + (factor.to(z.dtype) * z.logsumexp(1) ** power).sum()
+    return loss
 
 
 def measures(z: Tensor) -> dict[str, Tensor]:

@@ -39,14 +39,14 @@ def _head(hidden, weight, target, reduction="mean"):
 
 def _op(hidden, weight, target, reduction="mean", rows=256):
     return torch.ops.lmhead_pass.linear_cross_entropy(
-        *(hidden, weight, None, target, None, None, reduction, -100, 0.0, 1.0, None),
+        *(hidden, weight, None, target, *[None] * 4, reduction, -100, 0.0, 1.0, None),
         *(hidden.dtype, rows),
     )
 
 
 def _op_with_measures(hidden, weight, target, reduction="mean", rows=256):
     loss, lse, *_ = torch.ops.lmhead_pass.linear_cross_entropy_and_measures(
-        *(hidden, weight, None, target, None, None, reduction, -100, 0.0, 0.5, 30.0),
+        *(hidden, weight, None, target, *[None] * 4, reduction, -100, 0.0, 0.5, 30.0),
         *(hidden.dtype, rows, ["logsumexp", "argmax", "max", "entropy", "logits"]),
     )
     return loss + lse if reduction == "none" else loss
@@ -186,8 +186,8 @@ import torch, lmhead_pass
 target = torch.zeros(8, dtype=torch.long, device="cuda")
 target[3] = {bad}
 loss = torch.ops.lmhead_pass.linear_cross_entropy(
-    torch.randn(8, 16, device="cuda"), torch.randn(100, 16, device="cuda"), None, target, None,
-    None, "mean", -100, 0.0, 1.0, None, torch.float32, 8,
+    torch.randn(8, 16, device="cuda"), torch.randn(100, 16, device="cuda"), None, target,
+    *[None] * 4, "mean", -100, 0.0, 1.0, None, torch.float32, 8,
 )
 print("a number:", loss.item())
 """
@@ -206,7 +206,7 @@ def test_scratch_is_the_chunk_and_the_sum():
     tokens, hidden, vocab, rows = 8192, 1024, 32000, 1024
     *leaves, target = _inputs(tokens=tokens, hidden=hidden, vocab=vocab)
     options = ("mean", -100, 0.0, 1.0, None, torch.bfloat16, rows)
-    problem = Problem(*leaves, None, target, None, None, *options)
+    problem = Problem(*leaves, None, target, *[None] * 4, *options)
     with torch.no_grad():
         triton_loop.forward_and_gradients(problem, [True, True, False], [])
         torch.cuda.synchronize()

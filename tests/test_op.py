@@ -35,6 +35,8 @@ def call(
     target,
     class_weight=None,
     coefficient=None,
+    logsumexp_coefficient=None,
+    z_loss=None,
     *,
     reduction="mean",
     ignore_index=-100,
@@ -45,7 +47,7 @@ def call(
     measures=None,
 ):
     arguments = (
-        *(hidden, weight, bias, target, class_weight, coefficient),
+        *(hidden, weight, bias, target, class_weight, coefficient, logsumexp_coefficient, z_loss),
         *(reduction, ignore_index, label_smoothing, logit_scale, softcap, hidden.dtype, rows),
     )
     return op(*arguments) if measures is None else op_and_measures(*arguments, measures)
@@ -175,10 +177,34 @@ def test_coefficient(dtype, with_all):
     assert_no_worse(inputs, options, torch.tensor(1 / 3))
 
 
-def test_coefficient_is_a_constant():
-    inputs = tensors()
+@pytest.mark.parametrize("with_all", [False, True], ids=["plain", "all"])
+@pytest.mark.parametrize("with_z_loss", [False, True], ids=["linear", "square"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_terms_of_log_sum_exps(dtype, with_z_loss, with_all):
+    """Also of rows whose target is ignored, as ``tensors`` has them."""
+    options = {"reduction": "sum"}
+    given = [None, None, torch.randn(37).to(dtype), None]
+    if with_z_loss and dtype != torch.float16:  # test_z_loss_in_float16
+        given[3] = torch.randn(37).to(dtype)
+    if with_all:
+        options |= {"label_smoothing": 0.1, "logit_scale": -0.5, "softcap": 3.0}
+        given[:2] = torch.rand(101).to(dtype), torch.randn(37).to(dtype)
+    assert_no_worse([*tensors(dtype, bias=with_all), *given], options, torch.tensor(1 / 3))
+
+
+def test_z_loss_in_float16():
+    """Its gradient reaches as far as the log-sum-exp, which is not known before."""
+    with pytest.raises(ValueError, match=r"no z_loss in torch\.float16"):
+        call(*tensors(torch.float16), z_loss=torch.rand(37), reduction="sum")
+
+
+BY_ROW = ["coefficient", "logsumexp_coefficient", "z_loss"]
+
+
+@pytest.mark.parametrize("name", BY_ROW)
+def test_coefficients_are_constants(name):
     coefficient = torch.rand(37).requires_grad_()
-    call(*inputs, coefficient=coefficient, reduction="sum").backward()
+    call(*tensors(), **{name: coefficient}, reduction="sum").backward()
     assert coefficient.grad is None
 
 
@@ -209,15 +235,29 @@ def test_a_row_with_a_coefficient_of_0_may_have_any_loss():
     assert call(hidden, weight, bias, target, **options).isfinite()
 
 
+@pytest.mark.parametrize("name", ["logsumexp_coefficient", "z_loss"])
+def test_a_row_with_a_coefficient_of_0_may_have_any_log_sum_exp(name):
+    hidden, weight, _, target = tensors(ignored=False)
+    target[3] = -100
+    with torch.no_grad():
+        hidden[3] = torch.inf
+    coefficient = torch.ones(37)
+    options = {"reduction": "sum", name: coefficient}
+    assert not call(hidden, weight, None, target, **options).isfinite()
+    coefficient[3] = 0
+    assert call(hidden, weight, None, target, **options).isfinite()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("fake", [False, True])
-def test_coefficient_needs_a_sum(reduction, requires_grad, fake):
+@pytest.mark.parametrize("name", BY_ROW)
+def test_coefficients_need_a_sum(name, reduction, requires_grad, fake):
     with FakeTensorMode() if fake else contextlib.nullcontext():
         inputs = [t.detach().requires_grad_(requires_grad) if t is not None and
                   t.is_floating_point() else t for t in tensors()]  # fmt: skip
         with pytest.raises(ValueError, match=f"'sum' only, not with '{reduction}'"):
-            call(*inputs, reduction=reduction, coefficient=torch.rand(37))
+            call(*inputs, reduction=reduction, **{name: torch.rand(37)})
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
@@ -242,7 +282,7 @@ def test_float16_scaling_knows_the_logit_scale(logit_scale, factor):
 
     exact = gradients(reference.linear_cross_entropy, torch.float64)
     problem = Problem(
-        *(hidden.detach(), weight.detach(), None, target, None, None),
+        *(hidden.detach(), weight.detach(), None, target, *[None] * 4),
         *("none", -100, 0.0, logit_scale, None, torch.float16, 10),
     )
     _, row_max, log_sum = aten.forward(problem, [])
@@ -271,14 +311,14 @@ def test_a_weight_that_is_a_view(dtype, layout, reduction):
 def test_opcheck(reduction, measures):
     extra = [] if measures is None else [measures]
     public = op if measures is None else op_and_measures
-    coefficient = torch.rand(37) if reduction == "sum" else None
-    problem = [*tensors(), None, coefficient, reduction, -100, 0.0, 1.0, None, torch.float32, 10]
+    of_rows = [torch.rand(37) if reduction == "sum" else None for _ in range(3)]
+    problem = [*tensors(), None, *of_rows, reduction, -100, 0.0, 1.0, None, torch.float32, 10]
     torch.library.opcheck(public.default, (*problem, *extra))
     hidden, weight, bias, target = (
         t.detach() if t.is_floating_point() else t for t in tensors(bias=True)
     )
     needed = [True, False, True]
-    problem = [hidden, weight, bias, target, torch.rand(101), coefficient]
+    problem = [hidden, weight, bias, target, torch.rand(101), *of_rows]
     problem += [reduction, -100, 0.1, -0.5, 3.0, torch.float32, 10]
     private = torch.ops.lmhead_pass
     checks = ("test_schema", "test_faketensor")

@@ -28,7 +28,6 @@ OPTIONS = {
     "logit_scale": lambda vocab: {"logit_scale": 0.0625},
     "negative_scale": lambda vocab: {"logit_scale": -1.25, "bias": _random(vocab)},
     "softcap": lambda vocab: {"softcap": 3.0},
-    "z_loss": lambda vocab: {"z_loss": 1e-2},
     "all": lambda vocab: {
         "ignore_index": 0,
         "bias": _random(vocab),
@@ -36,7 +35,6 @@ OPTIONS = {
         "label_smoothing": 0.1,
         "logit_scale": 1.5,
         "softcap": 5.0,
-        "z_loss": 1e-3,
     },
 }
 # The dtype of the logits and that of their gradient.
@@ -69,7 +67,7 @@ def _targets(vocab, ignore_index=-100):
 def _plain(logits, target, terms):
     """Losses of rows as the kernels' text defines them, in the dtype of the logits."""
     dtype, logits = logits.dtype, _transformed(logits, terms)
-    losses = F.cross_entropy(
+    return F.cross_entropy(
         logits,
         target,
         None if terms.class_weight is None else terms.class_weight.to(dtype),
@@ -77,8 +75,6 @@ def _plain(logits, target, terms):
         label_smoothing=terms.label_smoothing,
         reduction="none",
     )
-    z_losses = terms.z_loss * logits.logsumexp(1) ** 2
-    return losses + z_losses.masked_fill(target == terms.ignore_index, 0)
 
 
 def _transformed(logits, terms):
@@ -297,8 +293,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from lmhead_pass.kernels import triton_rows
 
-ON = dict(SMOOTHING=0.1, SPREAD=1e-6, LOGIT_SCALE=0.5, SOFTCAP=30.0, Z_LOSS=1e-4)
-OFF = dict(SMOOTHING=0.0, SPREAD=0.0, LOGIT_SCALE=None, SOFTCAP=None, Z_LOSS=0.0)
+ON = dict(SMOOTHING=0.1, SPREAD=1e-6, LOGIT_SCALE=0.5, SOFTCAP=30.0)
+OFF = dict(SMOOTHING=0.0, SPREAD=0.0, LOGIT_SCALE=None, SOFTCAP=None)
 OFF |= dict(bias_ptr=None, class_weight_ptr=None, class_weight_sum_ptr=None, coefficient_ptr=None)
 NO_LSE = dict(grad_logsumexp_ptr=None)
 SAVED, SAVED_WITH_LSE = dict(loss_ptr=None, **NO_LSE), dict(loss_ptr=None)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def _problem(dtype=torch.float32, tokens=TOKENS, rows=4, **options):
-    """Options are those of Problem, but for three tensors, which are True or False."""
+    """Options are those of Problem, but for its tensors, which are True or False."""
 
     def random(*shape):
         return torch.randn(*shape, device=DEVICE).to(dtype)
@@ -44,7 +44,8 @@ def _problem(dtype=torch.float32, tokens=TOKENS, rows=4, **options):
     given |= options
     given["bias"] = random(VOCAB) if options.get("bias") else None
     given["class_weight"] = random(VOCAB).abs() + 0.5 if options.get("class_weight") else None
-    given["coefficient"] = random(tokens) if options.get("coefficient") else None
+    for name in ("coefficient", "logsumexp_coefficient", "z_loss"):
+        given[name] = random(tokens) if options.get(name) else None
     return Problem(**given)
 
 
@@ -72,6 +73,8 @@ def _plain(problem, upstream, dtype=None, grad_logsumexp=None):
         problem.target,
         problem.class_weight,
         problem.coefficient,
+        problem.logsumexp_coefficient,
+        problem.z_loss,
         reduction=problem.reduction,
         label_smoothing=problem.label_smoothing,
         logit_scale=problem.logit_scale,
@@ -148,6 +151,15 @@ def test_coefficient(dtype, options):
     _assert_no_worse(problem)
     problem.coefficient[::5] = float("nan")  # of rows that have no loss
     assert triton_loop.forward(problem, [])[0].isfinite()
+
+
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("with_z_loss", [False, True], ids=["linear", "square"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_terms_of_log_sum_exps(dtype, with_z_loss, options):
+    given = dict.fromkeys(("coefficient", "logsumexp_coefficient"), True)
+    given["z_loss"] = with_z_loss and dtype != torch.float16  # test_op's test_z_loss_in_float16
+    _assert_no_worse(_problem(dtype, reduction="sum", **given, **OPTIONS[options]))
 
 
 @pytest.mark.parametrize("which", ["logsumexp", "both"])
@@ -307,7 +319,8 @@ class _Calls(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nothing_reads_the_device(reduction, dtype):
-    options = {**OPTIONS["all"], "coefficient": reduction == "sum"}
+    options = dict.fromkeys(("coefficient", "logsumexp_coefficient"), reduction == "sum")
+    options |= OPTIONS["all"]
     problem = _problem(dtype, reduction=reduction, **options)
     ones = torch.ones(TOKENS, device=DEVICE)
     with _Calls() as calls:

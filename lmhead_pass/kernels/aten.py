@@ -2,9 +2,9 @@
 
 For each chunk of rows there is one product for the logits; then the row work, in place and
 in blocks of rows that stay in the processor's cache; then the products that turn the
-logits' gradient into those of ``hidden`` and ``weight``. Rows whose target is
-``ignore_index`` take part in none of it, unless measures are asked for: these have a pass of
-their own.
+logits' gradient into those of ``hidden`` and ``weight``. Rows whose target is ``ignore_index``
+take part in none of it, unless there is a gradient of their log-sum-exps, or measures are asked
+for: these have a pass of their own.
 
 With ``x`` what the product gave (with the bias), the loss is that of the logits
 
@@ -27,7 +27,6 @@ the whole gradient of a confident row.
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,7 +53,8 @@ def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
     each row (``[N]``): its largest logit, and the log of its sum of ``exp(logit - row_max)``. For
     rows without a loss these are 0 unless measures are asked for.
     """
-    rows, taken = _Rows(problem), Measures(problem, measures)
+    rows = _Rows(problem, every=problem.has_logsumexp_terms)
+    taken = Measures(problem, measures)
     losses, row_max, log_sum = (_zeros(problem) for _ in range(3))
     if taken:
         _measure_ignored(problem, rows, taken, row_max, log_sum)
@@ -65,7 +65,9 @@ def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
             row_max[index] = maximum = block.amax(1)
             block.sub_(maximum.unsqueeze(1))
             losses[index], _, log_sum[index] = _exponentiate_(block, rows, part)
-    return [rows.reduce(losses), row_max, log_sum, *taken.finish(losses, row_max, log_sum)]
+    losses = rows.counted_only(losses)
+    loss = rows.reduce(losses, row_max, log_sum)
+    return [loss, row_max, log_sum, *taken.finish(losses, row_max, log_sum)]
 
 
 def forward_and_gradients(
@@ -77,11 +79,15 @@ def forward_and_gradients(
     three ``Gradients`` for an upstream gradient of 1, in ``held_dtype`` of their input, and the
     measures.
     """
-    rows, taken = _Rows(problem), Measures(problem, measures)
+    by_lse = problem.has_logsumexp_terms
+    rows, taken = _Rows(problem, every=by_lse), Measures(problem, measures)
     losses, row_max, log_sum = (_zeros(problem) for _ in range(3))
     if taken:
         _measure_ignored(problem, rows, taken, row_max, log_sum)
-    sums = _GradientSums(problem, needed, rows.reach(rows.upstream))
+    reach = rows.reach(rows.upstream)
+    if problem.logsumexp_coefficient is not None:
+        reach = torch.cat((reach, problem.logsumexp_coefficient.to(reach.dtype)))
+    sums = _GradientSums(problem, needed, reach)
     upstream = rows.upstream * sums.factor
     for chunk, hidden, logits in _chunks(problem, rows.index):
         for part, block in _blocks(problem, chunk, logits, write_back=True):
@@ -90,9 +96,15 @@ def forward_and_gradients(
             row_max[index] = maximum = block.amax(1)
             block.sub_(maximum.unsqueeze(1))
             losses[index], nll, log_sum[index] = _exponentiate_(block, rows, part)
-            _differentiate_(block, rows, part, nll, log_sum[index], upstream[part])
+            for_lse = None
+            if by_lse:  # then each row takes part
+                lse = row_max[index] + log_sum[index]
+                for_lse = problem.grad_logsumexp(lse, index) * sums.factor
+            _differentiate_(block, rows, part, nll, log_sum[index], upstream[part], for_lse)
         sums.add(rows.index[chunk], hidden, logits)
-    return [rows.reduce(losses), *sums.finish(), *taken.finish(losses, row_max, log_sum)]
+    losses = rows.counted_only(losses)
+    loss = rows.reduce(losses, row_max, log_sum)
+    return [loss, *sums.finish(), *taken.finish(losses, row_max, log_sum)]
 
 
 def backward(
@@ -108,41 +120,33 @@ def backward(
     ``grad_losses`` and ``grad_logsumexp`` ``[N]`` come from upstream; None is 0. ``row_max`` and
     ``log_sum`` are what ``forward`` returned. The gradients come in ``held_dtype`` of their input.
     """
-    rows = _Rows(problem)
+    rows = _Rows(problem, every=grad_logsumexp is not None)
     grad_losses = _zeros(problem) if grad_losses is None else grad_losses
-    upstream = grad_losses.to(problem.accumulate_dtype).index_select(0, rows.index)
+    upstream = rows.counted_only(grad_losses.to(problem.accumulate_dtype))
+    upstream = upstream.index_select(0, rows.index)
     reach = rows.reach(upstream)
     if grad_logsumexp is not None:
         grad_logsumexp = grad_logsumexp.to(problem.accumulate_dtype)
         reach = torch.cat((reach, grad_logsumexp))
     sums = _GradientSums(problem, needed, reach)
     upstream = upstream * sums.factor
-    for_lse = None
-    if grad_logsumexp is not None:
-        grad_logsumexp = grad_logsumexp * sums.factor
-        for_lse = grad_logsumexp.index_select(0, rows.index)
-        _differentiate_ignored(problem, rows, sums, row_max, log_sum, grad_logsumexp)
     for chunk, hidden, logits in _chunks(problem, rows.index):
         for part, block in _blocks(problem, chunk, logits, write_back=True):
             index = rows.index[part]
             block.sub_(row_max[index].unsqueeze(1))
             nll = log_sum[index] - block.gather(1, rows.target[part]).squeeze(1)
             block.exp_()
-            _differentiate_(
-                block, rows, part, nll, log_sum[index], upstream[part],
-                None if for_lse is None else for_lse[part],
-            )  # fmt: skip
+            for_lse = None if grad_logsumexp is None else grad_logsumexp[index] * sums.factor
+            _differentiate_(block, rows, part, nll, log_sum[index], upstream[part], for_lse)
         sums.add(rows.index[chunk], hidden, logits)
     return sums.finish()
-
-
-# The rows without a loss have a pass before that of the others, in a function of its own: its
-# buffer is gone when theirs is made.
 
 
 def _measure_ignored(
     problem: Problem, rows: "_Rows", taken: Measures, row_max: Tensor, log_sum: Tensor
 ) -> None:
+    # A pass before that of the others, in a function of its own: its buffer is gone when theirs
+    # is made.
     for chunk, _, logits in _chunks(problem, rows.ignored):
         for part, block in _blocks(problem, chunk, logits):
             index = rows.ignored[part]
@@ -151,36 +155,29 @@ def _measure_ignored(
             log_sum[index] = block.sub_(maximum.unsqueeze(1)).exp_().sum(1).log()
 
 
-def _differentiate_ignored(
-    problem: Problem,
-    rows: "_Rows",
-    sums: "_GradientSums",
-    row_max: Tensor,
-    log_sum: Tensor,
-    grad_logsumexp: Tensor,
-) -> None:
-    for chunk, hidden, logits in _chunks(problem, rows.ignored):
-        for part, block in _blocks(problem, chunk, logits, write_back=True):
-            index = rows.ignored[part]
-            factor = grad_logsumexp[index] * torch.exp(-log_sum[index])
-            block.sub_(row_max[index].unsqueeze(1)).exp_().mul_(factor.unsqueeze(1))
-        sums.add(rows.ignored[chunk], hidden, logits)
-
-
 def _zeros(problem: Problem) -> Tensor:
     return problem.hidden.new_zeros(problem.hidden.size(0), dtype=problem.accumulate_dtype)
 
 
 class _Rows:
-    """The rows that count, and the constants of their losses (names as in the module's text)."""
+    """The rows that take part, and the constants of their losses (names as in the module's text).
 
-    def __init__(self, problem: Problem):
+    These are the rows that count, and with ``every`` those that are ignored too: as rows whose
+    losses and gradients come to 0.
+    """
+
+    def __init__(self, problem: Problem, every: bool):
         vocab, dtype = problem.weight.size(0), problem.accumulate_dtype
         self._problem = problem
-        self._counted = problem.target != problem.ignore_index
-        self.index = self._counted.nonzero().squeeze(1)
+        counted = problem.target != problem.ignore_index
+        self._counted_of_all = counted if every else None
+        taking_part = torch.ones_like(counted) if every else counted
+        self.index = taking_part.nonzero().squeeze(1)
         """``[M]``: where they are among the ``N`` rows."""
-        target = problem.target.index_select(0, self.index)
+        self.ignored = (~taking_part).nonzero().squeeze(1)
+        """``[N - M]``: where the others are."""
+        target = problem.target.masked_fill(~counted, 0) if every else problem.target
+        target = target.index_select(0, self.index)
         _check_range(target, vocab)
         self.target = target.unsqueeze(1)
         """``[M, 1]``."""
@@ -189,6 +186,8 @@ class _Rows:
         if problem.class_weight is not None:
             class_weight = problem.class_weight.to(dtype)
         target_weight = class_weight.index_select(0, target)
+        if every:
+            target_weight = target_weight * counted
         self.pull = (1 - problem.label_smoothing) * target_weight
         """``[M]``: (1 - e) c_t."""
         self.spread = None
@@ -202,29 +201,34 @@ class _Rows:
         )
         self._coefficient = None
         if problem.coefficient is not None:
-            self._coefficient = problem.coefficient.index_select(0, self.index).to(dtype)
+            coefficient = self.counted_only(problem.coefficient)
+            self._coefficient = coefficient.index_select(0, self.index).to(dtype)
 
-    @cached_property
-    def ignored(self) -> Tensor:
-        """``[N - M]``: where the rows that do not count are."""
-        return (~self._counted).nonzero().squeeze(1)
+    def counted_only(self, values: Tensor) -> Tensor:
+        """``values`` ``[N]``, 0 where a row takes part though it is ignored."""
+        counted = self._counted_of_all
+        return values if counted is None else values.masked_fill(~counted, 0)
 
-    def reduce(self, losses: Tensor) -> Tensor:
-        """The loss of the problem, of the losses ``[N]`` of all rows."""
+    def reduce(self, losses: Tensor, row_max: Tensor, log_sum: Tensor) -> Tensor:
+        """The loss of the problem, of what its function has found of all rows ``[N]``."""
         if self._problem.reduction == "none":
             return losses
         if self._coefficient is not None:
             losses = losses.index_select(0, self.index) * self._coefficient
             # A row that counts for nothing does so with an infinite loss, too.
             losses = losses.masked_fill(self._coefficient == 0, 0)
-        return losses.sum() / self._denominator
+        loss = losses.sum() / self._denominator
+        if self._problem.has_logsumexp_terms:
+            loss = loss + self._problem.logsumexp_terms(row_max + log_sum)
+        return loss
 
     @property
     def upstream(self) -> Tensor:
         """``[M]``: the gradient of what ``reduce`` returns, if a scalar, in each row's loss."""
         if self._coefficient is not None:
             return self._coefficient
-        return self._denominator.reciprocal().expand(self.index.numel())
+        upstream = self._denominator.reciprocal().expand(self._problem.target.size(0))
+        return self.counted_only(upstream).index_select(0, self.index)
 
     def reach(self, upstream: Tensor) -> Tensor:
         """``[M]``: bounds on the gradients of each row's logits, but for a factor of 2."""

@@ -33,13 +33,15 @@ def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
     """The loss and the measures: one product. Returns what ``aten.forward`` does."""
     rows, taken = _Rows(problem), Measures(problem, measures)
     losses, row_max, log_sum = (_per_row(problem) for _ in range(3))
+    every = bool(taken) or problem.has_logsumexp_terms
     for chunk, _, logits in _chunks(problem):
         _measure(problem, taken, chunk, logits)
         row_losses(
             logits, rows.target[chunk], rows.terms, losses[chunk], row_max[chunk], log_sum[chunk],
-            every_row=bool(taken),
+            every_row=every,
         )  # fmt: skip
-    return [rows.reduce(losses), row_max, log_sum, *taken.finish(losses, row_max, log_sum)]
+    loss = rows.reduce(losses, row_max, log_sum)
+    return [loss, row_max, log_sum, *taken.finish(losses, row_max, log_sum)]
 
 
 def forward_and_gradients(
@@ -50,21 +52,29 @@ def forward_and_gradients(
     Returns what aten's namesake does.
     """
     rows, taken = _Rows(problem), Measures(problem, measures)
-    sums = _GradientSums(problem, needed, rows.reach(rows.upstream))
+    by_lse = problem.has_logsumexp_terms
+    reach = rows.reach(rows.upstream)
+    if problem.logsumexp_coefficient is not None:
+        reach = reach + problem.logsumexp_coefficient.abs()
+    sums = _GradientSums(problem, needed, reach)
     upstream = sums.scaled(rows.upstream)
     losses, row_max, log_sum = (_per_row(problem) for _ in range(3))
     for chunk, hidden, logits in _chunks(problem):
         gradient = _narrow(logits, problem.compute_dtype)
         given = (logits, rows.target[chunk], rows.terms)
-        if taken:  # they want row_max and log_sum of each row
+        if taken or by_lse:  # they want row_max and log_sum of each row
             _measure(problem, taken, chunk, logits)
             saved = (row_max[chunk], log_sum[chunk])
             row_losses(*given, losses[chunk], *saved, every_row=True)
-            row_gradients(*given, gradient, upstream[chunk], saved=saved)
+            for_lse = None
+            if by_lse:
+                for_lse = sums.scaled(problem.grad_logsumexp(saved[0] + saved[1], chunk))
+            row_gradients(*given, gradient, upstream[chunk], saved=saved, grad_logsumexp=for_lse)
         else:
             row_gradients(*given, gradient, upstream[chunk], loss=losses[chunk])
         sums.add(chunk, hidden, gradient)
-    return [rows.reduce(losses), *sums.finish(), *taken.finish(losses, row_max, log_sum)]
+    loss = rows.reduce(losses, row_max, log_sum)
+    return [loss, *sums.finish(), *taken.finish(losses, row_max, log_sum)]
 
 
 def backward(
@@ -145,7 +155,7 @@ class _Rows:
         self._coefficient = None
         if problem.coefficient is not None:
             self._coefficient = problem.coefficient.to(dtype).masked_fill(~counted, 0)
-        self._reduction = problem.reduction
+        self._problem = problem
         self._counted = counted
         self.terms = Terms(
             ignore_index=problem.ignore_index,
@@ -156,15 +166,18 @@ class _Rows:
             softcap=problem.softcap,
         )
 
-    def reduce(self, losses: Tensor) -> Tensor:
-        """The loss of the problem, of the losses ``[N]`` of the rows."""
-        if self._reduction == "none":
+    def reduce(self, losses: Tensor, row_max: Tensor, log_sum: Tensor) -> Tensor:
+        """The loss of the problem, of what ``row_losses`` wrote ``[N]`` of the rows."""
+        if self._problem.reduction == "none":
             return losses
         if self._coefficient is not None:
             losses = losses * self._coefficient
             # A row that counts for nothing does so with an infinite loss, too.
             losses = losses.masked_fill(self._coefficient == 0, 0)
-        return losses.sum() / self._denominator
+        loss = losses.sum() / self._denominator
+        if self._problem.has_logsumexp_terms:
+            loss = loss + self._problem.logsumexp_terms(row_max + log_sum)
+        return loss
 
     @property
     def upstream(self) -> Tensor:

@@ -5,12 +5,11 @@ One program works on one row. With ``x`` what the product gave, the loss is that
     z = cap tanh(s (x + b) / cap)             bias b, logit scale s, softcap cap; each may be off
 
 and, with target ``t``, class weights ``c`` (1 if there are none) with sum ``C``, label smoothing
-``e`` over ``V`` classes and z-loss ``k``, a row's loss and gradient are (``aten.py`` has the
-source of all but ``k``, which is PaLM's, https://arxiv.org/abs/2204.02311, section 5):
+``e`` over ``V`` classes, a row's loss and gradient are as ``aten.py`` has them:
 
     lse  = log(sum_v exp z_v)                                           nll = lse - z_t
-    loss = (1 - e) c_t nll + e / V sum_v c_v (lse - z_v) + k lse^2
-    d loss / d z_v = ((1 - e) c_t + m) p_v - e / V c_v                  m = e C / V + 2 k lse
+    loss = (1 - e) c_t nll + e / V sum_v c_v (lse - z_v)
+    d loss / d z_v = ((1 - e) c_t + m) p_v - e / V c_v                  m = e C / V
     d loss / d z_t = m p_t - e / V c_t - (1 - e) c_t (1 - p_t)
     d lse  / d z_v = p_v
     d z / d x      = s (1 - tanh^2)
@@ -51,7 +50,6 @@ class Terms:
     label_smoothing: float = 0.0
     logit_scale: float | None = None
     softcap: float | None = None
-    z_loss: float = 0.0
 
     @cached_property
     def _class_weight_sum(self) -> Tensor | None:
@@ -74,7 +72,6 @@ class Terms:
             "SPREAD": self.label_smoothing / vocab,
             "LOGIT_SCALE": self.logit_scale,
             "SOFTCAP": self.softcap,
-            "Z_LOSS": self.z_loss,
             "COLUMNS": columns,
             "num_warps": max(1, columns * itemsize // 2048),
         }
@@ -157,7 +154,7 @@ def _loss_kernel(
     logits_ptr, logits_stride, target_ptr, loss_ptr, row_max_ptr, log_sum_ptr,
     vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
     SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
     EVERY_ROW: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows times vocabulary may pass 2^31
@@ -174,7 +171,7 @@ def _loss_kernel(
         target_logit, _ = _target_logit(logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE, SOFTCAP)
         loss, row_max, log_sum = _loss(
             logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
-            class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, Z_LOSS, COLUMNS,
+            class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, COLUMNS,
         )  # fmt: skip
         tl.store(loss_ptr + row, tl.where(ignored, 0, loss))
         tl.store(row_max_ptr + row, row_max)
@@ -188,7 +185,7 @@ def _gradient_kernel(
     loss_ptr, row_max_ptr, log_sum_ptr,
     vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
     SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows times vocabulary may pass 2^31
     logits_ptr += row * logits_stride
@@ -210,7 +207,7 @@ def _gradient_kernel(
         if loss_ptr is not None:
             loss, row_max, log_sum = _loss(
                 logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
-                class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, Z_LOSS, COLUMNS,
+                class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, COLUMNS,
             )  # fmt: skip
             tl.store(loss_ptr + row, loss)
         else:
@@ -221,8 +218,6 @@ def _gradient_kernel(
         nll = log_sum - (target_logit - row_max)
         pull = _pull(target, target_logit, vocab, class_weight_ptr, SMOOTHING)
         common = _spread_sum(target_logit, class_weight_sum_ptr, SMOOTHING, SPREAD)
-        if Z_LOSS != 0:
-            common += 2 * Z_LOSS * (row_max + log_sum)
         at_target = common * tl.exp(-nll) - pull * _one_minus_exp_of_minus(nll)
         if SMOOTHING > 0:
             at_target -= _spread(target, vocab, class_weight_ptr, target_logit, SPREAD)
@@ -262,7 +257,7 @@ def _gradient_kernel(
 def _loss(
     logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
     SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, Z_LOSS: tl.constexpr, COLUMNS: tl.constexpr,
+    SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One read of a row: its loss, its largest logit, and its log_sum."""
     # The smallest number, not -inf: then -inf less the largest so far is -inf and never NaN.
@@ -300,9 +295,6 @@ def _loss(
     if SMOOTHING > 0:
         spread_sum = _spread_sum(target_logit, class_weight_sum_ptr, SMOOTHING, SPREAD)
         loss += spread_sum * (log_sum + (row_max - shift)) - SPREAD * tl.sum(weighted)
-    if Z_LOSS != 0:
-        lse = row_max + log_sum
-        loss += Z_LOSS * lse * lse
     return loss, row_max, log_sum
 
 
