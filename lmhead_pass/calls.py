@@ -13,7 +13,7 @@ from .match import NOTHING_IGNORED, Match, Reader, Refused, Weighting
 from .source import at
 from .spelling import describe
 from .tensors import hint, product, tensor_of, value_of
-from .weighting import weighted_sum
+from .weighting import factors_of, weighted_sum
 
 
 @dataclass
@@ -161,10 +161,6 @@ def _weighting(reader: Reader) -> Weighting | None:
     reduces = reader.loss is not None and reader.loss.reduction != "none"
     if reader.kind not in ("loss", "log_probability") or reduces or reader.is_summed:
         return None
-    # The weights take the shape of the target.
-    target = reader.target if reader.loss is None else reader.loss.target
-    if tensor_of(target).shape != tensor_of(reader.node).shape:
-        return None
     return weighted_sum(reader.node) if tensor_of(reader.node).requires_grad else None
 
 
@@ -178,7 +174,7 @@ def _check_writers(
     logits = call.readers[0].logits
     asked = {part for part in call.asked or () if isinstance(part, Node)}
     if weighting is not None:
-        asked.update(source for node in weighting.nodes for source in node.all_input_nodes)
+        asked.update(factors_of(call.readers[0].node, weighting))
     first = min((place, *(reader.node for reader in call.readers)), key=order.__getitem__)
     latest = max((last, *(reader.node for reader in call.readers)), key=order.__getitem__)
     for what, of, since, until in (

@@ -1,72 +1,118 @@
-"""Several losses over one weight that end in one sum: one call, and one gradient of the weight.
+"""Readers of a head that go into one sum, by shares that are known before: one call for them all.
 
-A loop over pieces of the logits, or of the hidden states; multi-token prediction. A call for each
-would hold a gradient of the weight for each until the backward. In a sum, each loss's share of the
-gradient is known before, so that one call computes the gradient of the sum.
+Several losses over one weight: a loop over pieces of the logits, or of the hidden states;
+multi-token prediction. A call for each would hold a gradient of the weight for each until the
+backward. And several readers of one call: a cross entropy and a z-loss, or losses that are logged
+too. Their gradients would be left to the backward, and the logits so be computed twice. In a sum,
+each reader's share of the gradient is known before, so that one call computes that of the sum.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves
 
 from . import mutation
 from .emitter import nodes_read
-from .match import NOTHING_IGNORED, Match, Rewrite
+from .match import NOTHING_IGNORED, Match, Reader, Rewrite, Weighting, row_order
 from .softmaxes import summed_dims
 from .spelling import arguments, operation
-from .tensors import is_number, tensor_of, value_of
-from .weighting import other_operand
+from .tensors import AUTOCAST_SWITCHES, gradients_are_recorded, is_number, tensor_of, value_of
+from .weighting import (
+    differentiable_user,
+    factors_of,
+    is_negated,
+    other_operand,
+    weighted_sum_of_others_too,
+)
 
-# A factor of a loss in the sum: the operation, and its operand.
+# A factor of a number in the sum: the operation, and its operand.
 Factor = tuple[str, Any]
 
 
 @dataclass(frozen=True)
+class Term:
+    """What a reader adds to the sum, as far as it has a gradient."""
+
+    reader: Reader
+    weighting: Weighting | None
+    """How a number comes of the reader's, one for each row; None if the reader is one number."""
+    factors: tuple[Factor, ...] = ()
+    """What that number is multiplied with or divided by on its way to the sum."""
+
+    @property
+    def number(self) -> Node:
+        return self.reader.node if self.weighting is None else self.weighting.nodes[-1]
+
+
+@dataclass(frozen=True)
 class Join:
-    """Losses that one call computes together."""
+    """Readers whose gradients one call computes together."""
 
     matches: tuple[Match, ...]
-    factors: tuple[tuple[Factor, ...], ...]
-    """What each loss is multiplied with or divided by on its way to the sum."""
+    terms: tuple[tuple[Term, ...], ...]
+    """Of each match."""
     root: Node
     """The sum."""
-    place: Node
-    """The last of the losses: the call comes before it."""
+    last: Node
+    """The call comes after this node: then all that it needs is there."""
     moved: tuple[Node, ...]
-    """What uses the losses before ``place``, and has to be moved behind it, in this order."""
+    """What uses the readers before that, and has to be moved behind the call, in this order."""
 
 
 def join(graph: Graph, rewrites: list[Rewrite]) -> list[Join]:
-    """Which of the matches of ``rewrites`` can share a call though they have rows of their own."""
+    """Which of the matches of ``rewrites`` a call computes with the gradient of a sum."""
     order = {node: number for number, node in enumerate(graph.nodes)}
-    alike: list[list[Match]] = []
+    alike: list[list[tuple[Match, tuple[Term, ...]]]] = []
     for rewrite in rewrites:
-        for match in filter(_may_join, rewrite.matches):
-            group = next((group for group in alike if _key(group[0]) == _key(match)), None)
+        for match in rewrite.matches:
+            terms = _terms(match)
+            if terms is None:
+                continue
+            group = next((group for group in alike if _key(group[0][0]) == _key(match)), None)
             if group is None:
                 alike.append(group := [])
-            group.append(match)
-    joins = (_join(group, order) for group in alike if len(group) > 1)
-    return [joined for joined in joins if joined is not None]
+            group.append((match, terms))
+    return [joined for group in alike for joined in _joins(group, order)]
 
 
-def _may_join(match: Match) -> bool:
-    reader = match.readers[0]
-    return (
-        len(match.readers) == 1
-        and match.reduction != "none"
-        and reader.kind in ("loss", "log_probability")
-        and not reader.is_summed
-        and tensor_of(_scalar(match)).requires_grad
-    )
+def _joins(group: list[tuple[Match, tuple[Term, ...]]], order: dict[Node, int]) -> Iterator[Join]:
+    together = _join(group, order) if len(group) > 1 else None
+    if together is not None:
+        yield together
+        return
+    for match, terms in group:
+        # Others have their gradients in the forward as they are.
+        alone = _join([(match, terms)], order) if match.reduction == "none" else None
+        if alone is not None:
+            yield alone
 
 
-def _scalar(match: Match) -> Node:
-    return match.weighting.nodes[-1] if match.weighting else match.node
+def _terms(match: Match) -> tuple[Term, ...] | None:
+    """What ``match`` adds to sums; None if that is not known before."""
+    if any(reader.kind == "returned" or reader.is_summed for reader in match.readers):
+        return None
+    wanting = [reader for reader in match.readers if tensor_of(reader.node).requires_grad]
+    terms = [_term(match, reader) for reader in wanting]
+    known = [term for term in terms if term is not None]
+    return tuple(known) if known and len(known) == len(terms) else None
+
+
+def _term(match: Match, reader: Reader) -> Term | None:
+    if reader.loss is not None and reader.loss.reduction != "none":
+        return Term(reader, None)
+    # A weight for each row of the call, in their order.
+    is_of_all_rows = row_order(reader.logits.steps) == row_order(match.logits.steps)
+    weighting = weighted_sum_of_others_too(reader.node) if is_of_all_rows else None
+    if weighting is None:
+        return None
+    if weighting.power == 2 and (
+        reader.kind != "logsumexp" or match.compute_dtype == torch.float16
+    ):
+        return None  # squares are summed of log-sum-exps alone; Problem.z_loss says why not in FP16
+    return Term(reader, weighting)
 
 
 def _key(match: Match) -> tuple[Any, ...]:
@@ -81,41 +127,62 @@ def _key(match: Match) -> tuple[Any, ...]:
     )
 
 
-def _join(group: list[Match], order: dict[Node, int]) -> Join | None:
-    paths = [_path(_scalar(match)) for match in group]
-    common = set(paths[0]).intersection(*paths[1:])
-    if not common:
-        return None
-    root = min(common, key=order.__getitem__)
-    factors = tuple(path[root] for path in paths)
-    place = max((match.node for match in group), key=order.__getitem__)
-    operands = {operand for path in factors for _, operand in path if isinstance(operand, Node)}
-    moved = _users_before(place, {match.node for match in group}, order)
-    inputs = operands.union(*map(_inputs, group))
-    if moved is None or any(order[node] >= order[place] for node in inputs):
-        return None
-    first = min((match.node for match in group), key=order.__getitem__)
-    if any(mutation.writers(mutation.nodes_between(first, place), of=inputs)):
-        return None
-    return Join(tuple(group), factors, root, place, moved)
+def _join(group: list[tuple[Match, tuple[Term, ...]]], order: dict[Node, int]) -> Join | None:
+    """All of ``group`` in one call, with the first sum of them all that comes late enough."""
+    paths = {term.reader.node: _path(term.number) for _, terms in group for term in terms}
+    common = set.intersection(*(set(path) for path in paths.values()))
+    joins = (_join_at(root, group, paths, order) for root in sorted(common, key=order.__getitem__))
+    return next((joined for joined in joins if joined is not None), None)
 
 
-def _users_before(
-    place: Node, losses: set[Node], order: dict[Node, int]
-) -> tuple[Node, ...] | None:
-    """What depends on ``losses`` and is before ``place``; None if it is not only numbers."""
+def _join_at(
+    root: Node,
+    group: list[tuple[Match, tuple[Term, ...]]],
+    paths: dict[Node, dict[Node, tuple[Factor, ...]]],
+    order: dict[Node, int],
+) -> Join | None:
+    terms = tuple(
+        tuple(replace(term, factors=paths[term.reader.node][root]) for term in terms)
+        for _, terms in group
+    )
+    readers = {reader.node for match, _ in group for reader in match.readers}
+    inputs = {
+        node
+        for (match, _), of_match in zip(group, terms, strict=True)
+        for node in _inputs(match, of_match)
+    }
+    # Readers that have no gradient take nothing else, and may come later.
+    last = max(paths.keys() | inputs, key=order.__getitem__)
+    while order[last] < order[root] and not gradients_are_recorded(last.next):
+        last = last.next  # an input is made under no_grad
+    moved = _users_until(last, readers, order)
+    if order[last] >= order[root] or moved is None or not inputs.isdisjoint(moved):
+        return None
+    between = list(mutation.nodes_between(min(readers, key=order.__getitem__), last))
+    if any(mutation.writers(between, of=inputs)):
+        return None
+    # What is moved must be run as it was.
+    if not all(map(gradients_are_recorded, moved)):
+        return None
+    if moved and any(node.target in AUTOCAST_SWITCHES for node in (*between, last)):
+        return None
+    return Join(tuple(match for match, _ in group), terms, root, last, moved)
+
+
+def _users_until(last: Node, readers: set[Node], order: dict[Node, int]) -> tuple[Node, ...] | None:
+    """What depends on ``readers``, up to ``last``; None if it is not understood."""
     users: set[Node] = set()
-    pending = list(losses)
+    pending = list(readers)
     while pending:
         for user in pending.pop().users:
-            if order[user] < order[place] and user not in users | losses:
+            if order[user] <= order[last] and user not in users | readers:
                 is_tensor = isinstance(value_of(user), torch.Tensor)
                 if not is_tensor or operation(user) is None or _writes_to_others(user, users):
                     return None
                 users.add(user)
                 pending.append(user)
-            elif user in losses:
-                return None  # a loss that depends on another
+            elif user in readers:
+                return None  # a reader that depends on another
     return tuple(sorted(users, key=order.__getitem__))
 
 
@@ -127,51 +194,32 @@ def _writes_to_others(node: Node, moved: set[Node]) -> bool:
     return isinstance(total, Node) and total not in moved and len(total.users) > 1
 
 
-def _inputs(match: Match) -> set[Node]:
-    reader = match.readers[0]
+def _inputs(match: Match, terms: Iterable[Term]) -> set[Node]:
+    """What a call for ``match`` is made of."""
     inputs = nodes_read(match.logits)
-    if reader.target is not None:
-        inputs.add(reader.target)
-    if reader.loss is not None:
-        inputs.add(reader.loss.target)
-    if match.weighting is not None:
-        inputs.update(_factors_of_rows(match))
+    for reader in match.readers:
+        loss = reader.loss
+        asked = (reader.target,) if loss is None else (loss.target, loss.class_weight)
+        inputs.update(node for node in asked if node is not None)
+    for term in terms:
+        inputs.update(operand for _, operand in term.factors if isinstance(operand, Node))
+        if term.weighting is not None:
+            inputs.update(factors_of(term.reader.node, term.weighting))
     return inputs
 
 
-def _factors_of_rows(match: Match) -> Iterator[Node]:
-    assert match.weighting is not None
-    inside = {match.node, *match.weighting.nodes}
-    for node in match.weighting.nodes:
-        yield from (source for source in node.all_input_nodes if source not in inside)
-
-
-def _path(loss: Node) -> dict[Node, tuple[Factor, ...]]:
-    """The sums that ``loss`` goes into, and by what factors: all that its gradient comes from."""
-    path: dict[Node, tuple[Factor, ...]] = {}
-    node = loss
+def _path(number: Node) -> dict[Node, tuple[Factor, ...]]:
+    """The sums that ``number`` goes into, and by what factors: all that its gradient comes from."""
+    path: dict[Node, tuple[Factor, ...]] = {number: ()}
+    node = number
     factors: tuple[Factor, ...] = ()
-    while (user := _differentiable_user(node)) is not None:
+    while (user := differentiable_user(node)) is not None:
         step = _STEPS.get(operation(user), lambda node, user: None)(node, user)
         if step is None:
             break
         node, factors = user, (*factors, *step)
         path[node] = factors
     return {sum_: factors for sum_, factors in path.items() if tensor_of(sum_).dim() == 0}
-
-
-def _differentiable_user(node: Node) -> Node | None:
-    """Who alone passes a gradient back to ``node``; None if that is not one node, once."""
-    users = [user for user in node.users if user.op == "output" or _has_gradient(user)]
-    if len(users) != 1 or users[0].op == "output":
-        return None
-    uses = sum(leaf is node for leaf in tree_leaves((users[0].args, users[0].kwargs)))
-    return users[0] if uses == 1 else None
-
-
-def _has_gradient(node: Node) -> bool:
-    value = value_of(node)
-    return not isinstance(value, torch.Tensor) or value.requires_grad
 
 
 def _scaled(before: Node, after: Node) -> list[Factor] | None:
@@ -184,11 +232,10 @@ def _scaled(before: Node, after: Node) -> list[Factor] | None:
 
 
 def _added(before: Node, after: Node) -> list[Factor] | None:
-    call = arguments(after, lambda input, other: locals())
-    if call is None or tensor_of(after).dim() > tensor_of(before).dim():
+    is_plain = arguments(after, lambda input, other: locals()) is not None
+    if not is_plain or tensor_of(after).dim() > tensor_of(before).dim():
         return None
-    negated = operation(after) == "sub" and call["other"] is before
-    return [("mul", -1)] if negated else []
+    return [("mul", -1)] if is_negated(before, after) else []
 
 
 def _stacked(before: Node, after: Node) -> list[Factor] | None:

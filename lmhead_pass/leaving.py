@@ -2,6 +2,7 @@
 stands for them."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from . import config, mutation
 from .emitter import Emitter, emit_hidden, nodes_read
 from .match import Logits, Refused
 from .spelling import describe, operation
-from .tensors import tensor_of
+from .tensors import tensor_of, value_of
 
 _INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
 
@@ -21,6 +22,12 @@ def check_returned(logits: Logits) -> Logits:
     if logits.stage != "logits":
         raise Refused("the compiled function returns log-probabilities. Return the loss alone")
     if config.returned_logits == "detach":
+        if tensor_of(logits.node).requires_grad and _ends_in_a_break(logits.node.graph):
+            raise Refused(
+                "a graph break follows, and code after it that uses the logits would lose their "
+                "gradient, since config.returned_logits is 'detach'. Remove the break "
+                "(lmhead_pass.explain names it), or set it to 'lazy'"
+            )
         return logits
     logits = _for_later(logits)
     later = mutation.nodes_between(logits.head.node, logits.head.node.graph.output_node())
@@ -35,19 +42,30 @@ def check_returned(logits: Logits) -> Logits:
 def emit_lazily(graph: Graph, logits: Logits) -> Node:
     """Insert, at the end of the graph, what stands for ``logits`` until they are read."""
     emit = Emitter(graph, graph.output_node())
-    hidden = emit_hidden(emit, logits, logits.steps)
+    # Nothing of the model's graph is kept for a gradient.
+    constant = replace(logits.head, hidden=emit("detach", logits.head.hidden))
+    steps = tuple(
+        replace(step, args=torch.fx.map_arg(step.args, partial(_constant, emit)))
+        for step in logits.steps
+    )
+    hidden = emit_hidden(emit, replace(logits, head=constant), steps)
     head, value = logits.head, tensor_of(logits.node)
-    bias, steps = _recipe(logits)
+    bias, recipe = _recipe(logits)
     with graph.inserting_before(emit.place):
         node = graph.call_function(
             torch.ops.lmhead_pass.return_lazily.default,
             (
-                *(hidden, head.weight, head.weight_is_transposed, bias, steps),
+                *(hidden, head.weight, head.weight_is_transposed, bias, recipe),
                 *(logits.vocab_dim, value.requires_grad),
             ),
         )
     node.meta.update(logits.node.meta)
     return node
+
+
+def _constant(emit: Emitter, node: Node) -> Node:
+    value = value_of(node)
+    return emit("detach", node) if isinstance(value, torch.Tensor) else node
 
 
 def _for_later(logits: Logits) -> Logits:
@@ -66,6 +84,12 @@ def _for_later(logits: Logits) -> Logits:
 def is_whole(graph: Graph) -> bool:
     """Whether ``graph`` is what a compiled function runs, and not a part that it calls."""
     return "dynamo_compile_id" in graph.owning_module.meta
+
+
+def _ends_in_a_break(graph: Graph) -> bool:
+    """Whether what ``graph`` returns goes to the rest of the function, or may do so."""
+    reason = getattr(graph.owning_module, "compile_subgraph_reason", None)
+    return reason is None or reason.graph_break
 
 
 def _recipe(logits: Logits) -> tuple[Node | None, list[str]]:

@@ -202,10 +202,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Weighting:
-    """A weighted sum of per-row losses, whose weights do not depend on the losses."""
+    """A weighted sum of numbers of each row, whose weights do not depend on these."""
 
     nodes: tuple[Node, ...]
-    """From what reads the losses to the sum, a single number."""
+    """From what reads the numbers to the sum, a single number."""
+    power: int = 1
+    """2 if it is a sum of their squares."""
 
 
 @dataclass(frozen=True)

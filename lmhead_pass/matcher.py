@@ -20,7 +20,7 @@ from .losses import class_count, is_loss
 from .match import Head, Reader, Refusal, Refused, Rewrite
 from .source import at
 from .spelling import describe, operation
-from .tensors import hint, tensor_of
+from .tensors import hint, is_inference, tensor_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Readers that make a loss. Others alone are no reason to rewrite a head.
@@ -96,6 +96,13 @@ def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
         raise Refused(why or f"{describe(stranger)}{at(stranger)} reads the logits too")
     if is_mixed:
         raise Refused("the logits are mixed with those of another head")
+    if is_inference(flow.head.node):
+        for reader in flow.readers:
+            if not is_inference(reader.node):  # which is an error, or as good as one
+                raise Refused(
+                    "the head is inside torch.inference_mode in the compiled function, and "
+                    f"{describe(reader.node)}{at(reader.node)} is not"
+                )
     dtype = tensor_of(flow.head.node).dtype
     if dtype not in _DTYPES:
         raise Refused(f"the logits are {dtype}")

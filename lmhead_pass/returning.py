@@ -69,7 +69,6 @@ def _return_lazily(
     vocab_dim: int,
     requires_grad: bool,
 ) -> Tensor:
-    hidden = hidden.detach()  # or the model's graph would be kept
     recipe = Recipe(
         hidden=hidden,
         weight=weight,

@@ -1,7 +1,8 @@
 """Inserts a call of the op, and makes of its results what each reader is to have."""
 
 import operator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.fx import Graph, Node
 
 from . import mutation
 from .emitter import Emitter, emit_bias, emit_hidden, emit_weight, on_numbers, on_rows, size_of
-from .joining import Join
+from .joining import Join, Term
 from .match import NOTHING_IGNORED, Logits, Loss, Match, Reader, RowStep, row_order
 from .tensors import tensor_of
 from .values import fill_behind
@@ -33,12 +34,11 @@ def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]
     emit = Emitter(graph, match.place)
     rows = emit_rows(emit, match)
     hidden, target = emit_flat(emit, rows), emit_target(emit, match, rows)
-    coefficient = None
+    coefficients = _Coefficients()
     if match.weighting is not None:
-        coefficient = emit_weights(emit, match.node, match.weighting, target_of(match))
-    names = [name for reader in match.readers for name in _measures_of(reader)]
-    measures = list(dict.fromkeys(names))
-    results = emit_op(emit, match, hidden, target, coefficient, measures)
+        ones = _ones(emit, match, match.readers[0], rows, target)
+        coefficients.of_losses = emit_weights(emit, match.node, match.weighting, ones)
+    results = emit_op(emit, match, hidden, target, coefficients, _measures([match]))
     values = {
         _replaced(match, reader): emit_value(emit, match, reader, rows, results)
         for reader in match.readers
@@ -48,49 +48,130 @@ def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]
 
 def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], list[Node]]:
     """Insert the call that serves ``joined``: what replaces which node, and all new nodes."""
-    behind = joined.place.next
+    behind = joined.last.next
     for node in joined.moved:
         behind.prepend(node)
-    emit = Emitter(graph, joined.place)
-    rows = [emit_rows(emit, match) for match in joined.matches]
-    # In the products' dtype: under autocast, cat does not take every other.
-    flat = [emit("to", emit_flat(emit, part), joined.matches[0].compute_dtype) for part in rows]
-    hidden = emit(torch.cat, flat)
-    targets = list(map(partial(emit_target, emit), joined.matches, rows))
-    coefficients = list(map(partial(_share, emit), joined.matches, joined.factors))
+    emit = Emitter(graph, joined.moved[0] if joined.moved else behind)
+    matches, several = joined.matches, len(joined.matches) > 1
+    rows = [emit_rows(emit, match) for match in matches]
+    flat = [emit_flat(emit, part) for part in rows]
+    if several:  # in the products' dtype: under autocast, cat does not take every other
+        flat = [emit("to", part, matches[0].compute_dtype) for part in flat]
+    targets = list(map(partial(emit_target, emit), matches, rows))
     results = emit_op(
-        *(emit, replace(joined.matches[0], reduction="sum"), hidden),
-        *(emit(torch.cat, targets), emit(torch.cat, coefficients), ["losses"]),
+        *(emit, replace(matches[0], reduction="sum"), _joined(emit, flat)),
+        *(_joined(emit, targets), _coefficients(emit, joined, rows, targets)),
+        ["losses", *_measures(matches)],
     )
-    sizes = [size_of(emit, target, 0) for target in targets]
-    pieces = emit(torch.split, results["losses"], sizes)
+    pieces = [results]
+    if several:
+        sizes = [size_of(emit, target, 0) for target in targets]
+        split = {
+            name: emit(torch.split, results[name], sizes) for name in results if name != "loss"
+        }
+        pieces = [
+            {name: emit(operator.getitem, parts, number) for name, parts in split.items()}
+            for number in range(len(matches))
+        ]
     values = {}
-    for number, match in enumerate(joined.matches):
-        # Its own losses, as if it had a call for them alone.
+    for match, of_match, piece in zip(matches, rows, pieces, strict=True):
+        # Its readers, as if it had a call for them alone.
         alone = replace(match, reduction="none", weighting=None)
-        piece = {"loss": emit(operator.getitem, pieces, number)}
-        values[match.node] = emit_value(emit, alone, match.readers[0], rows[number], piece)
+        for reader in match.readers:
+            of_rows = {**piece, "loss": piece["losses"]}
+            values[reader.node] = emit_value(emit, alone, reader, of_match, of_rows)
     values[joined.root] = Emitter(graph, joined.root.next)(
         torch.ops.lmhead_pass.with_gradient_of.default, joined.root, results["loss"]
     )
     return values, emit.nodes
 
 
-def _share(emit: Emitter, match: Match, factors: tuple[tuple[str, Any], ...]) -> Node:
-    """``[N]``: by what each row's loss is multiplied in the sum."""
-    reader, target = match.readers[0], target_of(match)
-    if match.weighting is not None:
-        share = emit_weights(emit, match.node, match.weighting, target)
+def _joined(emit: Emitter, parts: list[Node]) -> Node:
+    return parts[0] if len(parts) == 1 else emit(torch.cat, parts)
+
+
+@dataclass
+class _Coefficients:
+    """``[N]``: what numbers of each row are multiplied by in the op's sum. None is 1 for losses."""
+
+    of_losses: Node | None = None
+    of_logsumexps: Node | None = None
+    of_squares: Node | None = None
+
+
+def _coefficients(
+    emit: Emitter, joined: Join, rows: list[Node], targets: list[Node]
+) -> _Coefficients:
+    shares: dict[str, list[Node | None]] = {}
+    given = zip(joined.matches, joined.terms, rows, targets, strict=True)
+    for number, (match, terms, of_match, target) in enumerate(given):
+        for term in terms:
+            for name, share in _shares(emit, match, term, of_match, target):
+                found = shares.setdefault(name, [None] * len(targets))
+                before = found[number]
+                found[number] = share if before is None else emit("add", before, share)
+    dtype = torch.promote_types(joined.matches[0].compute_dtype, torch.float32)
+
+    def filled(name: str) -> Node:
+        parts = shares.get(name, [None] * len(targets))
+        return _joined(emit, [
+            emit(torch.zeros_like, target, dtype=dtype) if part is None else part
+            for part, target in zip(parts, targets, strict=True)
+        ])  # fmt: skip
+
+    of_losses = filled("of_losses")  # where there are none, they count for nothing
+    return _Coefficients(of_losses, **{n: filled(n) for n in shares if n != "of_losses"})
+
+
+def _shares(
+    emit: Emitter, match: Match, term: Term, rows: Node, target: Node
+) -> Iterator[tuple[str, Node]]:
+    """``[N]``: by what numbers of each row are multiplied in the sum, for the sake of ``term``."""
+    reader = term.reader
+    share = _ones(emit, match, reader, rows, target)
+    if term.weighting is not None:
+        share = emit_weights(emit, reader.node, term.weighting, share)
     else:
-        dtype = torch.promote_types(match.compute_dtype, torch.float32)
-        share = emit("reshape", emit(torch.ones_like, target, dtype=dtype), -1)
+        share = emit("reshape", share, -1)
         if reader.loss is not None and reader.loss.reduction == "mean":
             share = emit("div", share, _denominator(emit, reader.loss))
-    if reader.kind == "log_probability":
-        share = emit("mul", share, -reader.factor)
-    for name, operand in factors:
+    for name, operand in term.factors:
         share = emit(name, share, operand)
-    return share
+
+    def times(factor: float) -> Node:
+        return share if factor == 1 else emit("mul", share, factor)
+
+    factor = reader.factor
+    match reader.kind, term.weighting and term.weighting.power:
+        case "loss", _:
+            yield "of_losses", share
+        case "log_probability", _:
+            yield "of_losses", times(-factor)
+        case "logit", _:  # a log-sum-exp less a loss
+            yield "of_losses", times(-factor)
+            yield "of_logsumexps", times(factor)
+        case "logsumexp", 1:
+            yield "of_logsumexps", times(factor)
+        case "logsumexp", 2:  # of factor (lse + shift)
+            yield "of_squares", times(factor**2)
+            if shift := match.logits.values.shift:
+                yield "of_logsumexps", times(2 * shift * factor**2)
+        case kind:
+            raise AssertionError(f"{kind} has no gradient")
+
+
+def _ones(emit: Emitter, match: Match, reader: Reader, rows: Node, target: Node) -> Node:
+    """1 for each of the reader's numbers, in their shape. ``target`` is the call's."""
+    dtype = torch.promote_types(match.compute_dtype, torch.float32)
+    if reader.loss is not None:
+        return emit(torch.ones_like, reader.loss.target, dtype=dtype)
+    ones = emit(torch.ones_like, target, dtype=dtype)
+    return _of_each_row(emit, match, reader, rows, ones)
+
+
+def _measures(matches: Sequence[Match]) -> list[str]:
+    readers = [reader for match in matches for reader in match.readers]
+    return list(dict.fromkeys(name for reader in readers for name in _measures_of(reader)))
 
 
 def _measures_of(reader: Reader) -> tuple[str, ...]:
@@ -122,12 +203,6 @@ def _asked(match: Match) -> Loss | None:
     return None
 
 
-def target_of(match: Match) -> Node:
-    asked = _asked(match)
-    assert asked is not None, "only a reader of a target has weights"
-    return asked.target
-
-
 def emit_rows(emit: Emitter, match: Match) -> Node:
     """``[*rows, H]``: the hidden states."""
     return emit_hidden(emit, match.logits, row_order(match.logits.steps))
@@ -156,7 +231,7 @@ def emit_op(
     match: Match,
     hidden: Node,
     target: Node,
-    coefficient: Node | None,
+    coefficients: _Coefficients,
     measures: list[str],
 ) -> dict[str, Node]:
     """The results of the op: of the loss, under "loss", and of each measure."""
@@ -167,8 +242,8 @@ def emit_op(
         hidden, weight = emit("detach", hidden), emit("detach", weight)
         bias = None if bias is None else emit("detach", bias)
     arguments = (
-        *(hidden, weight, bias, target, asked and asked.class_weight, coefficient),
-        *(None, None),
+        *(hidden, weight, bias, target, asked and asked.class_weight, coefficients.of_losses),
+        *(coefficients.of_logsumexps, coefficients.of_squares),
         *(match.reduction, asked.ignore_index if asked else _NO_TARGET),
         *(asked.label_smoothing if asked else 0.0, *_scale_and_softcap(match)),
         *(match.compute_dtype, match.rows_per_chunk),
@@ -237,6 +312,11 @@ def _value(
         value = emit("mul", value, reader.factor)
     if reader.is_summed:
         return emit("sum", value)
+    return _of_each_row(emit, match, reader, rows, value)
+
+
+def _of_each_row(emit: Emitter, match: Match, reader: Reader, rows: Node, value: Node) -> Node:
+    """``value`` ``[N]`` of the call's rows, as the reader has it."""
     if tensor_of(rows).dim() != 2:
         value = emit("reshape", value, _sizes(emit, rows))
     for step in _further_steps(match, reader.logits):

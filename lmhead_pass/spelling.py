@@ -44,6 +44,8 @@ _NAMES = {
     "add": ["add", "__add__", "__radd__"],
     "sub": ["sub", "subtract", "__sub__"],
     "neg": ["neg", "negative", "__neg__"],
+    "pow": ["pow", "__pow__", "float_power"],
+    "square": ["square"],
     "tanh": ["tanh"],
     "sigmoid": ["sigmoid", "expit"],
     "masked_fill": ["masked_fill"],

@@ -1,15 +1,19 @@
-"""Recognises a weighted sum of per-row losses, whose weights are known before the losses are.
+"""Recognises a weighted sum of numbers of each row, whose weights are known before these are.
 
 ``(losses * mask).sum() / mask.sum()``: what the backward will multiply each row's gradient by is,
-but for one number, ``mask``. So the gradients can be computed in the forward.
+but for one number, ``mask``. So the gradients can be computed in the forward. The same holds for
+the squares of log-sum-exps in a z-loss.
 """
 
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
+from . import mutation
 from .emitter import Emitter, size_of
 from .match import Weighting
 from .softmaxes import summed_dims
@@ -17,26 +21,85 @@ from .spelling import arguments, operation
 from .tensors import is_number, same, tensor_of, value_of
 
 
-def weighted_sum(losses: Node) -> Weighting | None:
-    """The nodes from ``losses`` to a single number that is a weighted sum of them; else None."""
-    nodes = [losses]
+def weighted_sum(values: Node) -> Weighting | None:
+    """The nodes from ``values`` to a number that is a weighted sum of them alone; else None.
+
+    Nothing else reads any of them.
+    """
+    return _weighting(values, _only_user, _is_linear)
+
+
+def weighted_sum_of_others_too(values: Node) -> Weighting | None:
+    """The nodes by which a gradient comes to ``values``, or to their squares, from a number.
+
+    It is a weighted sum of them and of what is added on the way; None if it is not. Others may read
+    any of them, if no gradient comes from there.
+    """
+    return _weighting(values, differentiable_user, _is_linear_but_for_others)
+
+
+def _weighting(
+    values: Node,
+    next_user: Callable[[Node], Node | None],
+    is_linear: Callable[[Node, Node, bool], bool],
+) -> Weighting | None:
+    nodes, power = [values], 1
     while tensor_of(nodes[-1]).dim() > 0:
-        after = _only_user(nodes[-1])
+        before, after = nodes[-1], next_user(nodes[-1])
         if after is None or not tensor_of(after).requires_grad:
             return None
         is_reduced = any(operation(node) in ("sum", "mean") for node in nodes)
-        if not _is_linear(nodes[-1], after, is_reduced):
+        is_scaled = any(operation(node) not in ("cast", "reshape") for node in nodes[1:])
+        if is_linear is _is_linear_but_for_others and is_square(before, after) and not is_scaled:
+            power = 2
+        elif not is_linear(before, after, is_reduced):
             return None
         nodes.append(after)
-    return Weighting(tuple(nodes[1:])) if len(nodes) > 1 else None
+    return Weighting(tuple(nodes[1:]), power) if len(nodes) > 1 else None
 
 
 def _only_user(node: Node) -> Node | None:
     users = list(node.users)
-    if len(users) != 1 or not isinstance(value_of(users[0]), torch.Tensor):
+    return users[0] if len(users) == 1 and _uses_once(users[0], node) else None
+
+
+def differentiable_user(node: Node) -> Node | None:
+    """Who alone passes a gradient back to ``node``; None if that is not one node."""
+    users = [user for user in node.users if _may_pass_gradient(user)]
+    if len(users) != 1 or users[0].op == "output":
         return None
-    uses = sum(argument is node for argument in (*users[0].args, *users[0].kwargs.values()))
-    return users[0] if uses == 1 else None
+    return users[0] if _uses_once(users[0], node) or is_square(node, users[0]) else None
+
+
+def _may_pass_gradient(node: Node) -> bool:
+    """Whether one may come to ``node`` and go on to what it reads: not from what is detached."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor):  # the graph's output, or not understood
+            return True
+        if value.requires_grad and node not in seen:
+            if mutation.may_write(node):
+                return True
+            seen.add(node)
+            pending += node.users
+    return False
+
+
+def _uses_once(user: Node, node: Node) -> bool:
+    uses = sum(leaf is node for leaf in tree_leaves((user.args, user.kwargs)))
+    return uses == 1 and isinstance(value_of(user), torch.Tensor)
+
+
+def is_square(before: Node, after: Node) -> bool:
+    """Whether ``after`` is the square of ``before``."""
+    name = operation(after)
+    if name == "pow":
+        call = arguments(after, lambda input, exponent: locals())
+        return call is not None and call["input"] is before and call["exponent"] in (2, 2.0)
+    return name == "square" or (name == "mul" and after.args == (before, before))
 
 
 def _is_linear(before: Node, after: Node, is_reduced: bool) -> bool:
@@ -50,9 +113,31 @@ def _is_linear(before: Node, after: Node, is_reduced: bool) -> bool:
     if name in ("where", "masked_fill"):
         mask = kept_rows(before, after)
         return mask is not None and _is_known(before, after, mask[0])
-    if name == "reshape":
+    if name == "reshape" or (name == "getitem" and _is_plain_index(after.args[1])):
         return not is_reduced and not after.kwargs and after.args[0] is before
     return name in ("cast", "neg")
+
+
+def _is_plain_index(index: Any) -> bool:
+    """Whether ``index`` takes each element once at most, and how many does not depend on data."""
+    return all(
+        part is None or part is Ellipsis or isinstance(part, int | slice)
+        for part in (index if isinstance(index, tuple) else (index,))
+    )
+
+
+def _is_linear_but_for_others(before: Node, after: Node, is_reduced: bool) -> bool:
+    if operation(after) not in ("add", "sub"):
+        return _is_linear(before, after, is_reduced)
+    shapes = tensor_of(before).shape, tensor_of(after).shape
+    is_plain = arguments(after, lambda input, other: locals()) is not None
+    return is_plain and len(shapes[0]) == len(shapes[1]) and all(map(same, *shapes))
+
+
+def is_negated(before: Node, after: Node) -> bool:
+    """Whether ``after`` is a difference that ``before`` is taken from something for."""
+    call = arguments(after, lambda input, other: locals())
+    return operation(after) == "sub" and call is not None and call["other"] is before
 
 
 def other_operand(before: Node, after: Node) -> Any:
@@ -104,6 +189,13 @@ def _is_known(before: Node, after: Node, factor: Any) -> bool:
     )
 
 
+def factors_of(values: Node, weighting: Weighting) -> Iterator[Node]:
+    """What ``emit_weights`` makes the weights of."""
+    for before, node in pairwise((values, *weighting.nodes)):
+        if operation(node) not in ("add", "sub"):
+            yield from (source for source in node.all_input_nodes if source is not before)
+
+
 def reduced_dims(node: Node) -> tuple[tuple[int, ...], bool] | None:
     """The dimensions that a sum or mean runs over, counted from the front, and whether it keeps
     them; None if that is not clear."""
@@ -120,20 +212,23 @@ def reduced_dims(node: Node) -> tuple[tuple[int, ...], bool] | None:
     return tuple(dim % rank for dim in dims), keeps
 
 
-def emit_weights(emit: Emitter, losses: Node, weighting: Weighting, target: Node) -> Node:
-    """``[N]``: the weight of each row of ``losses``, which has the shape of ``target``."""
-    dtype = torch.promote_types(tensor_of(losses).dtype, torch.float32)
-    weights = emit(torch.ones_like, target, dtype=dtype)
-    # Weights keep the dimensions that losses are summed over: which ones losses still have, ...
-    kept = list(range(tensor_of(losses).dim()))
+def emit_weights(emit: Emitter, values: Node, weighting: Weighting, ones: Node) -> Node:
+    """``[N]``: the weight of each of ``values``, or of its square; ``ones`` has their shape."""
+    weights = ones
+    places = _places(emit, values, weighting, ones)
+    # Weights keep the dimensions that values are summed over: which ones values still have, ...
+    kept = list(range(tensor_of(values).dim()))
     summed: set[int] = set()  # ... and which of those have a size of 1.
-    for before, node in pairwise((losses, *weighting.nodes)):
+    for before, node in pairwise((values, *weighting.nodes)):
         name = operation(node)
-        if name == "reshape":
+        if name in ("reshape", "getitem"):
             weights = emit(node.target, weights, *node.args[1:])
+            places = places and emit(node.target, places, *node.args[1:])
             kept = list(range(tensor_of(node).dim()))
-        elif name == "neg":
+        elif name == "neg" or is_negated(before, node):
             weights = emit("neg", weights)
+        elif is_square(before, node):
+            assert weighting.power == 2, "else it would not have been taken for a weighted sum"
         elif name in ("mul", "div"):
             weights = emit(name, weights, _spread(emit, other_operand(before, node), kept, weights))
         elif (mask := kept_rows(before, node)) is not None and name in ("where", "masked_fill"):
@@ -147,7 +242,23 @@ def emit_weights(emit: Emitter, losses: Node, weighting: Weighting, target: Node
             summed |= dims
             if not reduction[1]:
                 kept = [dim for dim in kept if dim not in dims]
-    return emit("reshape", weights, -1)
+    weights = emit("reshape", weights, -1)
+    if places is None:
+        return weights
+    zeros = emit("reshape", emit(torch.zeros_like, ones), -1)
+    return emit("scatter", zeros, 0, emit("reshape", places, -1), weights)
+
+
+def _places(emit: Emitter, values: Node, weighting: Weighting, ones: Node) -> Node | None:
+    """Which of all each of ``values`` is, where some are left out of the sum; else None."""
+    sizes = [tensor_of(node).numel() for node in (values, *weighting.nodes)]
+    if all(
+        operation(node) != "getitem" or same(before, after)
+        for node, (before, after) in zip(weighting.nodes, pairwise(sizes), strict=True)
+    ):
+        return None
+    counted = emit("reshape", emit(torch.ones_like, ones, dtype=torch.int64), -1)
+    return emit("view_as", emit("sub", emit("cumsum", counted, 0), 1), ones)
 
 
 def _spread(emit: Emitter, factor: Any, kept: list[int], weights: Node) -> Any:

@@ -1,9 +1,11 @@
-"""Several losses over one weight that end in one sum: one call, one gradient of the weight."""
+"""Readers that end in one sum: one call, one gradient of the weight, three products."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+
+from lmhead_pass.kernels import aten
 
 from . import forms, reference
 from .backend import rewrite
@@ -246,6 +248,197 @@ def test_a_call_for_each(function):
     tensors, graphs = inputs(), []
     assert_as_eager(function, tensors, rewrite(function, graphs))
     assert graphs[1].count("lmhead_pass.linear_cross_entropy") == 2, graphs[1]
+
+
+def nll_by_hand(z, y):
+    return z.logsumexp(-1) - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+
+def per_token(z, y):
+    return forms.flat(z, y, reduction="none").view(y.shape)
+
+
+def kept(y):
+    return (y > 20).float()
+
+
+def metrics(losses, y):
+    """Of losses that go into a sum, too."""
+    return losses.detach().max(), losses.mean().detach(), (losses.detach() * kept(y)).sum(-1)
+
+
+KNOWN = {
+    "z_loss": lambda z, y: forms.flat(z, y) + 1e-2 * z.logsumexp(-1).pow(2).mean(),
+    "z_loss_of_counted": lambda z, y: (
+        forms.flat(z, y, ignore_index=3)
+        + 1e-2 * (z.logsumexp(-1).square() * (y != 3)).sum() / (y != 3).sum()
+    ),
+    "z_loss_by_row": lambda z, y: (
+        ((per_token(z, y) + 1e-2 * torch.logsumexp(z, -1) ** 2) * kept(y)).sum() / kept(y).sum()
+    ),
+    "z_loss_kept_dim": lambda z, y: (
+        forms.flat(z, y, reduction="sum") - torch.logsumexp(z, -1, keepdim=True).square().sum() / 9
+    ),
+    "z_loss_of_a_product": lambda z, y: (
+        (lambda lse: lse * lse)(z.logsumexp(-1)).mean() * 0.1
+        + (z.logsumexp(-1).float() ** 2.0).mean(1).sum()
+        + forms.flat(z, y)
+    ),
+    "z_loss_moved": lambda z, y: (
+        forms.flat(3 * torch.tanh(z / 3) + 2, y)
+        + (3 * torch.tanh(z / 3) + 2).logsumexp(-1).square().mean()
+    ),
+    "z_loss_alone": lambda z, y: z.logsumexp(-1).square().mean(),
+    "z_loss_and_a_frozen_loss": lambda z, y: (
+        z.logsumexp(-1).square().mean() + forms.flat(z.detach(), y, ignore_index=3)
+    ),
+    "with_a_measure": lambda z, y: (
+        forms.flat(z, y) + 1e-2 * z.logsumexp(-1).pow(2).mean() + z.detach().amax(-1).mean()
+    ),
+    "measured_later": lambda z, y: (
+        forms.flat(z, y) + 1e-2 * z.logsumexp(-1).pow(2).mean(),
+        (z.argmax(-1) == y).float().mean(),
+    ),
+    "logsumexp_mean": lambda z, y: forms.flat(z, y) + 0.1 * z.logsumexp(-1).mean(),
+    "by_hand": lambda z, y: nll_by_hand(z, y).mean(),
+    "by_hand_masked": lambda z, y: -(-nll_by_hand(z, y) * kept(y)).sum() / kept(y).sum(),
+    "by_hand_and_z_loss": lambda z, y: (
+        nll_by_hand(z, y).mean() + 1e-2 * z.logsumexp(-1).square().mean()
+    ),
+    "gathered_masked": lambda z, y: (
+        -(z.log_softmax(-1).gather(-1, y.unsqueeze(-1))[..., 0] * kept(y)).sum() / kept(y).sum()
+    ),
+    "gathered_kept_dim": lambda z, y: -z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).sum(1).mean(),
+    "some_of_the_losses": lambda z, y: (per_token(z, y)[:, 1:] * kept(y)[:, 1:]).mean(),
+    "every_other": lambda z, y: per_token(z, y).view(-1)[1::2].view(2, -1)[:, None].sum(2).mean(),
+    "one_row_of_losses": lambda z, y: per_token(z, y)[1].sum() / 3 + per_token(z, y)[0, 2:].mean(),
+    "logged_by_row": lambda z, y: (
+        lambda losses: ((losses * kept(y)).sum() / kept(y).sum(), *metrics(losses, y))
+    )(per_token(z, y)),
+    "logged_sum": lambda z, y: (
+        lambda total: (total / y.numel(), total.detach(), total.exp().detach())
+    )(per_token(z, y).sum()),
+}
+
+
+def measured_without_gradient(z, y):
+    loss, lse = forms.flat(z, y), z.logsumexp(-1)
+    with torch.no_grad():
+        accuracy = (z.argmax(-1) == y).float().mean()
+        scaled = lse.mean() * 2
+    return loss + 1e-2 * lse.pow(2).mean(), accuracy, scaled
+
+
+def weighted_without_gradient(z, y):
+    losses = per_token(z, y)
+    with torch.no_grad():
+        weights = kept(y) / kept(y).sum()
+    return (losses * weights).sum(), losses.detach().amax(1)
+
+
+def judged_without_gradient(z, y):
+    losses = per_token(z, y)
+    with torch.no_grad():
+        worst = losses.amax(1)
+        weights = kept(y) / kept(y).sum()
+    return (losses * weights).sum(), worst
+
+
+KNOWN |= {f.__name__: f for f in (measured_without_gradient, weighted_without_gradient)}
+UNKNOWN = {
+    "judged_without_gradient": judged_without_gradient,
+    "ratio": lambda z, y: (nll_by_hand(z, y).neg().exp() * kept(y)).mean(),
+    "returned_by_row": lambda z, y: (
+        lambda losses: ((losses * kept(y)).sum() / kept(y).sum(), losses)
+    )(per_token(z, y)),
+    "z_loss_returned_too": lambda z, y: (lambda extra: (forms.flat(z, y) + extra, extra))(
+        1e-2 * z.logsumexp(-1).pow(2).mean()
+    ),
+    "squared_losses": lambda z, y: per_token(z, y).square().mean(),
+    "cubed_logsumexp": lambda z, y: forms.flat(z, y) + 1e-3 * (z.logsumexp(-1) ** 3).mean(),
+    "fourth_power": lambda z, y: forms.flat(z, y) + 1e-4 * z.logsumexp(-1).pow(2).pow(2).mean(),
+    "scaled_before_the_square": lambda z, y: (
+        forms.flat(z, y) + (kept(y) * z.logsumexp(-1)).square().mean()
+    ),
+    "weighted_by_itself": lambda z, y: (lambda losses: (losses * (losses.detach() > 4)).mean())(
+        per_token(z, y)
+    ),
+}
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Which functions of the chunk loop run, one after the other."""
+    names = []
+
+    def recorded(name):
+        function = getattr(aten, name)
+
+        def run(*arguments):
+            names.append(name)
+            return function(*arguments)
+
+        return run
+
+    for name in ("forward", "forward_and_gradients", "backward"):
+        monkeypatch.setattr(aten, name, recorded(name))
+    return names
+
+
+def assert_form_as_eager(form, passes):
+    tensors = inputs()
+
+    def function(h, w, b, y):
+        return form(F.linear(h, w, b), y)
+
+    compiled = rewrite(function)
+    assert_as_eager(function, tensors, compiled)
+    of_a_step = list(passes)
+    torch.testing.assert_close(compiled(*tensors), function(*tensors))
+    return of_a_step
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_three_products(name, passes):
+    """One call computes the gradients, in the forward; what has none may have another."""
+    of_a_step = assert_form_as_eager(KNOWN[name], passes)
+    assert of_a_step.count("forward_and_gradients") == 1
+    assert "backward" not in of_a_step
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_four_products(name, passes):
+    """What a row counts for is not known in the forward, or not by the pass."""
+    assert "backward" in assert_form_as_eager(UNKNOWN[name], passes)
+
+
+def test_z_loss_in_float16_has_four_products(passes):
+    """There the reach of its gradient would have to be known before."""
+    tensors = inputs(torch.float16)
+
+    def function(h, w, b, y):
+        return KNOWN["z_loss"](F.linear(h, w, b), y)
+
+    expected = reference.run(function, list(map(reference.leaf, tensors)))
+    results = reference.run(rewrite(function), tensors)
+    assert passes == ["forward", "backward"]
+    torch.testing.assert_close(results, expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["z_loss_by_row", "some_of_the_losses", "by_hand_masked"])
+def test_dynamic_sizes(name):
+    def function(h, w, b, y):
+        return KNOWN[name](F.linear(h, w, b), y)
+
+    compiled = torch.compile(function, dynamic=True)
+    for rows in (7, 11):
+        h, w, b, y = inputs()
+        h, y = (torch.cat((t, t[:, :1].expand(-1, rows, *t.shape[2:])), 1) for t in (h, y))
+        tensors = [h.detach().requires_grad_(), w, b, y]
+        expected = reference.run(function, list(map(reference.leaf, tensors)))
+        results = reference.run(compiled, list(map(reference.leaf, tensors)))
+        torch.testing.assert_close(results, expected)
+    assert counters["lmhead_pass"]["refused"] == 0
 
 
 def _double(tensor):

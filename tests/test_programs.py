@@ -145,8 +145,8 @@ def without_label_smoothing(patch):
 
 def mean_over_all_rows(patch):
     class Rows(aten._Rows):
-        def __init__(self, problem):
-            super().__init__(problem)
+        def __init__(self, problem, every):
+            super().__init__(problem, every)
             if problem.reduction == "mean":
                 self._denominator = torch.full_like(self._denominator, len(problem.target))
 
@@ -224,6 +224,26 @@ def without_softcap(patch):
 
 def without_weights_of_rows(patch):
     _with_problem(patch, lambda problem: dataclasses.replace(problem, coefficient=None))
+
+
+def without_z_loss(patch):
+    _with_problem(patch, lambda problem: dataclasses.replace(problem, z_loss=None))
+
+
+def without_coefficients_of_logsumexps(patch):
+    _with_problem(patch, lambda problem: dataclasses.replace(problem, logsumexp_coefficient=None))
+
+
+def with_ignored_rows_in_no_term(patch):
+    """As if a z-loss left out the rows that the cross entropy ignores."""
+
+    def change(problem):
+        if problem.z_loss is None:
+            return problem
+        ignored = problem.target == problem.ignore_index
+        return dataclasses.replace(problem, z_loss=problem.z_loss.masked_fill(ignored, 0))
+
+    _with_problem(patch, change)
 
 
 def without_mean_in_weights(patch):
@@ -383,6 +403,9 @@ def with_regions_mixed_up(patch):
 RARE_MISTAKES = {
     without_softcap: {"softcap", "softcap_left", "softcap_sigmoid", "softcap_", "softcap_float"},
     without_gradient_of_logsumexp: {"z_loss", "z_loss_float", "z_loss_keepdim", "logsumexp"},
+    without_z_loss: {"z_loss", "z_loss_float", "z_loss_keepdim"},
+    without_coefficients_of_logsumexps: {"logsumexp", "selective", "one_hot_of_logits"},
+    with_ignored_rows_in_no_term: {"z_loss", "z_loss_float", "z_loss_keepdim"},
     without_mean_in_weights: {"mean", "divided_rows", "by_sequence"},
     without_dropped_dimensions: {"by_sequence", "by_sequence_masked", "by_first"},
     without_shift: {"added", "subtracted", "subtracted_from", "softcap_sigmoid"},

@@ -716,6 +716,31 @@ def test_a_graph_break_between_making_and_reading():
     loss.backward()
 
 
+@pytest.mark.parametrize("grad_enabled", [True, False])
+def test_detach_before_a_graph_break(grad_enabled, caplog):
+    """Code after the break may want a gradient that nobody asked to be without."""
+
+    def broken(x, y):
+        loss, logits = model(x, y)
+        torch._dynamo.graph_break()
+        return loss + 1e-2 * logits.logsumexp(-1).square().mean()
+
+    model, inputs = Model(), batch()
+    with (
+        lmhead_pass.config.patch(returned_logits="detach"),
+        torch.set_grad_enabled(grad_enabled),
+    ):
+        loss, log = run_and_read_log(broken, caplog, *inputs)
+        plain = broken(*inputs)
+    torch.testing.assert_close(loss, plain)
+    assert ("a graph break follows" in log) == grad_enabled
+    if grad_enabled:
+        loss.backward()
+        gradient, model.head.weight.grad = model.head.weight.grad, None
+        plain.backward()
+        torch.testing.assert_close(gradient, model.head.weight.grad)
+
+
 def test_rows_may_vary_without_a_recompile(model):
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, backend=counter, dynamic=True)
