@@ -56,6 +56,11 @@ _DERIVING = {
         if hasattr(namespace, name)
     ),
 }
+# Autograd's own bookkeeping: the view of another tensor that unread logits are, nobody is to see.
+_ANSWERS = {
+    Tensor._is_view: False,  # type: ignore[attr-defined]
+    Tensor._base.__get__: None,  # type: ignore[union-attr]
+}
 _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
@@ -172,8 +177,8 @@ def _as_input(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> 
 
     It looks at the tensor itself here; the values it gets from ``__tensor_flatten__``.
     """
-    if func is Tensor._is_view:
-        return False  # see LazyLogits.__new__
+    if func in _ANSWERS:
+        return _ANSWERS[func]
     if func is Tensor.__repr__:
         return f"{type(args[0]).__qualname__}(...)"
     with torch._C.DisableTorchFunctionSubclass():
@@ -198,6 +203,8 @@ def _without_reading(func: Callable[..., Any], args: tuple, kwargs: dict[str, An
         return NotImplemented
     if any(isinstance(leaf, Tensor) for leaf in tree_leaves((others, kwargs))):
         return NotImplemented
+    if func in _ANSWERS:
+        return _ANSWERS[func]
     if func in _METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)

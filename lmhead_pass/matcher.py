@@ -42,6 +42,7 @@ def find(graph: Graph) -> list[Rewrite | Refusal]:
         try:
             if losses:
                 _check_nobody_else(flow, any(claims[node] > 1 for node in _claimed(flow)))
+                _check_derivatives(graph)
                 found.append(_rewrite(flow))
             else:
                 found += _unread_log_softmaxes(flow)
@@ -111,6 +112,17 @@ def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
             "the compiled function returns the logits, or keeps them for code outside the graph, "
             "and config.returned_logits is 'keep'. Return the loss alone, or set it to 'lazy'"
         )
+
+
+def _check_derivatives(graph: Graph) -> None:
+    """Refused if ``graph`` takes a derivative that the op does not have."""
+    for node in graph.nodes:
+        if describe(node) == "_make_dual":
+            raise Refused(f"{describe(node)}{at(node)} differentiates in forward mode")
+        if node.target is torch.autograd.grad and (
+            node.kwargs.get("create_graph") or any(node.args[4:5])
+        ):
+            raise Refused(f"{describe(node)}{at(node)} makes gradients to be differentiated again")
 
 
 def _rewrite(flow: Flow) -> Rewrite:

@@ -36,6 +36,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .kernels import dispatch, measures
 from .problem import Gradients, Problem, held_dtype
@@ -221,11 +222,14 @@ def _refuse_double_backward() -> None:
 
 
 def _function(problem: tuple) -> type[torch.autograd.Function] | None:
-    """What differentiates a call with the arguments ``problem``; None if nothing has to."""
+    """What differentiates a call with the arguments ``problem``; None if nothing has to.
+
+    In forward mode too, where it raises an error if an input has a tangent.
+    """
     wanted = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in problem[:3]
     )
-    if not wanted:
+    if not wanted and forward_ad._current_level < 0:
         return None
     return _GradientsInBackward if problem[_TENSORS] == "none" else _GradientsInForward
 

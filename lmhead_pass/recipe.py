@@ -119,7 +119,7 @@ def _too_late(part: str, event: str) -> RuntimeError:
 
 
 def refuse_gradient(tensor: Tensor, source: Tensor) -> None:
-    """Let ``tensor`` require a gradient, and raise a RuntimeError if one arrives.
+    """Let ``tensor`` require a gradient, and raise a RuntimeError if one arrives that is not zero.
 
     To autograd it is computed from ``source``: who asks for the gradient of nothing but the head's
     weight is to hear of it too.
@@ -136,10 +136,14 @@ class _RefuseGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, source, tensor):
         ctx.mark_dirty(tensor)
+        ctx.set_materialize_grads(False)
         return tensor
 
     @staticmethod
     def backward(ctx, gradient):
+        # Zeros, or none: from what wraps all outputs of a model, as DDP and hooks of modules do.
+        if gradient is None or not gradient.any():
+            return None, None
         raise RuntimeError(
             "lmhead_pass: a gradient would flow into logits that a compiled model returned without "
             "computing them, and it cannot get through to the model. Compute the loss inside the "

@@ -1,6 +1,6 @@
 """What is known of a node's value: the fake tensor that Dynamo left with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,8 +41,19 @@ def tensor_of(node: Any) -> torch.Tensor:
 
 def memory_of(node: Node) -> set[int]:
     """The memory that a node's value lives in, as its fake tensors share it."""
-    values = tree_leaves(value_of(node))
-    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
+    tensors = (v for v in tree_leaves(value_of(node)) if isinstance(v, torch.Tensor))
+    return {part.untyped_storage()._cdata for tensor in tensors for part in _inside(tensor)}
+
+
+def _inside(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors that ``tensor`` wraps; itself if it is one."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        yield from _inside(torch._C._functorch.get_unwrapped(tensor))
+    elif is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _inside(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def is_number(argument: Any) -> bool:

@@ -13,10 +13,20 @@ from torch.fx import GraphModule
 from lmhead_pass.graph_pass import the_pass
 
 
-def rewrite(function: Callable[..., Any], graphs: list[str] | None = None, **options: Any) -> Any:
+def _as_it_is(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    return module.forward
+
+
+def rewrite(
+    function: Callable[..., Any],
+    graphs: list[str] | None = None,
+    then: Callable[..., Callable[..., Any]] = _as_it_is,
+    **options: Any,
+) -> Any:
     """``function``, captured by Dynamo, rewritten, and run eagerly.
 
-    ``graphs`` receives the code of each graph, before and after.
+    ``graphs`` receives the code of each graph, before and after; ``then`` is the backend that
+    takes the graphs afterwards.
     """
 
     def backend(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -27,6 +37,6 @@ def rewrite(function: Callable[..., Any], graphs: list[str] | None = None, **opt
         module.recompile()
         if graphs is not None:
             graphs.append(module.code)
-        return module.forward
+        return then(module, example_inputs)
 
     return torch.compile(function, backend=backend, **options)

@@ -4,6 +4,7 @@ python -m tests.parallel_step RANK FOLDER CASE
 """
 
 import copy
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -13,11 +14,17 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import lmhead_pass
+
+from .backend import rewrite
 
 VOCAB, HIDDEN, ROWS, LENGTH = 96, 16, 4, 6
 
@@ -53,6 +60,11 @@ def expected(model: nn.Module, count: int) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+def quickly(model: Callable) -> Callable:
+    """``model``, rewritten and differentiated ahead of time, but not compiled by Inductor."""
+    return rewrite(model, then=aot_eager)
+
+
 def ddp(model: nn.Module, rank: int) -> nn.Module:
     return _accumulate(model, rank, DistributedDataParallel(model))
 
@@ -63,8 +75,22 @@ def ddp_in_buckets(model: nn.Module, rank: int) -> nn.Module:
     return _accumulate(model, rank, DistributedDataParallel(model, bucket_cap_mb=2e-3))
 
 
-def _accumulate(model: nn.Module, rank: int, parallel: DistributedDataParallel) -> nn.Module:
-    compiled = torch.compile(parallel)
+def ddp_unused(model: nn.Module, rank: int) -> nn.Module:
+    """Where DistributedDataParallel clones all that the model returns."""
+    options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+    return _accumulate(model, rank, DistributedDataParallel(model, **options), quickly)
+
+
+def ddp_static(model: nn.Module, rank: int) -> nn.Module:
+    parallel = DistributedDataParallel(model, static_graph=True)
+    quickly(parallel)(batches()[0][rank * ROWS :][:ROWS])[0].backward()
+    return model
+
+
+def _accumulate(
+    model: nn.Module, rank: int, parallel: DistributedDataParallel, compile=torch.compile
+) -> nn.Module:
+    compiled = compile(parallel)
     first, second = (batch[rank * ROWS :][:ROWS] for batch in batches())
     with parallel.no_sync():
         compiled(first)[0].backward()
@@ -75,6 +101,12 @@ def _accumulate(model: nn.Module, rank: int, parallel: DistributedDataParallel) 
 def fsdp(model: nn.Module, rank: int) -> nn.Module:
     fully_shard(model)
     return _one_step(model, rank)
+
+
+def fsdp_resharded(model: nn.Module, rank: int) -> nn.Module:
+    """Where the weight is gone after the forward, and the logits with it if nobody read them."""
+    fully_shard(model, reshard_after_forward=True)
+    return _one_step(model, rank, quickly)
 
 
 def fsdp_by_module(model: nn.Module, rank: int) -> nn.Module:
@@ -90,12 +122,12 @@ def fsdp_mixed(model: nn.Module, rank: int) -> nn.Module:
     return _one_step(model, rank)
 
 
-def _one_step(model: nn.Module, rank: int) -> nn.Module:
+def _one_step(model: nn.Module, rank: int, compile=torch.compile) -> nn.Module:
     whole = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
     alone = Model(model.head.weight is model.embedding.weight)
     alone.load_state_dict(whole, strict=False)
     tokens = batches()[0][rank * ROWS :][:ROWS]
-    loss, logits = torch.compile(model)(tokens)
+    loss, logits = compile(model)(tokens)
     loss.backward()
     # The weight may be gone, or sharded again; other values than the model's there are none.
     try:
@@ -107,13 +139,36 @@ def _one_step(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
+def tensor_parallel(model: nn.Module, rank: int) -> nn.Module:
+    """Both processes have the whole batch, and half of the vocabulary each."""
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
+    quickly(model)(batches()[0])[0].backward()
+    return model
+
+
+def tensor_parallel_loss(model: nn.Module, rank: int) -> nn.Module:
+    """Where no process ever has all logits of a row."""
+    mesh = init_device_mesh("cpu", (2,))
+    halves = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    parallelize_module(model, mesh, {"head": halves})
+    with loss_parallel():
+        quickly(lambda tokens: model(tokens)[0])(batches()[0]).backward()
+    return model
+
+
 # Whether the embedding is tied, how many batches there are, and how far gradients may be off.
 CASES: dict[str, tuple[Callable[..., nn.Module], bool, int, float]] = {
     "ddp": (ddp, True, 2, 1e-6),
     "ddp_in_buckets": (ddp_in_buckets, False, 2, 1e-6),
+    "ddp_unused": (ddp_unused, True, 2, 1e-6),
+    "ddp_static": (ddp_static, True, 1, 1e-6),
     "fsdp": (fsdp, True, 1, 1e-6),
     "fsdp_by_module": (fsdp_by_module, False, 1, 1e-6),
     "fsdp_mixed": (fsdp_mixed, True, 1, 2e-2),
+    "fsdp_resharded": (fsdp_resharded, True, 1, 1e-6),
+    "tensor_parallel": (tensor_parallel, False, 1, 1e-6),
+    "tensor_parallel_loss": (tensor_parallel_loss, False, 1, 1e-6),
 }
 
 
@@ -122,6 +177,8 @@ def main() -> None:
     run, tied, count, tolerance = CASES[case]
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    logging.getLogger("lmhead_pass").addHandler(logging.StreamHandler())
+    logging.getLogger("lmhead_pass").setLevel(logging.INFO)
     torch.manual_seed(0)
     model = Model(tied)
     exact = expected(copy.deepcopy(model), count)

@@ -103,6 +103,14 @@ def test_what_is_known_beforehand_is_known_unread(returned, mode):
     assert is_unread(logits)
 
 
+def test_whether_they_are_views_is_asked_without_reading(returned):
+    """FSDP2 asks it of all that a model returns."""
+    logits, _ = returned()
+    assert logits._base is None
+    assert not logits._is_view()
+    assert is_unread(logits)
+
+
 DERIVED = {
     "view": lambda x: x.view(-1, VOCAB),
     "reshape": lambda x: torch.reshape(x, (-1, VOCAB)),
@@ -332,6 +340,48 @@ def test_no_gradient_is_refused_where_none_is_meant(returned, model):
     other(read).sum().backward()
     with torch.no_grad():
         other(returned()[0])
+
+
+class Passed(torch.autograd.Function):
+    """What wraps all outputs of a model, as hooks of modules do: zeros come back for the unused."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tensors
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+class Cloned(torch.autograd.Function):
+    """As DistributedDataParallel does with unused parameters: nothing comes back for the unused."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+NO_GRADIENT = {
+    "passed": lambda loss, logits: Passed.apply(loss, logits)[0],
+    "cloned": lambda loss, logits: Cloned.apply(loss, logits)[0],
+    "times zero": lambda loss, logits: loss + 0 * logits.logsumexp(-1).sum(),
+    "stacked": lambda loss, logits: torch.stack([loss, logits.float().sum()])[0],
+}
+
+
+@pytest.mark.parametrize("use", NO_GRADIENT.values(), ids=NO_GRADIENT)
+def test_a_gradient_of_zeros_is_none(model, use):
+    inputs = batch()
+    leaves = list(model.parameters())
+    expected = torch.autograd.grad(use(*model(*inputs)), leaves)
+    gradients = torch.autograd.grad(use(*rewrite(model)(*inputs)), leaves)
+    torch.testing.assert_close(gradients, expected)
 
 
 def test_a_frozen_model_returns_logits_without_a_gradient(returned, model):
