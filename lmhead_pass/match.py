@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-# The ignore_index of readers that ignore nothing: no target is this number.
+# The ignore_index of readers that ignore nothing: the target of no row, but of one that has none.
 NOTHING_IGNORED = -(1 << 63)
 
 

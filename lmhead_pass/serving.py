@@ -17,8 +17,6 @@ from .tensors import tensor_of
 from .values import fill_behind
 from .weighting import emit_weights
 
-# The target of rows that have none.
-_NO_TARGET = -100
 # What readers are made of, besides losses; others are a measure themselves.
 _MEASURES = {
     "logit": ("logsumexp",),
@@ -220,7 +218,7 @@ def emit_target(emit: Emitter, match: Match, rows: Node) -> Node:
     asked = _asked(match)
     if asked is None:
         size = size_of(emit, emit_flat(emit, rows), 0)
-        return emit("new_full", rows, (size,), _NO_TARGET, dtype=torch.int64)
+        return emit("new_full", rows, (size,), NOTHING_IGNORED, dtype=torch.int64)
     if tensor_of(asked.target).dim() == 1:
         return asked.target
     return emit("reshape", asked.target, -1)
@@ -244,7 +242,7 @@ def emit_op(
     arguments = (
         *(hidden, weight, bias, target, asked and asked.class_weight, coefficients.of_losses),
         *(coefficients.of_logsumexps, coefficients.of_squares),
-        *(match.reduction, asked.ignore_index if asked else _NO_TARGET),
+        *(match.reduction, asked.ignore_index if asked else NOTHING_IGNORED),
         *(asked.label_smoothing if asked else 0.0, *_scale_and_softcap(match)),
         *(match.compute_dtype, match.rows_per_chunk),
     )

@@ -289,6 +289,9 @@ KNOWN = {
         + (3 * torch.tanh(z / 3) + 2).logsumexp(-1).square().mean()
     ),
     "z_loss_alone": lambda z, y: z.logsumexp(-1).square().mean(),
+    "z_loss_of_other_rows": lambda z, y: (
+        nll_by_hand(z[1:], y[1:]).sum() + z[:, 2:].logsumexp(-1).square().sum()
+    ),
     "z_loss_and_a_frozen_loss": lambda z, y: (
         z.logsumexp(-1).square().mean() + forms.flat(z.detach(), y, ignore_index=3)
     ),
