@@ -39,10 +39,10 @@ from .measures import Measures
 _BLOCK_BYTES = 1 << 22
 # Words of the vocabulary whose share of the weight's gradient is computed at once.
 _PRODUCT_WORDS = 4096
-# FP16 reaches from 6e-8 to 65504. Gradients of logits are brought to about 2 to the power of
-# this before they are rounded to it: 32 bits remain below for small probabilities, 8 above
-# for the sums of a product.
-_FP16_MAGNITUDE_BITS = 8
+# FP16 reaches from 6e-8 to 65504. Gradients of logits are scaled before they are rounded to it, so
+# that the bounds on them and on their products with the weight come to at most 2 to the power of
+# this. Three times as much still fits, and small probabilities have all that is below.
+_FP16_MAGNITUDE_BITS = 14
 
 
 def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
@@ -352,7 +352,9 @@ class _GradientSums:
         self._needed = needed
         self._scale = 1.0
         if problem.compute_dtype == torch.float16:
-            self._scale = _power_of_two_scale(reach * problem.logit_scale)
+            # Their products with the weight are bounded by the reach times the largest weight.
+            largest = torch.stack(torch.aminmax(problem.compute_weight)).abs().amax()
+            self._scale = _power_of_two_scale(reach * problem.logit_scale * largest.clamp_min(1))
         self.factor = problem.logit_scale * self._scale
         """What the chunks must multiply upstream gradients by."""
 

@@ -25,7 +25,8 @@ from .triton_rows import Terms, row_gradients, row_losses
 _ROW_ALIGNMENT_BYTES = 128
 # Rows that are measured at once: their wide copies are small beside a chunk.
 _MEASURED_ROWS = 128
-# See aten.py: how large FP16 gradients of logits are made before they are rounded.
+# How large FP16 gradients of logits are made before they are rounded: 32 bits remain below for
+# small probabilities, 8 above for a sum in FP16 where a gradient is held in BF16.
 _FP16_MAGNITUDE = 2.0**8
 
 
