@@ -1,5 +1,7 @@
 """The GPU's chunk loop against FP64, on a GPU or through Triton's interpreter."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -160,6 +162,24 @@ def test_terms_of_log_sum_exps(dtype, with_z_loss, options):
     given = dict.fromkeys(("coefficient", "logsumexp_coefficient"), True)
     given["z_loss"] = with_z_loss and dtype != torch.float16  # test_op's test_z_loss_in_float16
     _assert_no_worse(_problem(dtype, reduction="sum", **given, **OPTIONS[options]))
+
+
+def test_float16_keeps_small_probabilities():
+    """Those that a loss scale of 2^16 would keep in the unfused model, with few tokens."""
+    weight = torch.zeros(VOCAB, HIDDEN, device=DEVICE, dtype=torch.float16)
+    weight[3, 0] = 24.25  # e^24.25 is about 2^35
+    hidden = torch.zeros(1, HIDDEN, device=DEVICE, dtype=torch.float16)
+    hidden[0, 0] = 1
+    problem = dataclasses.replace(
+        _problem(torch.float16, tokens=1),
+        weight=weight,
+        hidden=hidden,
+        target=torch.tensor([3], device=DEVICE),
+    )
+    gradient = _run(triton_loop, problem, None)[2]
+    exact = _plain(problem, None, torch.float64)[2]
+    # At 2^-21 of FP16 three bits are left.
+    torch.testing.assert_close(gradient.double(), exact, rtol=1 / 16, atol=0)
 
 
 @pytest.mark.parametrize("which", ["logsumexp", "both"])

@@ -27,7 +27,8 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
     else:
         assert not add, "a sum is not held in fewer bits than its terms"
-        out.copy_(a @ b)
+        # FP16 gradients are scaled so that their sums may be too large for FP16, and not for BF16.
+        out.copy_(torch.mm(a, b, out_dtype=torch.float32) if a.dtype == torch.float16 else a @ b)
 
 
 @functools.cache

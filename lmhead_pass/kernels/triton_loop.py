@@ -25,9 +25,9 @@ from .triton_rows import Terms, row_gradients, row_losses
 _ROW_ALIGNMENT_BYTES = 128
 # Rows that are measured at once: their wide copies are small beside a chunk.
 _MEASURED_ROWS = 128
-# How large FP16 gradients of logits are made before they are rounded: 32 bits remain below for
-# small probabilities, 8 above for a sum in FP16 where a gradient is held in BF16.
-_FP16_MAGNITUDE = 2.0**8
+# How large FP16 gradients of logits are made before they are rounded. Twice as much still fits, and
+# small probabilities have all that is below; sums of products are not held in FP16.
+_FP16_MAGNITUDE = 2.0**14
 
 
 def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
