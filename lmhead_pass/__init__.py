@@ -10,7 +10,7 @@ into one op that never holds the ``[tokens, vocabulary]`` logits. ``TORCH_LOGS="
 
 # torch imports this package while it is itself importing when TORCH_LOGS names it, and users
 # import it on every start: nothing here may import torch._inductor or torch._dynamo.
-from . import config
+from . import compat, config
 from . import ops as _ops  # noqa: F401  torch.ops.lmhead_pass, for compiled code from a cache too
 from . import returning as _returning  # noqa: F401
 from .registration import disabled, register, unregister
@@ -28,4 +28,5 @@ def explain(fn, *args, **kwargs):
     return explain(fn, *args, **kwargs)
 
 
+compat.warn_of_unknown_version()
 register()

@@ -1,5 +1,6 @@
 """Differences between the supported versions of torch (2.11 to 2.15): all of them, only here."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -9,8 +10,25 @@ from torch.fx import Graph
 
 GraphPass = Callable[[Graph], None]
 
+_OLDEST, _NEWEST = "2.11", "2.15"
+
 # What ``x.T`` and ``x.mT`` are in a graph: a getattr or, in torch 2.15, one of these.
 TRANSPOSING_ATTRIBUTES = (torch.ops.aten.numpy_T, torch.ops.aten.mT)
+
+
+def warn_of_unknown_version() -> None:
+    """Warn if torch is newer than what this package was tested with. It is used all the same."""
+    if _release(torch.__version__) > _release(_NEWEST):
+        warnings.warn(
+            f"lmhead_pass was tested with torch {_OLDEST} to {_NEWEST}; this is "
+            f"{torch.__version__}. What it does not recognise in a graph it leaves as it was. "
+            "A newer lmhead_pass may know this torch.",
+            stacklevel=3,  # where lmhead_pass is imported
+        )
+
+
+def _release(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:2]]
 
 
 class PassChain:
