@@ -27,6 +27,7 @@ from .tensors import (
     ENTER_INFERENCE,
     EXIT_INFERENCE,
     gradients_are_recorded,
+    is_cut_off,
     is_inference,
     memory_of,
     same,
@@ -84,7 +85,7 @@ class _Walk:
         self.absorbed: set[Node] = set()
         """What makes a step of the walk besides logits; not needed if nobody else reads it."""
         self.without_history: set[Node] = set()
-        """What is made in inference mode: no gradient gets through it, whatever it says."""
+        """What is made without autograd: no gradient gets through it, whatever it says."""
 
     def run(self) -> Flow:
         inference = is_inference(self.logits.node)
@@ -93,7 +94,7 @@ class _Walk:
                 inference = True
             elif node.target is EXIT_INFERENCE:
                 inference = False
-            elif inference:
+            elif inference or is_cut_off(node):
                 self.without_history.add(node)
             inputs = [source for source in node.all_input_nodes if source in self.holds]
             if inputs:
@@ -144,7 +145,7 @@ class _Walk:
             and isinstance(value, torch.Tensor)
             and value.requires_grad
         ):
-            raise Refused(f"{describe(node)} takes a gradient of what was made in inference mode")
+            raise Refused(f"{describe(node)} takes a gradient of what was made without autograd")
 
     def _first(self, node: Node, inputs: list[Node]) -> Logits:
         logits = self.holds[inputs[0]]

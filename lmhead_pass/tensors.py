@@ -110,6 +110,15 @@ def gradients_are_recorded(node: Node) -> bool:
     raise AssertionError("a node is in its graph")
 
 
+def is_cut_off(node: Node) -> bool:
+    """Whether ``node`` requires a gradient, and autograd does not know what it is made of.
+
+    That is so for a view of a view that is made under no_grad.
+    """
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.requires_grad and value.grad_fn is None
+
+
 def is_inference(node: Node) -> bool:
     """Whether the graph enters inference mode before ``node``, and leaves it after."""
     while (node := node.prev).op not in ("placeholder", "root"):

@@ -18,7 +18,7 @@ from .emitter import Emitter, size_of
 from .match import Weighting
 from .softmaxes import summed_dims
 from .spelling import arguments, operation
-from .tensors import is_number, same, tensor_of, value_of
+from .tensors import is_cut_off, is_number, same, tensor_of, value_of
 
 
 def weighted_sum(values: Node) -> Weighting | None:
@@ -90,7 +90,7 @@ def _may_pass_gradient(node: Node) -> bool:
 
 def _uses_once(user: Node, node: Node) -> bool:
     uses = sum(leaf is node for leaf in tree_leaves((user.args, user.kwargs)))
-    return uses == 1 and isinstance(value_of(user), torch.Tensor)
+    return uses == 1 and isinstance(value_of(user), torch.Tensor) and not is_cut_off(user)
 
 
 def is_square(before: Node, after: Node) -> bool:

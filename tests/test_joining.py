@@ -339,6 +339,13 @@ def weighted_without_gradient(z, y):
     return (losses * weights).sum(), losses.detach().amax(1)
 
 
+def viewed_without_gradient(z, y):
+    losses = per_token(z, y)[:, 1:]
+    with torch.no_grad():
+        known = losses[1:]
+    return losses.mean() + known.sum()
+
+
 def judged_without_gradient(z, y):
     losses = per_token(z, y)
     with torch.no_grad():
@@ -349,6 +356,7 @@ def judged_without_gradient(z, y):
 
 KNOWN |= {f.__name__: f for f in (measured_without_gradient, weighted_without_gradient)}
 UNKNOWN = {
+    "viewed_without_gradient": viewed_without_gradient,
     "judged_without_gradient": judged_without_gradient,
     "ratio": lambda z, y: (nll_by_hand(z, y).neg().exp() * kept(y)).mean(),
     "returned_by_row": lambda z, y: (

@@ -46,6 +46,19 @@ def view_made_in_inference_mode(h, w, b, y):
     return flat(z, y)
 
 
+def view_of_a_view_made_under_no_grad(h, w, b, y):
+    """As in inference mode: it requires a gradient, and has nowhere to pass it."""
+    z = F.linear(h, w)[:, ::2]
+    with torch.no_grad():
+        z = z[0]
+    return flat(z, y[0, ::2])
+
+
+def argmax_of_rows(h, w, b, y):
+    z = F.linear(h, w, b)
+    return flat(z, y) + z.detach().argmax(1).sum()
+
+
 def write_to_hidden_by_index(h, w, b, y):
     h = h.detach() * 1
     z = F.linear(h, w)
@@ -239,8 +252,13 @@ REFUSED = {
     ),
     "inference_mode": (
         view_made_in_inference_mode,
-        "a gradient of what was made in inference mode",
+        "a gradient of what was made without autograd",
     ),
+    "no_grad_view": (
+        view_of_a_view_made_under_no_grad,
+        "a gradient of what was made without autograd",
+    ),
+    "argmax_of_rows": (argmax_of_rows, "argmax.* is not taken over the vocabulary"),
     "masked_and_negated": (
         lambda h, w, b, y: flat(-F.linear(h, w).masked_fill(torch.arange(V) >= 90, -1e5), y % 90),
         "masked logits are multiplied by -1",

@@ -540,6 +540,8 @@ def test_a_fingerprint_sees_values_not_their_layout():
     assert torch.equal(fingerprint([matrix.t()]), fingerprint([matrix.clone().t()]))
     assert not torch.equal(fingerprint([matrix]), fingerprint([matrix.flip(0)]))
     assert not torch.equal(fingerprint([matrix]), fingerprint([matrix.flip(1)]))
+    in_rows = matrix[:, [2, 3, 0, 1, 4, 5, 6, 7]]  # two by two, as they are summed
+    assert not torch.equal(fingerprint([matrix]), fingerprint([in_rows]))
 
 
 # ---- what is rewritten --------------------------------------------------------------------------
