@@ -125,8 +125,11 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
         place, moved = weighting.nodes[-1], ()
     reduction = _reduction(readers, weighting)
     differentiable = any(tensor_of(reader.node).requires_grad for reader in readers)
-    # Where gradients are computed in the backward, what they are computed from is read again.
-    last = place.graph.output_node() if reduction == "none" and differentiable else place
+    # What is needed in the backward is read again: where gradients are computed there, and where
+    # hidden states are multiplied by a tensor.
+    is_scaled = any(step.method in ("mul", "div") for step in readers[0].logits.steps)
+    is_read_again = differentiable and (reduction == "none" or is_scaled)
+    last = place.graph.output_node() if is_read_again else place
     _check_writers(call, weighting, place, last, order)
 
     head, logits = readers[0].logits.head, readers[0].logits

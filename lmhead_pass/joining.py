@@ -19,7 +19,14 @@ from .emitter import nodes_read
 from .match import NOTHING_IGNORED, Match, Reader, Rewrite, Weighting, row_order
 from .softmaxes import summed_dims
 from .spelling import arguments, operation
-from .tensors import AUTOCAST_SWITCHES, gradients_are_recorded, is_number, tensor_of, value_of
+from .tensors import (
+    AUTOCAST_SWITCHES,
+    ENTER_AUTOCAST,
+    gradients_are_recorded,
+    is_number,
+    tensor_of,
+    value_of,
+)
 from .weighting import (
     differentiable_user,
     factors_of,
@@ -166,7 +173,17 @@ def _join_at(
         return None
     if moved and any(node.target in AUTOCAST_SWITCHES for node in (*between, last)):
         return None
+    if len(group) > 1 and _enters_autocast(group, last, order):
+        return None
     return Join(tuple(match for match, _ in group), terms, root, last, moved)
+
+
+def _enters_autocast(
+    group: list[tuple[Match, tuple[Term, ...]]], last: Node, order: dict[Node, int]
+) -> bool:
+    """Whether ``last`` is in an autocast that a head is not in: cat takes no FP16 under BF16."""
+    first = min((match.logits.head.node for match, _ in group), key=order.__getitem__)
+    return any(node.target is ENTER_AUTOCAST for node in mutation.nodes_between(first, last))
 
 
 def _users_until(last: Node, readers: set[Node], order: dict[Node, int]) -> tuple[Node, ...] | None:

@@ -14,10 +14,8 @@ from .spelling import describe
 
 ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
 EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
-AUTOCAST_SWITCHES = (
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-)
+ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
+AUTOCAST_SWITCHES = (ENTER_AUTOCAST, torch.amp.autocast_mode._exit_autocast)
 
 
 def value_of(node: Any) -> Any:

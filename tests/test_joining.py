@@ -164,6 +164,21 @@ def test_fp16_under_an_autocast_to_bf16():
     torch.testing.assert_close(results, expected, atol=2e-2, rtol=2e-2)
 
 
+def test_fp16_head_before_an_autocast_to_bf16():
+    tensors = inputs(torch.float16)
+
+    def function(h, w, b, y):
+        z = F.linear(h, w, b).float()
+        first = forms.flat(z[0], y[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            return first + forms.flat(z[1:], y[1:])
+
+    expected = reference.run(function, list(map(reference.leaf, tensors)))
+    results = reference.run(rewrite(function), tensors)
+    assert counters["lmhead_pass"]["refused"] == 0
+    torch.testing.assert_close(results, expected, atol=1e-3, rtol=1e-2)
+
+
 def test_values_beside_the_sum():
     tensors = inputs()
     expected, results = logged(*tensors), rewrite(logged)(*tensors)

@@ -59,6 +59,14 @@ def argmax_of_rows(h, w, b, y):
     return flat(z, y) + z.detach().argmax(1).sum()
 
 
+def write_to_hidden_after_a_learned_temperature(h, w, b, y):
+    """The temperature's gradient is made of the hidden states."""
+    h = h.detach() * 1
+    loss = flat(F.linear(h, w.detach()) * b[0], y)
+    h.mul_(2)
+    return loss
+
+
 def write_to_hidden_by_index(h, w, b, y):
     h = h.detach() * 1
     z = F.linear(h, w)
@@ -192,6 +200,10 @@ REFUSED = {
     ),
     "write_by_fill": (write_by_fill, "fill_ at .* reads the logits too"),
     "write_to_hidden": (write_to_hidden, "add_ at .* in place between the head and the loss"),
+    "write_to_hidden_after_a_learned_temperature": (
+        write_to_hidden_after_a_learned_temperature,
+        "mul_ at .* in place after the loss, whose backward reads it again",
+    ),
     "write_to_hidden_through_view": (write_to_hidden_through_view, "mul_ at .* in place between"),
     "write_to_hidden_by_index": (write_to_hidden_by_index, "setitem at .* in place between"),
     "write_to_hidden_by_operator": (write_to_hidden_by_operator, "iadd at .* in place between"),
