@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .device import DEVICE
+from .device import DEVICE, SUITE
 
 pytest.importorskip("triton")
 
@@ -47,7 +47,7 @@ DTYPES = [
 
 
 # The interpreter computes with numpy, which warns of what the device does in silence.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), *SUITE]
 
 
 def _random(*shape):
@@ -236,20 +236,30 @@ def test_huge_logits(offset, spread, smoothing):
         reference.assert_no_worse(ours, plain, exact, torch.float32)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+@pytest.mark.parametrize("softcap", [None, 60.0])
 @pytest.mark.parametrize("lead", [5.0, 15.0, 40.0])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: str(pair[1]))
-def test_confident_rows_keep_their_digits(lead, dtypes):
+def test_confident_rows_keep_their_digits(lead, dtypes, softcap, scale):
     """The loss and the target's own gradient are about exp(-lead): FP32's 1 - p would be 0."""
     dtype, gradient_dtype = dtypes
-    logits, target = _random(ROWS, 7).to(dtype), torch.arange(ROWS, device=DEVICE)
-    logits[target, target] += lead
+    terms = Terms(logit_scale=None if scale == 1 else scale, softcap=softcap)
+    wanted, target = _random(ROWS, 7), torch.arange(ROWS, device=DEVICE)
+    wanted[target, target] += lead
+    if softcap is not None:
+        wanted = softcap * torch.atanh(wanted / softcap)
+    logits = (wanted / scale).to(dtype)
     # A factor that brings the gradients near 1, as FP16 needs.
     coefficient = torch.full((ROWS,), 2.0 ** round(lead / 0.7), dtype=dtype, device=DEVICE)
-    nll, others = _exact_nll(logits.double(), target)
-    for loss, gradient in _kernels(logits, target, Terms(), coefficient, gradient_dtype, True):
+    leaf = logits.double().requires_grad_()
+    transformed = _transformed(leaf, terms)
+    (slope,) = torch.autograd.grad(transformed.sum(), leaf)
+    nll, others = _exact_nll(transformed.detach(), target)
+    others = others * slope[target, target]
+    for loss, gradient in _kernels(logits, target, terms, coefficient, gradient_dtype, True):
         at_target = gradient[target, target].double() / coefficient
         # The exponential of a difference of logits knows no more digits than the difference.
-        rounding = (lead + 8) * torch.finfo(dtype).eps
+        rounding = (lead + 8) * torch.finfo(dtype).eps * (1 if softcap is None else 4)
         torch.testing.assert_close(loss.double(), nll, rtol=rounding, atol=0)
         rounding += torch.finfo(gradient_dtype).eps
         torch.testing.assert_close(at_target, -others, rtol=rounding, atol=0)
@@ -309,7 +319,8 @@ def build(kernel, constants, target):
         else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
         for name in kernel.arg_names
     }
-    compile(ASTSource(kernel, signature, constants), target=target, options={"num_warps": 8})
+    options = dict(num_warps=8, enable_fp_fusion=False)
+    compile(ASTSource(kernel, signature, constants), target=target, options=options)
 
 
 for target in (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)):

@@ -74,6 +74,9 @@ class Terms:
             "SOFTCAP": self.softcap,
             "COLUMNS": columns,
             "num_warps": max(1, columns * itemsize // 2048),
+            # Fused, the product in ``s x - largest`` is not rounded, which that in ``largest``
+            # was. Of a confident row, where both are one logit, this would be all that is left.
+            "enable_fp_fusion": False,
         }
 
 
