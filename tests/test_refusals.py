@@ -59,7 +59,7 @@ def argmax_of_rows(h, w, b, y):
     return flat(z, y) + z.detach().argmax(1).sum()
 
 
-def write_to_hidden_after_a_learned_temperature(h, w, b, y):
+def learned_temperature_before_a_write(h, w, b, y):
     """The temperature's gradient is made of the hidden states."""
     h = h.detach() * 1
     loss = flat(F.linear(h, w.detach()) * b[0], y)
@@ -200,8 +200,8 @@ REFUSED = {
     ),
     "write_by_fill": (write_by_fill, "fill_ at .* reads the logits too"),
     "write_to_hidden": (write_to_hidden, "add_ at .* in place between the head and the loss"),
-    "write_to_hidden_after_a_learned_temperature": (
-        write_to_hidden_after_a_learned_temperature,
+    "learned_temperature_before_a_write": (
+        learned_temperature_before_a_write,
         "mul_ at .* in place after the loss, whose backward reads it again",
     ),
     "write_to_hidden_through_view": (write_to_hidden_through_view, "mul_ at .* in place between"),
