@@ -31,6 +31,7 @@ from .tensors import (
     is_inference,
     memory_of,
     same,
+    same_shape,
     tensor_of,
     value_of,
 )
@@ -315,12 +316,10 @@ def _words_agree(a: Logits, b: Logits) -> bool:
 
 def _look_alike(a: Logits, b: Logits) -> bool:
     """Whether both have the same elements in the same places."""
-    shapes = tensor_of(a.node).shape, tensor_of(b.node).shape
     return (
         a.extent is b.extent
         and a.vocab_dim == b.vocab_dim
         and a.words == b.words
         and a.steps == b.steps
-        and len(shapes[0]) == len(shapes[1])
-        and all(map(same, *shapes))
+        and same_shape(a.node, b.node)
     )

@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from . import mutation
 from .emitter import nodes_read
 from .match import NOTHING_IGNORED, Match, Reader, Rewrite, Weighting, row_order
 from .softmaxes import summed_dims
-from .spelling import arguments, operation
+from .spelling import operation
 from .tensors import (
     AUTOCAST_SWITCHES,
     ENTER_AUTOCAST,
     gradients_are_recorded,
     is_number,
+    memory_of,
     tensor_of,
     value_of,
 )
@@ -31,6 +32,7 @@ from .weighting import (
     differentiable_user,
     factors_of,
     is_negated,
+    is_sum,
     other_operand,
     weighted_sum_of_others_too,
 )
@@ -69,9 +71,12 @@ class Join:
     """What uses the readers before that, and has to be moved behind the call, in this order."""
 
 
-def join(graph: Graph, rewrites: list[Rewrite]) -> list[Join]:
-    """Which of the matches of ``rewrites`` a call computes with the gradient of a sum."""
-    order = {node: number for number, node in enumerate(graph.nodes)}
+def join(rewrites: list[Rewrite]) -> Iterator[Join]:
+    """Which of the matches of ``rewrites`` a call computes with the gradient of a sum.
+
+    Each is found in the graph as the call for the one before has left it.
+    """
+    places = {match.place for rewrite in rewrites for match in rewrite.matches}
     alike: list[list[tuple[Match, tuple[Term, ...]]]] = []
     for rewrite in rewrites:
         for match in rewrite.matches:
@@ -82,19 +87,16 @@ def join(graph: Graph, rewrites: list[Rewrite]) -> list[Join]:
             if group is None:
                 alike.append(group := [])
             group.append((match, terms))
-    return [joined for group in alike for joined in _joins(group, order)]
-
-
-def _joins(group: list[tuple[Match, tuple[Term, ...]]], order: dict[Node, int]) -> Iterator[Join]:
-    together = _join(group, order) if len(group) > 1 else None
-    if together is not None:
-        yield together
-        return
-    for match, terms in group:
-        # Others have their gradients in the forward as they are.
-        alone = _join([(match, terms)], order) if match.reduction == "none" else None
-        if alone is not None:
-            yield alone
+    for group in alike:
+        together = _join(group, places) if len(group) > 1 else None
+        if together is not None:
+            yield together
+            continue
+        for match, terms in group:
+            # Others have their gradients in the forward as they are.
+            alone = _join([(match, terms)], places) if match.reduction == "none" else None
+            if alone is not None:
+                yield alone
 
 
 def _terms(match: Match) -> tuple[Term, ...] | None:
@@ -115,10 +117,12 @@ def _term(match: Match, reader: Reader) -> Term | None:
     weighting = weighted_sum_of_others_too(reader.node) if is_of_all_rows else None
     if weighting is None:
         return None
-    if weighting.power == 2 and (
-        reader.kind != "logsumexp" or match.compute_dtype == torch.float16
-    ):
-        return None  # squares are summed of log-sum-exps alone; Problem.z_loss says why not in FP16
+    if weighting.power == 2:
+        if reader.kind != "logsumexp" or match.compute_dtype == torch.float16:
+            return None  # the op has no other squares; Problem.z_loss says why not in FP16
+        until = mutation.nodes_between(reader.node, weighting.nodes[-1])
+        if any(mutation.writers(until, of=(reader.node, *weighting.nodes))):
+            return None  # they may be squares of other numbers
     return Term(reader, weighting)
 
 
@@ -134,11 +138,12 @@ def _key(match: Match) -> tuple[Any, ...]:
     )
 
 
-def _join(group: list[tuple[Match, tuple[Term, ...]]], order: dict[Node, int]) -> Join | None:
+def _join(group: list[tuple[Match, tuple[Term, ...]]], places: set[Node]) -> Join | None:
     """All of ``group`` in one call, with the first sum of them all that comes late enough."""
     paths = {term.reader.node: _path(term.number) for _, terms in group for term in terms}
     common = set.intersection(*(set(path) for path in paths.values()))
-    joins = (_join_at(root, group, paths, order) for root in sorted(common, key=order.__getitem__))
+    others = places - {match.place for match, _ in group}
+    joins = (_join_at(root, group, paths, others) for root in sorted(common))
     return next((joined for joined in joins if joined is not None), None)
 
 
@@ -146,8 +151,9 @@ def _join_at(
     root: Node,
     group: list[tuple[Match, tuple[Term, ...]]],
     paths: dict[Node, dict[Node, tuple[Factor, ...]]],
-    order: dict[Node, int],
+    others: set[Node],
 ) -> Join | None:
+    """``group`` joined in ``root``, if possible; ``others`` are where other calls will be."""
     terms = tuple(
         tuple(replace(term, factors=paths[term.reader.node][root]) for term in terms)
         for _, terms in group
@@ -159,56 +165,59 @@ def _join_at(
         for node in _inputs(match, of_match)
     }
     # Readers that have no gradient take nothing else, and may come later.
-    last = max(paths.keys() | inputs, key=order.__getitem__)
-    while order[last] < order[root] and not gradients_are_recorded(last.next):
+    last = max(paths.keys() | inputs)
+    while last < root and not gradients_are_recorded(last.next):
         last = last.next  # an input is made under no_grad
-    moved = _users_until(last, readers, order)
-    if order[last] >= order[root] or moved is None or not inputs.isdisjoint(moved):
+    moved = _users_until(last, readers)
+    if last >= root or moved is None or not (inputs | others).isdisjoint(moved):
         return None
-    between = list(mutation.nodes_between(min(readers, key=order.__getitem__), last))
-    if any(mutation.writers(between, of=inputs)):
+    # What the call reads is what was read on the way to the root.
+    if any(mutation.writers(mutation.nodes_between(min(readers), root), of=inputs)):
         return None
-    # What is moved must be run as it was.
-    if not all(map(gradients_are_recorded, moved)):
+    if not _run_the_same_behind(last, moved):
         return None
-    if moved and any(node.target in AUTOCAST_SWITCHES for node in (*between, last)):
-        return None
-    if len(group) > 1 and _enters_autocast(group, last, order):
+    if len(group) > 1 and _enters_autocast(group, last):
         return None
     return Join(tuple(match for match, _ in group), terms, root, last, moved)
 
 
-def _enters_autocast(
-    group: list[tuple[Match, tuple[Term, ...]]], last: Node, order: dict[Node, int]
-) -> bool:
+def _enters_autocast(group: list[tuple[Match, tuple[Term, ...]]], last: Node) -> bool:
     """Whether ``last`` is in an autocast that a head is not in: cat takes no FP16 under BF16."""
-    first = min((match.logits.head.node for match, _ in group), key=order.__getitem__)
+    first = min(match.logits.head.node for match, _ in group)
     return any(node.target is ENTER_AUTOCAST for node in mutation.nodes_between(first, last))
 
 
-def _users_until(last: Node, readers: set[Node], order: dict[Node, int]) -> tuple[Node, ...] | None:
+def _users_until(last: Node, readers: set[Node]) -> tuple[Node, ...] | None:
     """What depends on ``readers``, up to ``last``; None if it is not understood."""
     users: set[Node] = set()
     pending = list(readers)
     while pending:
         for user in pending.pop().users:
-            if order[user] <= order[last] and user not in users | readers:
-                is_tensor = isinstance(value_of(user), torch.Tensor)
-                if not is_tensor or operation(user) is None or _writes_to_others(user, users):
+            if user <= last and user not in users | readers:
+                if not isinstance(value_of(user), torch.Tensor) or operation(user) is None:
                     return None
                 users.add(user)
                 pending.append(user)
             elif user in readers:
                 return None  # a reader that depends on another
-    return tuple(sorted(users, key=order.__getitem__))
+    return tuple(sorted(users))
 
 
-def _writes_to_others(node: Node, moved: set[Node]) -> bool:
-    """Whether ``node`` writes to what others may read, who are not among those ``moved``."""
-    if not mutation.may_write(node):
-        return False
-    total = node.args[0]  # total += loss
-    return isinstance(total, Node) and total not in moved and len(total.users) > 1
+def _run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:
+    """Whether ``moved``, and what they are moved past, compute what they did."""
+    if not moved:
+        return True
+    passed = set(mutation.nodes_between(moved[0], last.next)).difference(moved)
+    read, read_by_passed = (
+        {source for node in nodes for source in node.all_input_nodes} for nodes in (moved, passed)
+    )
+    written = {storage for node in moved for storage in mutation.memory_written(node)}
+    return (
+        all(map(gradients_are_recorded, moved))
+        and not any(node.target in AUTOCAST_SWITCHES for node in passed)
+        and not any(mutation.writers(passed, of=read))
+        and all(written.isdisjoint(memory_of(source)) for source in read_by_passed)
+    )
 
 
 def _inputs(match: Match, terms: Iterable[Term]) -> set[Node]:
@@ -249,14 +258,9 @@ def _scaled(before: Node, after: Node) -> list[Factor] | None:
 
 
 def _added(before: Node, after: Node) -> list[Factor] | None:
-    is_plain = arguments(after, lambda input, other: locals()) is not None
-    if not is_plain or tensor_of(after).dim() > tensor_of(before).dim():
+    if not is_sum(before, after):
         return None
     return [("mul", -1)] if is_negated(before, after) else []
-
-
-def _stacked(before: Node, after: Node) -> list[Factor] | None:
-    return [] if tensor_of(before).dim() == 0 and isinstance(after.args[0], tuple | list) else None
 
 
 def _summed(before: Node, after: Node) -> list[Factor] | None:
@@ -274,7 +278,7 @@ _STEPS: dict[str | None, Callable[[Node, Node], list[Factor] | None]] = {
     "add": _added,
     "sub": _added,
     "cast": lambda before, after: [],
-    "stack": _stacked,
+    "stack": lambda before, after: [] if tensor_of(before).dim() == 0 else None,
     "sum": _summed,
     "mean": _summed,
 }

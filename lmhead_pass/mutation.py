@@ -36,10 +36,29 @@ def writers(nodes: Iterable[Node], of: Iterable[Node]) -> Iterator[Node]:
     """Those of ``nodes`` that may write to the memory of any of the tensors ``of``."""
     memory = {storage for node in of for storage in memory_of(node)}
     for node in nodes:
-        if may_write(node) and any(
-            not memory.isdisjoint(memory_of(argument)) for argument in _written_by(node)
-        ):
+        if not memory.isdisjoint(memory_written(node)):
             yield node
+
+
+def memory_written(node: Node) -> set[int]:
+    """The memory that ``node`` may write to."""
+    if not may_write(node):
+        return set()
+    return {storage for argument in _written_by(node) for storage in memory_of(argument)}
+
+
+def has_other_names(write: Node) -> bool:
+    """Whether what ``write`` writes to is read after it by another name than ``write``."""
+    memory = memory_written(write)
+    for node in write.graph.nodes:
+        if node is write:
+            return False
+        is_read_later = node.op in ("placeholder", "get_attr") or any(
+            user > write for user in node.users
+        )
+        if is_read_later and not memory.isdisjoint(memory_of(node)):
+            return True
+    raise AssertionError("a node is in its graph")
 
 
 def _written_by(node: Node) -> list[Node]:

@@ -152,7 +152,7 @@ class _GradientsInForward(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:3])
         loss, *results = _ops._forward_and_gradients(*problem, needed, names)
         gradients, measures = results[:3], results[3:]
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*gradients, _has_terms(Problem(*problem)))
         ctx.dtypes = [
             tensor.dtype if wanted else None
             for tensor, wanted in zip(arguments[:3], needed, strict=True)
@@ -164,11 +164,15 @@ class _GradientsInForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         _refuse_double_backward()
+        *gradients, has_terms = ctx.saved_tensors
+        if grad_loss is not None:
+            # The gradient of a sum of nothing is 0, and that of 0 / 0 infinite: eager leaves 0.
+            grad_loss = grad_loss.masked_fill(~has_terms, 0)
         gradients = (
             _scale(gradient, grad_loss).to(dtype)
             if grad_loss is not None and dtype is not None
             else None
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return *gradients, *_NOT_DIFFERENTIABLE
 
@@ -205,6 +209,13 @@ class _GradientsInBackward(torch.autograd.Function):
             for gradient, tensor, wanted in zip(gradients, tensors[:3], needed, strict=True)
         )
         return *gradients, *_NOT_DIFFERENTIABLE
+
+
+def _has_terms(problem: Problem) -> Tensor:
+    """``[]``: whether any row counts for something in the loss."""
+    if problem.has_logsumexp_terms:
+        return problem.target.new_ones((), dtype=torch.bool)
+    return (problem.target != problem.ignore_index).any()
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:

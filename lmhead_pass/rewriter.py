@@ -10,7 +10,7 @@ from .joining import join
 from .leaving import emit_lazily
 from .lifting import Lifted, find_across_regions
 from .match import Match, Refusal, Rewrite
-from .serving import emit_call, emit_join
+from .serving import emit_call, emit_join, emit_root
 
 
 @dataclass
@@ -82,15 +82,20 @@ def rewrite_graph(graph: Graph) -> None:
 def _prepare(graph: Graph, rewrites: list[Rewrite]) -> _Change:
     """Insert what takes the place of heads and their readers; nothing old is touched yet."""
     change = _Change()
-    joins = join(graph, rewrites)
-    for joined in joins:
-        values, nodes = emit_join(graph, joined)
+    results: dict[Node, list[Node]] = {}
+    served: list[Match] = []
+    for joined in join(rewrites):
+        values, result, nodes = emit_join(graph, joined)
         change.replaced |= values
         change.calls += ((match, nodes) for match in joined.matches)
+        results.setdefault(joined.root, []).append(result)
+        served += joined.matches
+    for root, of_calls in results.items():
+        change.replaced[root] = emit_root(graph, root, of_calls)
     for rewrite in rewrites:
         change.gone.update(rewrite.nodes)
         for match in rewrite.matches:
-            if not any(match in joined.matches for joined in joins):
+            if match not in served:
                 _prepare_call(graph, match, change)
             change.gone.update(reader.node for reader in match.readers if reader.kind != "returned")
         for logits in rewrite.returned:

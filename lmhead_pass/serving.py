@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -44,8 +44,12 @@ def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]
     return values, emit.nodes
 
 
-def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], list[Node]]:
-    """Insert the call that serves ``joined``: what replaces which node, and all new nodes."""
+def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], Node, list[Node]]:
+    """Insert the call that serves ``joined``.
+
+    Returns what replaces which reader, the result that the root's gradient has to go to
+    (``emit_root``), and all new nodes.
+    """
     behind = joined.last.next
     for node in joined.moved:
         behind.prepend(node)
@@ -78,10 +82,15 @@ def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], list[Node]]
         for reader in match.readers:
             of_rows = {**piece, "loss": piece["losses"]}
             values[reader.node] = emit_value(emit, alone, reader, of_match, of_rows)
-    values[joined.root] = Emitter(graph, joined.root.next)(
-        torch.ops.lmhead_pass.with_gradient_of.default, joined.root, results["loss"]
+    return values, results["loss"], emit.nodes
+
+
+def emit_root(graph: Graph, root: Node, results: Sequence[Node]) -> Node:
+    """Insert what stands for ``root``, and passes its gradient on to the ``results`` of calls."""
+    emit = Emitter(graph, root.next)
+    return emit(
+        torch.ops.lmhead_pass.with_gradient_of.default, root, reduce(partial(emit, "add"), results)
     )
-    return values, emit.nodes
 
 
 def _joined(emit: Emitter, parts: list[Node]) -> Node:
@@ -161,9 +170,11 @@ def _shares(
 def _ones(emit: Emitter, match: Match, reader: Reader, rows: Node, target: Node) -> Node:
     """1 for each of the reader's numbers, in their shape. ``target`` is the call's."""
     dtype = torch.promote_types(match.compute_dtype, torch.float32)
+    # Contiguous, as losses are, so that they can be viewed in the same shapes.
+    ones_like = partial(emit, torch.ones_like, dtype=dtype, memory_format=torch.contiguous_format)
     if reader.loss is not None:
-        return emit(torch.ones_like, reader.loss.target, dtype=dtype)
-    ones = emit(torch.ones_like, target, dtype=dtype)
+        return ones_like(reader.loss.target)
+    ones = ones_like(target)
     return _of_each_row(emit, match, reader, rows, ones)
 
 

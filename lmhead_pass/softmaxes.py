@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from .match import Logits, Refused
 from .spelling import arguments, operation
-from .tensors import same, tensor_of
+from .tensors import same, same_shape, tensor_of
 
 # How a node that a tensor was reshaped or cast from is found again.
 _SHAPED = ("reshape", "cast", "expand")
@@ -91,13 +91,10 @@ def times_one_hot(logits: Logits, node: Node) -> tuple[Node, list[Node]] | None:
     hot = arguments(chain[0], lambda input, num_classes=-1: locals())
     if operation(chain[0]) != "one_hot" or hot is None:
         return None
-    shapes = tensor_of(chain[0]).shape, tensor_of(logits.node).shape
     if (
-        logits.vocab_dim != len(shapes[1]) - 1
-        or not all(map(same, *shapes))
-        or (
-            len(shapes[0]) != len(shapes[1]) or any(operation(step) != "cast" for step in chain[1:])
-        )
+        logits.vocab_dim != tensor_of(logits.node).dim() - 1
+        or not same_shape(chain[0], logits.node)
+        or any(operation(step) != "cast" for step in chain[1:])
     ):
         return None
     return hot["input"], chain

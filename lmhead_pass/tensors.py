@@ -37,6 +37,14 @@ def tensor_of(node: Any) -> torch.Tensor:
     return value
 
 
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` is a tensor outside of torch.func transforms: inside, what it says of
+    gradients is not what is outside."""
+    return isinstance(value, torch.Tensor) and not (
+        torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
 def memory_of(node: Node) -> set[int]:
     """The memory that a node's value lives in, as its fake tensors share it."""
     tensors = (v for v in tree_leaves(value_of(node)) if isinstance(v, torch.Tensor))
@@ -77,6 +85,12 @@ def number_of(argument: Any) -> float | int:
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are equal, whatever the dynamic sizes turn out to be."""
     return statically_known_true(a == b)
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    """Whether two tensors have the same sizes, whatever the dynamic ones turn out to be."""
+    shapes = tensor_of(a).shape, tensor_of(b).shape
+    return len(shapes[0]) == len(shapes[1]) and all(map(same, *shapes))
 
 
 def hint(size: int | torch.SymInt) -> int:

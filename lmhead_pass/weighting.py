@@ -18,7 +18,7 @@ from .emitter import Emitter, size_of
 from .match import Weighting
 from .softmaxes import summed_dims
 from .spelling import arguments, operation
-from .tensors import is_cut_off, is_number, same, tensor_of, value_of
+from .tensors import is_cut_off, is_number, is_plain, same, same_shape, tensor_of, value_of
 
 
 def weighted_sum(values: Node) -> Weighting | None:
@@ -68,7 +68,10 @@ def differentiable_user(node: Node) -> Node | None:
     users = [user for user in node.users if _may_pass_gradient(user)]
     if len(users) != 1 or users[0].op == "output":
         return None
-    return users[0] if _uses_once(users[0], node) or is_square(node, users[0]) else None
+    user = users[0]
+    if mutation.may_write(user) and mutation.has_other_names(user):
+        return None  # a gradient may come from there
+    return user if _uses_once(user, node) or is_square(node, user) else None
 
 
 def _may_pass_gradient(node: Node) -> bool:
@@ -78,7 +81,7 @@ def _may_pass_gradient(node: Node) -> bool:
     while pending:
         node = pending.pop()
         value = value_of(node)
-        if not isinstance(value, torch.Tensor):  # the graph's output, or not understood
+        if not is_plain(value):  # the graph's output, or not understood
             return True
         if value.requires_grad and node not in seen:
             if mutation.may_write(node):
@@ -90,7 +93,9 @@ def _may_pass_gradient(node: Node) -> bool:
 
 def _uses_once(user: Node, node: Node) -> bool:
     uses = sum(leaf is node for leaf in tree_leaves((user.args, user.kwargs)))
-    return uses == 1 and isinstance(value_of(user), torch.Tensor) and not is_cut_off(user)
+    value = value_of(user)
+    is_known = is_plain(value) and value.is_floating_point() and not is_cut_off(user)
+    return uses == 1 and is_known
 
 
 def is_square(before: Node, after: Node) -> bool:
@@ -121,17 +126,20 @@ def _is_linear(before: Node, after: Node, is_reduced: bool) -> bool:
 def _is_plain_index(index: Any) -> bool:
     """Whether ``index`` takes each element once at most, and how many does not depend on data."""
     return all(
-        part is None or part is Ellipsis or isinstance(part, int | slice)
+        part is None or part is Ellipsis or isinstance(part, slice) or type(part) is int
         for part in (index if isinstance(index, tuple) else (index,))
     )
 
 
 def _is_linear_but_for_others(before: Node, after: Node, is_reduced: bool) -> bool:
-    if operation(after) not in ("add", "sub"):
-        return _is_linear(before, after, is_reduced)
-    shapes = tensor_of(before).shape, tensor_of(after).shape
-    is_plain = arguments(after, lambda input, other: locals()) is not None
-    return is_plain and len(shapes[0]) == len(shapes[1]) and all(map(same, *shapes))
+    return is_sum(before, after) or _is_linear(before, after, is_reduced)
+
+
+def is_sum(before: Node, after: Node) -> bool:
+    """Whether ``after`` is the sum of ``before`` and another, or a difference of them."""
+    is_one = operation(after) in ("add", "sub")
+    has_no_alpha = arguments(after, lambda input, other: locals()) is not None
+    return is_one and has_no_alpha and same_shape(before, after)
 
 
 def is_negated(before: Node, after: Node) -> bool:
@@ -181,12 +189,7 @@ def _is_zero(value: Any) -> bool:
 def _is_known(before: Node, after: Node, factor: Any) -> bool:
     if is_number(factor):
         return True
-    shapes = tensor_of(before).shape, tensor_of(after).shape
-    return (
-        not tensor_of(factor).requires_grad
-        and len(shapes[0]) == len(shapes[1])
-        and all(map(same, *shapes))
-    )
+    return not tensor_of(factor).requires_grad and same_shape(before, after)
 
 
 def factors_of(values: Node, weighting: Weighting) -> Iterator[Node]:
@@ -209,6 +212,7 @@ def reduced_dims(node: Node) -> tuple[tuple[int, ...], bool] | None:
     dims = (dims,) if isinstance(dims, int) else dims
     if not isinstance(dims, tuple | list) or not all(isinstance(dim, int) for dim in dims):
         return None
+    dims = dims or range(rank)
     return tuple(dim % rank for dim in dims), keeps
 
 

@@ -102,8 +102,25 @@ def stacked_and_weighted(h, w, b, y):
     return torch.stack(losses).mul(0.5).sum() + h.square().sum()
 
 
+def stacked_by_keyword(h, w, b, y):
+    z = F.linear(h, w, b)
+    return torch.stack(tensors=[forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])]).sum()
+
+
+def read_before_it_is_added_to(h, w, b, y):
+    z = F.linear(h, w, b)
+    total = h.sum() * 1
+    first = forms.flat(z[0], y[0])
+    seen = total * 2
+    total += first
+    second = forms.flat(z[1:], y[1:])
+    return total + second + seen.detach()
+
+
 JOINED = [
     added_in_place,
+    read_before_it_is_added_to,
+    stacked_by_keyword,
     added_to_a_tensor,
     stacked_and_weighted,
     over_pieces_of_logits,
@@ -222,16 +239,6 @@ def weighted_by_a_parameter(h, w, b, y):
     return forms.flat(z[0], y[0]) * h.sum() + forms.flat(z[1:], y[1:])
 
 
-def read_before_it_is_added_to(h, w, b, y):
-    z = F.linear(h, w, b)
-    total = h.sum() * 1
-    first = forms.flat(z[0], y[0])
-    seen = total * 2
-    total += first
-    second = forms.flat(z[1:], y[1:])
-    return total + second + seen.detach()
-
-
 def hidden_of_a_loss(h, w, b, y):
     first = forms.flat(F.linear(h, w, b), y)
     return first + forms.flat(F.linear(h * first.detach(), w, b), y)
@@ -245,14 +252,87 @@ def written_in_between(h, w, b, y):
     return first + forms.flat(F.linear(h[1:], w.detach()), y[1:]) + w.sum() + b.sum()
 
 
+def factor_written_afterwards(h, w, b, y):
+    z = F.linear(h, w, b)
+    factor = torch.ones(())
+    first, second = forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])
+    factor.mul_(3)
+    return first * factor + second
+
+
+def repeated(h, w, b, y):
+    z = F.linear(h, w, b)
+    five_times = torch.stack([forms.flat(z[0], y[0])]) + torch.zeros(5)
+    return five_times.sum() + forms.flat(z[1:], y[1:])
+
+
+def total_of_two_names(h, w, b, y):
+    z = F.linear(h, w, b)
+    first, second = forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])
+    total = other_name = torch.zeros(())
+    total += first
+    total += second
+    return other_name * 2 + h.sum()
+
+
+def total_in_a_tensor(h, w, b, y):
+    z = F.linear(h, w, b)
+    totals = torch.zeros(2)
+    total = totals[0]
+    total += forms.flat(z[0], y[0])
+    total += forms.flat(z[1:], y[1:])
+    return totals.sum() + h.sum()
+
+
+def read_by_a_transform(h, w, b, y):
+    z = F.linear(h, w, b)
+    first, second = forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])
+    return first + second + torch.vmap(lambda row: row * first)(torch.arange(3.0)).sum()
+
+
+def logged_times_what_is_written(h, w, b, y):
+    z = F.linear(h, w, b)
+    scale = torch.ones(())
+    first = forms.flat(z[0], y[0])
+    logged = first.detach() * scale
+    scale.add_(1)
+    return first + forms.flat(z[1:], y[1:]), logged
+
+
+def logged_in_a_tensor(h, w, b, y):
+    z = F.linear(h, w, b)
+    logs = torch.zeros(2)
+    log = logs[0]
+    first = forms.flat(z[0], y[0])
+    log += first.detach()
+    logged = logs.sum()
+    return first + forms.flat(z[1:], y[1:]), logged
+
+
+def logged_with_out(h, w, b, y):
+    z = F.linear(h, w, b)
+    log = torch.zeros(())
+    first = forms.flat(z[0], y[0])
+    torch.mul(first.detach(), 2, out=log)
+    logged = log * 3
+    return first + forms.flat(z[1:], y[1:]), logged
+
+
 APART = [
+    factor_written_afterwards,
+    repeated,
+    total_of_two_names,
+    total_in_a_tensor,
+    read_by_a_transform,
+    logged_times_what_is_written,
+    logged_in_a_tensor,
+    logged_with_out,
     product,
     squared,
     used_twice,
     returned_too,
     weighted_by_a_parameter,
     hidden_of_a_loss,
-    read_before_it_is_added_to,
     written_in_between,
 ]
 
@@ -261,8 +341,68 @@ APART = [
 def test_a_call_for_each(function):
     """Where the losses' shares of the gradient are not known before, or not what they read."""
     tensors, graphs = inputs(), []
+    compiled = rewrite(function, graphs)
+    assert_as_eager(function, tensors, compiled)
+    assert graphs[1].count("lmhead_pass.linear_cross_entropy") == 2, graphs[1]
+    torch.testing.assert_close(compiled(*tensors), function(*tensors))
+
+
+def both_terms(h, w, b, y):
+    """Of two heads."""
+    z = [F.linear(h, w), F.linear(h, w.flip(0), b)]
+    return [forms.flat(logits, y) for logits in z], [z.logsumexp(-1).square().mean() for z in z]
+
+
+def heads_in_one_sum(h, w, b, y):
+    losses, squares = both_terms(h, w, b, y)
+    return torch.stack(losses).mean() + 1e-2 * torch.stack(squares).mean()
+
+
+def one_head_after_the_other(h, w, b, y):
+    losses, squares = both_terms(h, w, b, y)
+    return losses[0] + losses[1] + squares[0] + squares[1]
+
+
+def the_other_head_first(h, w, b, y):
+    losses, squares = both_terms(h, w, b, y)
+    return losses[0] + losses[1] + squares[1] + squares[0]
+
+
+def heads_in_turn(h, w, b, y):
+    total, weights = 0, (w, w.flip(0))
+    for row, target in zip(h, y, strict=True):
+        for weight in weights:
+            z = F.linear(row, weight, b)
+            total += forms.flat(z, target) + 1e-2 * z.logsumexp(-1).square().mean()
+    return total
+
+
+@pytest.mark.parametrize(
+    "function",
+    [heads_in_one_sum, one_head_after_the_other, the_other_head_first, heads_in_turn],
+    ids=lambda function: function.__name__,
+)
+def test_several_heads(function, passes):
+    """Their calls may share a sum, and what is moved."""
+    tensors, graphs = inputs(), []
     assert_as_eager(function, tensors, rewrite(function, graphs))
     assert graphs[1].count("lmhead_pass.linear_cross_entropy") == 2, graphs[1]
+    assert passes == ["forward_and_gradients"] * 2
+
+
+def test_the_place_of_another_call_is_not_moved():
+    """Past what writes to what that call reads."""
+    h, w, b, y = inputs()
+
+    def function(h, w, b, y):
+        z, written = F.linear(h, w, b), h * 1
+        losses = forms.flat(F.linear(written, w + 1), y, reduction="none")
+        first = forms.flat(z[0], y[0])
+        weighted = (losses * first.detach()).sum()
+        written.mul_(2)
+        return weighted + first + forms.flat(z[1:], y[1:])
+
+    assert_as_eager(function, (h, w.detach(), b, y), rewrite(function))
 
 
 def nll_by_hand(z, y):
@@ -333,6 +473,7 @@ KNOWN = {
     "logged_by_row": lambda z, y: (
         lambda losses: ((losses * kept(y)).sum() / kept(y).sum(), *metrics(losses, y))
     )(per_token(z, y)),
+    "mean_over_no_dim_is_over_all": lambda z, y: per_token(z, y).mean(dim=[]),
     "logged_sum": lambda z, y: (
         lambda total: (total / y.numel(), total.detach(), total.exp().detach())
     )(per_token(z, y).sum()),
@@ -369,9 +510,71 @@ def judged_without_gradient(z, y):
     return (losses * weights).sum(), worst
 
 
-KNOWN |= {f.__name__: f for f in (measured_without_gradient, weighted_without_gradient)}
+def viewed_as_the_target_is_not(z, y):
+    losses = F.cross_entropy(z.permute(1, 2, 0), y.t(), reduction="none")
+    return losses.view(-1).sum() / 4, losses.detach().amax()
+
+
+KNOWN |= {
+    f.__name__: f
+    for f in (
+        measured_without_gradient,
+        weighted_without_gradient,
+        viewed_as_the_target_is_not,
+    )
+}
+
+
+def weights_written_afterwards(z, y):
+    losses, weights = per_token(z, y), kept(y)
+    worst = losses.detach().amax()
+    weights.mul_(0.5)
+    return (losses * weights).sum(), worst
+
+
+def weights_written_from_the_losses(z, y):
+    losses, weights = per_token(z, y), torch.zeros(y.shape)
+    weights.copy_(losses.detach())
+    return (losses * weights).sum(), losses.detach().amax()
+
+
+def square_of_what_was_written(z, y):
+    lse = z.logsumexp(-1).clone()
+    lse.detach().add_(5)
+    return lse.square().mean() + forms.flat(z, y)
+
+
+def sum_of_two_names(z, y):
+    losses, worst = per_token(z, y), per_token(z, y).detach().amax()
+    total = other_name = torch.zeros(y.shape)
+    total += losses
+    return total.sum() + 3 * other_name.sum() + losses.detach().amax(), worst
+
+
+def imaginary(z, y):
+    losses = per_token(z, y)
+    return (losses * 1j).sum().imag, losses.detach().amax()
+
+
+def through_a_transform(z, y):
+    losses = per_token(z, y)
+    return losses.sum() + torch.vmap(lambda row: row * 2)(losses).sum()
+
+
 UNKNOWN = {
     "viewed_without_gradient": viewed_without_gradient,
+    **{
+        f.__name__: f
+        for f in (
+            weights_written_afterwards,
+            weights_written_from_the_losses,
+            square_of_what_was_written,
+            sum_of_two_names,
+            imaginary,
+            through_a_transform,
+        )
+    },
+    "indexed_with_true": lambda z, y: per_token(z, y)[True].sum(),
     "judged_without_gradient": judged_without_gradient,
     "ratio": lambda z, y: (nll_by_hand(z, y).neg().exp() * kept(y)).mean(),
     "returned_by_row": lambda z, y: (
