@@ -5,7 +5,7 @@ but for one number, ``mask``. So the gradients can be computed in the forward. T
 the squares of log-sum-exps in a z-loss.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,7 @@ def weighted_sum(values: Node) -> Weighting | None:
 
     Nothing else reads any of them.
     """
-    return _weighting(values, _only_user, _is_linear)
+    return _weighting(values, with_others=False)
 
 
 def weighted_sum_of_others_too(values: Node) -> Weighting | None:
@@ -35,24 +35,21 @@ def weighted_sum_of_others_too(values: Node) -> Weighting | None:
     It is a weighted sum of them and of what is added on the way; None if it is not. Others may read
     any of them, if no gradient comes from there.
     """
-    return _weighting(values, differentiable_user, _is_linear_but_for_others)
+    return _weighting(values, with_others=True)
 
 
-def _weighting(
-    values: Node,
-    next_user: Callable[[Node], Node | None],
-    is_linear: Callable[[Node, Node, bool], bool],
-) -> Weighting | None:
+def _weighting(values: Node, with_others: bool) -> Weighting | None:
     nodes, power = [values], 1
     while tensor_of(nodes[-1]).dim() > 0:
-        before, after = nodes[-1], next_user(nodes[-1])
+        before = nodes[-1]
+        after = differentiable_user(before) if with_others else _only_user(before)
         if after is None or not tensor_of(after).requires_grad:
             return None
         is_reduced = any(operation(node) in ("sum", "mean") for node in nodes)
         is_scaled = any(operation(node) not in ("cast", "reshape") for node in nodes[1:])
-        if is_linear is _is_linear_but_for_others and is_square(before, after) and not is_scaled:
+        if with_others and is_square(before, after) and not is_scaled:
             power = 2
-        elif not is_linear(before, after, is_reduced):
+        elif not ((with_others and is_sum(before, after)) or _is_linear(before, after, is_reduced)):
             return None
         nodes.append(after)
     return Weighting(tuple(nodes[1:]), power) if len(nodes) > 1 else None
@@ -120,7 +117,8 @@ def _is_linear(before: Node, after: Node, is_reduced: bool) -> bool:
         return mask is not None and _is_known(before, after, mask[0])
     if name == "reshape" or (name == "getitem" and _is_plain_index(after.args[1])):
         return not is_reduced and not after.kwargs and after.args[0] is before
-    return name in ("cast", "neg")
+    # Weights are made where the values are.
+    return name in ("cast", "neg") and tensor_of(before).device == tensor_of(after).device
 
 
 def _is_plain_index(index: Any) -> bool:
@@ -129,10 +127,6 @@ def _is_plain_index(index: Any) -> bool:
         part is None or part is Ellipsis or isinstance(part, slice) or type(part) is int
         for part in (index if isinstance(index, tuple) else (index,))
     )
-
-
-def _is_linear_but_for_others(before: Node, after: Node, is_reduced: bool) -> bool:
-    return is_sum(before, after) or _is_linear(before, after, is_reduced)
 
 
 def is_sum(before: Node, after: Node) -> bool:
