@@ -95,9 +95,9 @@ class _Walk:
                 inference = True
             elif node.target is EXIT_INFERENCE:
                 inference = False
-            elif inference or is_cut_off(node):
-                self.without_history.add(node)
             inputs = [source for source in node.all_input_nodes if source in self.holds]
+            if inference or (inputs and is_cut_off(node)):
+                self.without_history.add(node)
             if inputs:
                 try:
                     self._check_history(node, inputs)

@@ -128,7 +128,12 @@ def is_cut_off(node: Node) -> bool:
     That is so for a view of a view that is made under no_grad.
     """
     value = value_of(node)
-    return isinstance(value, torch.Tensor) and value.requires_grad and value.grad_fn is None
+    if not isinstance(value, torch.Tensor) or not value.requires_grad:
+        return False
+    try:
+        return value.grad_fn is None
+    except RuntimeError:  # of some views, when what they view has been written to
+        return True
 
 
 def is_inference(node: Node) -> bool:
