@@ -27,6 +27,8 @@ _WRITING_OPERATORS = {
         )
     ),
 }
+# The same as methods; others, such as __eq__, write to nothing.
+_WRITING_SPECIAL_METHODS = {f"__{function.__name__}__" for function in _WRITING_OPERATORS}
 _PURE_MODULES = ("_operator", "builtins", "math", "torch.functional", "torch.special")
 # These write to arguments without saying so in their names or an ``inplace`` argument.
 _WRITING_FUNCTIONS = {F.embedding, F.embedding_bag, F.batch_norm, F.instance_norm, torch.batch_norm}
@@ -75,7 +77,8 @@ def may_write(node: Node) -> bool:
     if "out" in node.kwargs:
         return True
     if node.op == "call_method":
-        return node.target.endswith("_")
+        is_special = node.target.endswith("__")
+        return node.target in _WRITING_SPECIAL_METHODS if is_special else node.target.endswith("_")
     if node.op != "call_function" or node.target in _WRITING_FUNCTIONS:
         return True
     target = node.target
