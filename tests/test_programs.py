@@ -24,11 +24,8 @@ COUNT, SEED = 200, 1
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _on_one_thread(one_thread):
     yield
-    torch.set_num_threads(before)
     forget()
 
 

@@ -170,14 +170,7 @@ def wrong_by(share: float):
     return forward_and_gradients
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", RECIPES)
 def test_curves(name, monkeypatch):
     recipe = RECIPES[name]
