@@ -118,8 +118,8 @@ def _term(match: Match, reader: Reader) -> Term | None:
     if weighting is None:
         return None
     if weighting.power == 2:
-        if reader.kind != "logsumexp" or match.compute_dtype == torch.float16:
-            return None  # the op has no other squares; Problem.z_loss says why not in FP16
+        if reader.kind != "logsumexp":
+            return None  # the op has no other squares
         until = mutation.nodes_between(reader.node, weighting.nodes[-1])
         if any(mutation.writers(until, of=(reader.node, *weighting.nodes))):
             return None  # they may be squares of other numbers
@@ -213,7 +213,7 @@ def _run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:
     )
     written = {storage for node in moved for storage in mutation.memory_written(node)}
     return (
-        all(map(gradients_are_recorded, moved))
+        all(gradients_are_recorded(n) or not tensor_of(n).requires_grad for n in moved)
         and not any(node.target in AUTOCAST_SWITCHES for node in passed)
         and not any(mutation.writers(passed, of=read))
         and all(written.isdisjoint(memory_of(source)) for source in read_by_passed)

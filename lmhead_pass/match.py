@@ -207,7 +207,7 @@ class Weighting:
     nodes: tuple[Node, ...]
     """From what reads the numbers to the sum, a single number."""
     power: int = 1
-    """2 if it is a sum of their squares."""
+    """2 if it is a sum of their squares, or of the squares of their products with weights."""
 
 
 @dataclass(frozen=True)

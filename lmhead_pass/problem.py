@@ -1,5 +1,6 @@
 """What one call of the op is asked: its tensors, its options, and the dtypes that follow."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -28,8 +29,7 @@ class Problem:
     """``[N]`` floating point: each row, ignored or not, adds to the loss its log-sum-exp times
     this, for reduction "sum" only."""
     z_loss: Tensor | None
-    """``[N]`` floating point: the same for the square of its log-sum-exp. Not with FP16 products:
-    how far gradients reach would not be known before."""
+    """``[N]`` floating point: the same for the square of its log-sum-exp."""
     reduction: str
     """``"mean"``, ``"sum"`` or ``"none"``."""
     ignore_index: int
@@ -53,8 +53,6 @@ class Problem:
                 f"lmhead_pass: linear_cross_entropy takes a {given[0]} for each row with reduction "
                 f"'sum' only, not with '{self.reduction}'"
             )
-        if self.z_loss is not None and self.compute_dtype == torch.float16:
-            raise ValueError("lmhead_pass: linear_cross_entropy takes no z_loss in torch.float16")
 
     @property
     def has_logsumexp_terms(self) -> bool:
@@ -79,6 +77,37 @@ class Problem:
             z_loss = self.z_loss[rows].to(lse.dtype)
             gradient += (2 * z_loss * lse).masked_fill(z_loss == 0, 0)
         return gradient
+
+    def logsumexp_reach(self) -> Tensor:
+        """``[N]``: bounds on these gradients, from what is known before any product.
+
+        A log-sum-exp is above the largest logit by the log of their number at most. Without the
+        bias, logits are no larger than the product of their two rows' norms (Cauchy-Schwarz). The
+        bias that counts is the one that makes logits large: others may be -inf.
+        """
+        dtype = self.accumulate_dtype
+        reach = torch.zeros(len(self.hidden), dtype=dtype, device=self.hidden.device)
+        if self.logsumexp_coefficient is not None:
+            reach += self.logsumexp_coefficient.abs()
+        if self.z_loss is not None:
+            of_words = torch.linalg.vector_norm(self.compute_weight, dim=1, dtype=dtype)
+            of_rows = torch.linalg.vector_norm(self.hidden, dim=1, dtype=dtype)
+            largest = of_rows * of_words.amax()
+            if self.bias is not None:
+                bias = self.bias.to(dtype)
+                largest += (bias.amax() if self.logit_scale > 0 else bias.amin()).abs()
+            largest *= abs(self.logit_scale)
+            if self.softcap is not None:
+                largest.clamp_(max=self.softcap)
+            z_loss = self.z_loss.to(dtype).abs()
+            bound = 2 * z_loss * (largest + math.log(len(self.weight)))
+            reach += bound.masked_fill(z_loss == 0, 0)
+        return reach
+
+    @property
+    def has_narrow_range(self) -> bool:
+        """Whether gradients of logits fit into the compute dtype only if they are scaled."""
+        return self.compute_dtype == torch.float16
 
     @property
     def accumulate_dtype(self) -> torch.dtype:

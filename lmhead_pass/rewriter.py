@@ -54,7 +54,7 @@ def rewrite_graph(graph: Graph) -> None:
 
     A failure inside leaves the graph as it was; it is reported, or raised if ``config.strict``.
     """
-    known = set(graph.nodes)
+    known = dict.fromkeys(graph.nodes)
     lifted: list[Lifted] = []
     try:
         found, lifted = find_across_regions(graph)
@@ -65,6 +65,8 @@ def rewrite_graph(graph: Graph) -> None:
             part.let_go()
         for node in reversed([node for node in graph.nodes if node not in known]):
             graph.erase_node(node)
+        for node in known:  # some may have been moved
+            graph.output_node().prepend(node)
         if config.strict:
             raise
         report.failure(error)

@@ -1,7 +1,7 @@
 """Inserts a call of the op, and makes of its results what each reader is to have."""
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
@@ -13,7 +13,7 @@ from . import mutation
 from .emitter import Emitter, emit_bias, emit_hidden, emit_weight, on_numbers, on_rows, size_of
 from .joining import Join, Term
 from .match import NOTHING_IGNORED, Logits, Loss, Match, Reader, RowStep, row_order
-from .tensors import tensor_of
+from .tensors import gradients_are_recorded, tensor_of
 from .values import fill_behind
 from .weighting import emit_weights
 
@@ -50,10 +50,7 @@ def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], Node, list[
     Returns what replaces which reader, the result that the root's gradient has to go to
     (``emit_root``), and all new nodes.
     """
-    behind = joined.last.next
-    for node in joined.moved:
-        behind.prepend(node)
-    emit = Emitter(graph, joined.moved[0] if joined.moved else behind)
+    emit = Emitter(graph, joined.last.next)
     matches, several = joined.matches, len(joined.matches) > 1
     rows = [emit_rows(emit, match) for match in matches]
     flat = [emit_flat(emit, part) for part in rows]
@@ -82,7 +79,21 @@ def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], Node, list[
         for reader in match.readers:
             of_rows = {**piece, "loss": piece["losses"]}
             values[reader.node] = emit_value(emit, alone, reader, of_match, of_rows)
+    _move_behind(emit, joined.moved)
     return values, results["loss"], emit.nodes
+
+
+def _move_behind(emit: Emitter, nodes: Iterable[Node]) -> None:
+    """Move ``nodes`` behind what ``emit`` has inserted; gradients are recorded there."""
+    recorded = {node: gradients_are_recorded(node) for node in nodes}
+    for node in nodes:
+        if recorded[node]:
+            emit.place.prepend(node)
+            continue
+        with emit.graph.inserting_before(emit.place):
+            emit.graph.call_function(torch._C._set_grad_enabled, (False,))
+            emit.place.prepend(node)
+            emit.graph.call_function(torch._C._set_grad_enabled, (True,))
 
 
 def emit_root(graph: Graph, root: Node, results: Sequence[Node]) -> Node:

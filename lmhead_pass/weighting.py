@@ -46,8 +46,8 @@ def _weighting(values: Node, with_others: bool) -> Weighting | None:
         if after is None or not tensor_of(after).requires_grad:
             return None
         is_reduced = any(operation(node) in ("sum", "mean") for node in nodes)
-        is_scaled = any(operation(node) not in ("cast", "reshape") for node in nodes[1:])
-        if with_others and is_square(before, after) and not is_scaled:
+        is_sum_already = is_reduced or any(operation(node) in ("add", "sub") for node in nodes[1:])
+        if with_others and power == 1 and is_square(before, after) and not is_sum_already:
             power = 2
         elif not ((with_others and is_sum(before, after)) or _is_linear(before, after, is_reduced)):
             return None
@@ -226,7 +226,7 @@ def emit_weights(emit: Emitter, values: Node, weighting: Weighting, ones: Node) 
         elif name == "neg" or is_negated(before, node):
             weights = emit("neg", weights)
         elif is_square(before, node):
-            assert weighting.power == 2, "else it would not have been taken for a weighted sum"
+            weights = emit("square", weights)
         elif name in ("mul", "div"):
             weights = emit(name, weights, _spread(emit, other_operand(before, node), kept, weights))
         elif (mask := kept_rows(before, node)) is not None and name in ("where", "masked_fill"):

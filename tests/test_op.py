@@ -184,7 +184,7 @@ def test_terms_of_log_sum_exps(dtype, with_z_loss, with_all):
     """Also of rows whose target is ignored, as ``tensors`` has them."""
     options = {"reduction": "sum"}
     given = [None, None, torch.randn(37).to(dtype), None]
-    if with_z_loss and dtype != torch.float16:  # test_z_loss_in_float16
+    if with_z_loss:
         given[3] = torch.randn(37).to(dtype)
     if with_all:
         options |= {"label_smoothing": 0.1, "logit_scale": -0.5, "softcap": 3.0}
@@ -192,10 +192,18 @@ def test_terms_of_log_sum_exps(dtype, with_z_loss, with_all):
     assert_no_worse([*tensors(dtype, bias=with_all), *given], options, torch.tensor(1 / 3))
 
 
-def test_z_loss_in_float16():
-    """Its gradient reaches as far as the log-sum-exp, which is not known before."""
-    with pytest.raises(ValueError, match=r"no z_loss in torch\.float16"):
-        call(*tensors(torch.float16), z_loss=torch.rand(37), reduction="sum")
+@pytest.mark.parametrize("factor", [1e-5, 1e6])
+@pytest.mark.parametrize("logit_scale", [1.0, -40.0])
+def test_z_loss_in_float16_neither_underflows_nor_overflows(factor, logit_scale):
+    """Its gradient reaches as far as the log-sum-exp, which is not known before but for bounds."""
+    hidden, weight, bias, target = tensors(torch.float16, bias=True)
+    with torch.no_grad():
+        bias[7] = -torch.inf if logit_scale > 0 else torch.inf
+    target[target == 7] = 8
+    terms = [None, factor * torch.ones(37), None, factor * torch.rand(37)]
+    upstream = torch.tensor(1 / factor)
+    options = {"reduction": "sum", "logit_scale": logit_scale}
+    assert_no_worse([hidden, weight, bias, target, *terms], options, upstream)
 
 
 BY_ROW = ["coefficient", "logsumexp_coefficient", "z_loss"]

@@ -159,8 +159,7 @@ def test_coefficient(dtype, options):
 @pytest.mark.parametrize("with_z_loss", [False, True], ids=["linear", "square"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_terms_of_log_sum_exps(dtype, with_z_loss, options):
-    given = dict.fromkeys(("coefficient", "logsumexp_coefficient"), True)
-    given["z_loss"] = with_z_loss and dtype != torch.float16  # test_op's test_z_loss_in_float16
+    given = dict.fromkeys(("coefficient", "logsumexp_coefficient"), True) | {"z_loss": with_z_loss}
     _assert_no_worse(_problem(dtype, reduction="sum", **given, **OPTIONS[options]))
 
 
@@ -339,9 +338,8 @@ class _Calls(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nothing_reads_the_device(reduction, dtype):
-    options = dict.fromkeys(("coefficient", "logsumexp_coefficient"), reduction == "sum")
-    options["z_loss"] = reduction == "sum" and dtype != torch.float16
-    options |= OPTIONS["all"]
+    by_row = ("coefficient", "logsumexp_coefficient", "z_loss")
+    options = dict.fromkeys(by_row, reduction == "sum") | OPTIONS["all"]
     problem = _problem(dtype, reduction=reduction, **options)
     ones = torch.ones(TOKENS, device=DEVICE)
     with _Calls() as calls:

@@ -85,8 +85,8 @@ def forward_and_gradients(
     if taken:
         _measure_ignored(problem, rows, taken, row_max, log_sum)
     reach = rows.reach(rows.upstream)
-    if problem.logsumexp_coefficient is not None:
-        reach = torch.cat((reach, problem.logsumexp_coefficient.to(reach.dtype)))
+    if by_lse and problem.has_narrow_range:
+        reach = torch.cat((reach, problem.logsumexp_reach()))
     sums = _GradientSums(problem, needed, reach)
     upstream = rows.upstream * sums.factor
     for chunk, hidden, logits in _chunks(problem, rows.index):
@@ -351,7 +351,7 @@ class _GradientSums:
         self._problem = problem
         self._needed = needed
         self._scale = 1.0
-        if problem.compute_dtype == torch.float16:
+        if problem.has_narrow_range:
             # Their products with the weight are bounded by the reach times the largest weight.
             largest = torch.stack(torch.aminmax(problem.compute_weight)).abs().amax()
             self._scale = _power_of_two_scale(reach * problem.logit_scale * largest.clamp_min(1))

@@ -55,8 +55,8 @@ def forward_and_gradients(
     rows, taken = _Rows(problem), Measures(problem, measures)
     by_lse = problem.has_logsumexp_terms
     reach = rows.reach(rows.upstream)
-    if problem.logsumexp_coefficient is not None:
-        reach = reach + problem.logsumexp_coefficient.abs()
+    if by_lse and problem.has_narrow_range:
+        reach = reach + problem.logsumexp_reach()
     sums = _GradientSums(problem, needed, reach)
     upstream = sums.scaled(rows.upstream)
     losses, row_max, log_sum = (_per_row(problem) for _ in range(3))
@@ -229,7 +229,7 @@ class _GradientSums:
         self._problem = problem
         self._needed = needed
         self._scale: Tensor | None = None
-        if problem.compute_dtype == torch.float16:
+        if problem.has_narrow_range:
             self._scale = _power_of_two_scale(reach * abs(problem.logit_scale))
 
         hidden, weight, bias = problem.hidden, problem.weight, problem.bias
