@@ -6,7 +6,7 @@ computes the logits when their values are first needed.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch._guards import CompileContext
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .recipe import Recipe, refuse_gradient
+from .recipe import Recipe
+from .refusing import Sources, refuse_gradient
 
 # What is known of a tensor, or told to it, without its values.
 _METADATA = {
@@ -64,6 +65,20 @@ _ANSWERS = {
 _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
+class _Logits:
+    """Logits that are not computed yet; ``sources`` is None if they need no gradient."""
+
+    def __init__(self, recipe: Recipe, sources: Sources | None):
+        self.recipe = recipe
+        self.sources = sources
+
+    def compute(self) -> Tensor:
+        logits = self.recipe.compute()
+        if self.sources is not None:
+            refuse_gradient(logits, self.sources.alive())
+        return logits
+
+
 class _Derived:
     """A view, a cast or a detached alias of logits that are not read yet."""
 
@@ -80,7 +95,7 @@ class _Derived:
 class _Cell:
     """A value that is computed when it is first read, and kept from then on."""
 
-    def __init__(self, source: Recipe | _Derived | None, value: Tensor | None = None):
+    def __init__(self, source: _Logits | _Derived | None, value: Tensor | None = None):
         self.source = source
         self.value = value
         self.casts: list[weakref.ref[_Cell]] = []
@@ -112,10 +127,16 @@ class LazyLogits(Tensor):
     _like: Tensor
 
     @staticmethod
-    def __new__(cls, cell: _Cell, like: Tensor, device: torch.device, source: Tensor | None = None):
+    def __new__(
+        cls,
+        cell: _Cell,
+        like: Tensor,
+        device: torch.device,
+        sources: Sequence[Tensor] | None = None,
+    ):
         """``like`` has the size, strides and dtype of the values, and is on the meta device.
 
-        ``source`` is where a gradient would flow to; None if none is required.
+        ``sources`` is where a gradient would flow to; None if none is required.
         """
         self = Tensor._make_wrapper_subclass(
             cls,
@@ -127,17 +148,19 @@ class LazyLogits(Tensor):
         )
         self._cell = cell
         self._like = like
-        if source is None:
+        if sources is None:
             return self
         # What a compiled function returns, autograd detaches, unless it is a view.
         with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-            refuse_gradient(self, source)
+            refuse_gradient(self, sources)
             return torch.ops.aten.alias(self)
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe) -> "LazyLogits":
-        source = recipe.weight if recipe.requires_grad else None
-        return cls(_Cell(recipe), recipe.like(), recipe.hidden.device, source)
+    def from_recipe(cls, recipe: Recipe, inputs: Sequence[Tensor]) -> "LazyLogits":
+        """``inputs`` of the compiled function are what a gradient would flow to."""
+        sources = Sources(inputs) if recipe.requires_grad else None
+        leaves = None if sources is None else sources.leaves
+        return cls(_Cell(_Logits(recipe, sources)), recipe.like(), recipe.hidden.device, leaves)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -238,4 +261,4 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
     cell = _Cell(_Derived(logits._cell, lambda value: func(value, *others, **kwargs)))
     if not torch._C._is_alias_of(result, like):  # type: ignore[attr-defined]
         logits._cell.casts.append(weakref.ref(cell))
-    return LazyLogits(cell, result, device, logits if requires_grad else None)
+    return LazyLogits(cell, result, device, [logits] if requires_grad else None)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import config, mutation
 from .emitter import Emitter, emit_hidden, nodes_read
 from .match import Logits, Refused
 from .spelling import describe, operation
-from .tensors import tensor_of, value_of
+from .tensors import is_plain, memory_of, tensor_of, value_of
 
 _INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
 
@@ -56,11 +57,34 @@ def emit_lazily(graph: Graph, logits: Logits) -> Node:
             torch.ops.lmhead_pass.return_lazily.default,
             (
                 *(hidden, head.weight, head.weight_is_transposed, bias, recipe),
-                *(logits.vocab_dim, value.requires_grad),
+                *(logits.vocab_dim, value.requires_grad, _sources(logits)),
             ),
         )
     node.meta.update(logits.node.meta)
     return node
+
+
+def _sources(logits: Logits) -> list[Node]:
+    """The inputs of the graph that a gradient of the logits would flow to."""
+    if not tensor_of(logits.node).requires_grad:
+        return []
+    nodes = list(logits.node.graph.nodes)
+    needed, memory = {logits.node}, memory_of(logits.node)
+    for node in reversed(nodes[: nodes.index(logits.node) + 1]):
+        if node in needed or not memory.isdisjoint(mutation.memory_written(node)):
+            needed.update(node.all_input_nodes)
+            memory.update(*map(memory_of, node.all_input_nodes))
+    changed = set[int]().union(*map(mutation.memory_written, nodes))
+    return [
+        node
+        for node in nodes
+        if node.op == "placeholder"
+        and node in needed
+        and is_plain(value_of(node))
+        and not is_traceable_wrapper_subclass(value_of(node))
+        and value_of(node).requires_grad
+        and changed.isdisjoint(memory_of(node))
+    ]
 
 
 def _constant(emit: Emitter, node: Node) -> Node:

@@ -1,7 +1,6 @@
 """What logits are computed from: hidden states and the head's own parameters.
 
-And the checks that keep a late computation honest: nothing may have changed in between, and no
-gradient may flow into what it gives.
+And the check that keeps a late computation honest: nothing may have changed in between.
 """
 
 from collections.abc import Callable
@@ -12,11 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fingerprint import fingerprint
-
-_SETTING = (
-    "lmhead_pass.config.returned_logits (it counts when the model is compiled): 'keep' returns "
-    "logits as without lmhead_pass, 'detach' returns them computed, without a gradient"
-)
+from .refusing import SETTING
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Recipe:
         return torch.empty_like(self._after_steps(product, bias)).movedim(-1, self.vocab_dim)
 
     def compute(self) -> Tensor:
-        """The logits; RuntimeError if what they are computed from has changed."""
+        """The logits, detached; RuntimeError if what they are computed from has changed."""
         self._check_unchanged()
         dtype = self._product_dtype
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
@@ -58,11 +53,8 @@ class Recipe:
             fused = None if self.bias is None or "add_tensor" in self.steps else self.bias.to(dtype)
             product = F.linear(self.hidden.to(dtype), weight.to(dtype), fused)
             logits = self._after_steps(product, self.bias)
-        logits = logits.detach()  # no view to autograd, which would allow no write to it
-        if self.requires_grad:
-            refuse_gradient(logits, self.weight)
-        is_last = self.vocab_dim == logits.dim() - 1
-        return logits if is_last else logits.movedim(-1, self.vocab_dim)
+        # No view to autograd, which would allow no write to it.
+        return logits.movedim(-1, self.vocab_dim).detach()
 
     @property
     def _product_dtype(self) -> torch.dtype:
@@ -114,39 +106,5 @@ def _too_late(part: str, event: str) -> RuntimeError:
     return RuntimeError(
         f"lmhead_pass: these logits were returned without being computed, and can no longer be: "
         f"the head's {part} {event} after the model ran. Read the logits before that "
-        f"(logits.clone() is enough, ahead of optimizer.step() for instance), or set {_SETTING}."
+        f"(logits.clone() is enough, ahead of optimizer.step() for instance), or set {SETTING}."
     )
-
-
-def refuse_gradient(tensor: Tensor, source: Tensor) -> None:
-    """Let ``tensor`` require a gradient, and raise a RuntimeError if one arrives that is not zero.
-
-    To autograd it is computed from ``source``: who asks for the gradient of nothing but the head's
-    weight is to hear of it too.
-    """
-    if not source.requires_grad:
-        source = torch.empty(0, requires_grad=True)
-    with torch.inference_mode(False), torch.enable_grad():
-        _RefuseGradient.apply(source, tensor)
-
-
-class _RefuseGradient(torch.autograd.Function):
-    """In place, so that the caller's tensor is the one that the gradient would flow into."""
-
-    @staticmethod
-    def forward(ctx, source, tensor):
-        ctx.mark_dirty(tensor)
-        ctx.set_materialize_grads(False)
-        return tensor
-
-    @staticmethod
-    def backward(ctx, gradient):
-        # Zeros, or none: from what wraps all outputs of a model, as DDP and hooks of modules do.
-        if gradient is None or not gradient.any():
-            return None, None
-        raise RuntimeError(
-            "lmhead_pass: a gradient would flow into logits that a compiled model returned without "
-            "computing them, and it cannot get through to the model. Compute the loss inside the "
-            "compiled model, detach() the logits if no gradient is meant, or set "
-            f"{_SETTING}."
-        )

@@ -1,11 +1,15 @@
 """The node that makes lazy logits in a compiled graph.
 
-    return_lazily(hidden, weight, weight_is_transposed, bias, steps, vocab_dim, requires_grad)
+    return_lazily(
+        hidden, weight, weight_is_transposed, bias, steps, vocab_dim, requires_grad, sources
+    )
 
-takes the fields of a ``Recipe``, but for the fingerprint, which it makes. It has no
-kernel: traced, it leaves the recipe's tensors as outputs of the graph, and AOTAutograd's runtime
-puts them together again after each run.
+takes the fields of a ``Recipe``, but for the fingerprint, which it makes; and the inputs of the
+graph that a gradient of the logits would flow to. It has no kernel: traced, it leaves all these
+tensors as outputs of the graph, and AOTAutograd's runtime puts them together again after each run.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +20,7 @@ from .lazy import LazyLogits
 from .recipe import Recipe
 
 _TENSORS = ("hidden", "weight", "bias", "fingerprint")
+_SOURCE = "source_"
 _OPTIONS = ("weight_is_transposed", "steps", "vocab_dim", "requires_grad")
 
 
@@ -26,27 +31,32 @@ class _TracedLogits(Tensor):
     """
 
     recipe: Recipe
+    sources: Sequence[Tensor]
 
     @staticmethod
-    def __new__(cls, recipe: Recipe) -> "_TracedLogits":
+    def __new__(cls, recipe: Recipe, sources: Sequence[Tensor]) -> "_TracedLogits":
         like = recipe.like()
         self = Tensor._make_wrapper_subclass(
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=recipe.hidden.device
         )
-        self.recipe = recipe
+        self.recipe, self.sources = recipe, sources
         for name in _TENSORS:  # where __tensor_flatten__ says they are
             setattr(self, name, getattr(recipe, name))
+        for number, source in enumerate(sources):
+            setattr(self, f"{_SOURCE}{number}", source)
         return self
 
     def __tensor_flatten__(self):
         tensors = [name for name in _TENSORS if getattr(self, name) is not None]
+        tensors += (f"{_SOURCE}{number}" for number in range(len(self.sources)))
         return tensors, tuple(getattr(self.recipe, name) for name in _OPTIONS)
 
     @staticmethod
     def __tensor_unflatten__(inner, options, outer_size, outer_stride):
         tensors = {name: inner.get(name) for name in _TENSORS}
         recipe = Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True)))
-        return _logits(recipe)
+        sources = [tensor for name, tensor in inner.items() if name.startswith(_SOURCE)]
+        return _logits(recipe, sources)
 
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
@@ -56,7 +66,7 @@ class _TracedLogits(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return _TracedLogits(args[0].recipe)
+            return _TracedLogits(args[0].recipe, args[0].sources)
         raise AssertionError(f"lazy logits are read in the graph that makes them, by {func}")
 
 
@@ -68,6 +78,7 @@ def _return_lazily(
     steps: list[str],
     vocab_dim: int,
     requires_grad: bool,
+    sources: list[Tensor],
 ) -> Tensor:
     recipe = Recipe(
         hidden=hidden,
@@ -79,16 +90,17 @@ def _return_lazily(
         vocab_dim=vocab_dim,
         requires_grad=requires_grad,
     )
-    return _logits(recipe)
+    return _logits(recipe, sources)
 
 
-def _logits(recipe: Recipe) -> Tensor:
-    return _TracedLogits(recipe) if is_fake(recipe.hidden) else LazyLogits.from_recipe(recipe)
+def _logits(recipe: Recipe, sources: Sequence[Tensor]) -> Tensor:
+    make = _TracedLogits if is_fake(recipe.hidden) else LazyLogits.from_recipe
+    return make(recipe, sources)
 
 
 _library = torch.library.Library("lmhead_pass", "FRAGMENT")
 _library.define(
     "return_lazily(Tensor hidden, Tensor weight, bool weight_is_transposed, Tensor? bias, "
-    "str[] steps, int vocab_dim, bool requires_grad) -> Tensor"
+    "str[] steps, int vocab_dim, bool requires_grad, Tensor[] sources) -> Tensor"
 )
 _library.impl("return_lazily", _return_lazily, "CompositeImplicitAutograd")

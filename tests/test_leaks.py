@@ -101,7 +101,7 @@ USES = {
 def test_steps_hold_memory_flat(name):
     returns_logits, use = USES[name]
     training = Training(returns_logits)
-    training.run(use, 3)
+    growth(lambda: training.run(use, 3))  # what tests before this one have left goes with it
     assert counters["lmhead_pass"] == {"rewritten": 1}
     held, objects = growth(lambda: training.run(use, 1000))
     assert held == 0
@@ -117,7 +117,7 @@ def test_a_leak_of_logits_is_seen(read_them):
 
     hoarded = []
     training = Training(returns_logits=True)
-    training.run(hoard, 3)
+    growth(lambda: training.run(hoard, 3))
     held, objects = growth(lambda: training.run(hoard, 10))
     of_each = 24 * V * 4 if read_them else 24 * 16 * 4  # the logits, or the hidden states
     assert held >= 10 * of_each

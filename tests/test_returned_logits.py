@@ -6,6 +6,7 @@ import itertools
 import logging
 import pickle
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -331,6 +332,63 @@ def test_a_gradient_is_refused(model, use, backend):
         torch.autograd.grad(loss + use(logits), model.head.weight)
 
 
+class Frozen(Model):
+    """Its head is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.head.requires_grad_(False)
+
+
+class Cut(Model):
+    """Its head is in a graph of its own."""
+
+    def forward(self, x, y):
+        x = self.body(x)
+        torch._dynamo.graph_break()
+        return Model.forward(self, x, y)
+
+
+class Written(Model):
+    """Its hidden states have no other edge from what they are made of than a write."""
+
+    def forward(self, x, y):
+        h = torch.zeros_like(x)
+        h[:, 1:] = x[:, 1:] * 2
+        return super().forward(h, y)
+
+
+@pytest.mark.parametrize("cls", [Model, Frozen, Cut, Written])
+@pytest.mark.parametrize("backend", [rewrite, torch.compile])
+def test_a_gradient_is_refused_whatever_it_is_asked_of(cls, backend):
+    model, (_, y) = cls(), batch()
+    embedded, scale = torch.randn(2, 5, 16, requires_grad=True), torch.ones(1, requires_grad=True)
+    compiled = backend(model)
+    leaves = (leaf for leaf in (*model.parameters(), embedded, scale) if leaf.requires_grad)
+    # What is before a graph break, and no leaf, the graph behind it does not know.
+    for asked in (*leaves, *(() if cls is Cut else ["hidden states"])):
+        hidden = embedded * scale
+        loss, logits = compiled(hidden, y)
+        with pytest.raises(RuntimeError, match=SETTING):
+            inputs = hidden if isinstance(asked, str) else asked
+            torch.autograd.grad(loss + logits.logsumexp(-1).mean(), inputs)
+
+
+def test_a_gradient_that_does_not_flow_through_logits_is_not_refused():
+    other = nn.Linear(16, 16)
+
+    def function(x, y):
+        loss, logits = model(x, y)
+        return loss + other(x).square().mean(), logits
+
+    model, inputs = Model(), batch()
+    loss, logits = rewrite(function)(*inputs)
+    second = logits.logsumexp(-1).mean()
+    (gradient,) = torch.autograd.grad(loss + second, other.weight)
+    (expected,) = torch.autograd.grad(function(*inputs)[0], other.weight)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_no_gradient_is_refused_where_none_is_meant(returned, model):
     other = nn.Linear(VOCAB, 1)
     logits, _ = returned()
@@ -586,9 +644,10 @@ def test_under_autocast_the_weight_is_cast_when_read(model, backend):
         loss, logits = backend(model)(*inputs)
         plain = model(*inputs)[1]
     assert is_unread(logits) and logits.dtype == plain.dtype == torch.bfloat16
-    recipe = logits._cell.source
-    while not hasattr(recipe, "weight"):
-        recipe = recipe.base.source
+    source = logits._cell.source
+    while not hasattr(source, "recipe"):
+        source = source.base.source
+    recipe = source.recipe
     assert recipe.weight is model.head.weight or recipe.weight.data_ptr() == (
         model.head.weight.data_ptr()
     )
@@ -633,7 +692,7 @@ def test_no_copy_of_the_weight_is_kept(function):
     hidden, weight = torch.randn(7, 16), nn.Parameter(torch.randn(16, VOCAB))
     y = torch.randint(VOCAB, (7,))
     _, logits = torch.compile(function)(hidden, weight, y)
-    assert logits._cell.source.weight is weight
+    assert logits._cell.source.recipe.weight is weight
     plain = function(hidden, weight, y)[1]
     torch.testing.assert_close(logits.detach() + 0, plain.detach())
 
@@ -871,17 +930,44 @@ def test_a_training_step_peaks_where_the_loss_alone_does():
 
 def test_hidden_states_and_a_fingerprint_are_all_that_is_kept(model):
     _, logits = torch.compile(model)(*batch())
-    recipe = logits._cell.source
+    recipe = logits._cell.source.recipe
     assert recipe.weight is model.head.weight and recipe.bias is model.head.bias
     assert recipe.hidden.shape == (2, 5, 16) and recipe.hidden.grad_fn is None
     assert recipe.fingerprint.shape == (3, 2)
+    assert_history_is_of(logits, model.parameters())
+    logits.sum()
+    assert logits._cell.source is None
+
+
+def assert_history_is_of(logits, leaves):
+    """The raising node, and what makes it look like a view, are between ``logits`` and these."""
     nodes, seen = [logits.grad_fn], []
     while nodes:
         seen.append(nodes.pop())
         nodes += [node for node, _ in seen[-1].next_functions if node is not None]
-    assert not any("Compiled" in node.name() for node in seen) and len(seen) == 3
-    logits.sum()
-    assert logits._cell.source is None
+    found = [node.variable for node in seen if hasattr(node, "variable")]
+    assert {id(leaf) for leaf in found} == {id(leaf) for leaf in leaves}
+    assert len(seen) == len(found) + 2
+
+
+def test_what_a_graph_before_has_saved_is_not_kept(model):
+    """It was made outside of the compiled function, and would be freed with the loss."""
+    before = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+    x, y = batch()
+    saved = []
+
+    def pack(tensor):
+        saved.append(weakref.ref(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x = before(x)
+    loss, logits = torch.compile(model)(x, y)
+    assert_history_is_of(logits, [*before.parameters(), *model.parameters()])
+    known = [id(tensor) for tensor in before.parameters()]
+    del loss, x
+    kept = [tensor for reference in saved if (tensor := reference()) is not None]
+    assert is_unread(logits) and all(id(tensor) in known for tensor in kept)
 
 
 # ---- training loops -----------------------------------------------------------------------------
