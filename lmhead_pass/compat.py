@@ -31,6 +31,11 @@ def _release(version: str) -> list[int]:
     return [int(part) for part in version.split(".")[:2]]
 
 
+# A part that DDPOptimizer cuts off is run once on fake tensors, and then gives what is inside of a
+# subclass instead. Torch 2.15 fails on that (2.14 was not tried).
+DDP_PARTS_RETURN_SUBCLASSES = _release(torch.__version__) < _release("2.14")
+
+
 class PassChain:
     """Several passes as one callable, for torch 2.11, whose pass setting takes a single one."""
 

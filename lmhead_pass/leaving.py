@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._guards import TracingContext
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
-from . import config, mutation
+from . import compat, config, mutation
 from .emitter import Emitter, emit_hidden, nodes_read
 from .match import Logits, Refused
 from .spelling import describe, operation
@@ -30,6 +32,12 @@ def check_returned(logits: Logits) -> Logits:
                 "(lmhead_pass.explain names it), or set it to 'lazy'"
             )
         return logits
+    if _is_part_of_ddp() and not _are_returned_from_a_part(logits.node):
+        raise Refused(
+            "the logits are returned, and DistributedDataParallel has the graph cut at the borders "
+            "of its buckets, where this torch knows no tensors that are computed later. Return the "
+            "loss alone, or set torch._dynamo.config.optimize_ddp = False"
+        )
     logits = _for_later(logits)
     later = mutation.nodes_between(logits.head.node, logits.head.node.graph.output_node())
     for writer in mutation.writers(later, of=nodes_read(logits)):
@@ -108,6 +116,18 @@ def _for_later(logits: Logits) -> Logits:
 def is_whole(graph: Graph) -> bool:
     """Whether ``graph`` is what a compiled function runs, and not a part that it calls."""
     return "dynamo_compile_id" in graph.owning_module.meta
+
+
+def _is_part_of_ddp() -> bool:
+    """Whether DDPOptimizer compiles: it has cut Dynamo's graph into parts."""
+    context = TracingContext.try_get()
+    return context is not None and context.fakify_first_call
+
+
+def _are_returned_from_a_part(logits: Node) -> bool:
+    """Whether other results of the part are taken for what they are, if ``logits`` are lazy."""
+    results = [leaf for leaf in tree_leaves(logits.graph.output_node().args) if leaf is not None]
+    return compat.DDP_PARTS_RETURN_SUBCLASSES and results[-1] is logits
 
 
 def _ends_in_a_break(graph: Graph) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lmhead_pass
+from lmhead_pass import compat
 from lmhead_pass.fingerprint import fingerprint
 from lmhead_pass.lazy import LazyLogits
 
@@ -736,6 +737,16 @@ def test_what_cannot_be_lazy_is_left_alone(function, reason, caplog):
     assert not isinstance(logits, LazyLogits)
     assert_same(logits, function(hidden, weight, y)[1])
     assert re.search(f"left alone.*{reason}", log), log
+
+
+def test_a_part_of_ddp_returns_nothing_behind_lazy_logits(model, monkeypatch, caplog):
+    """What it returns is miscounted there. tests/parallel_step.py has the real thing."""
+    monkeypatch.setattr("lmhead_pass.leaving._is_part_of_ddp", lambda: True)
+    (_, logits), log = run_and_read_log(model, caplog, *batch())
+    assert is_unread(logits) == compat.DDP_PARTS_RETURN_SUBCLASSES == ("rewritten" in log)
+    (logits, _), log = run_and_read_log(lambda *inputs: model(*inputs)[::-1], caplog, *batch())
+    assert not isinstance(logits, LazyLogits)
+    assert "torch._dynamo.config.optimize_ddp = False" in log
 
 
 # ---- the setting --------------------------------------------------------------------------------
