@@ -93,9 +93,9 @@ def join(rewrites: list[Rewrite]) -> Iterator[Join]:
             yield together
             continue
         for match, terms in group:
+            alone = _join([(match, terms)], places)
             # Others have their gradients in the forward as they are.
-            alone = _join([(match, terms)], places) if match.reduction == "none" else None
-            if alone is not None:
+            if alone is not None and (match.reduction == "none" or alone.terms[0][0].factors):
                 yield alone
 
 
@@ -139,11 +139,14 @@ def _key(match: Match) -> tuple[Any, ...]:
 
 
 def _join(group: list[tuple[Match, tuple[Term, ...]]], places: set[Node]) -> Join | None:
-    """All of ``group`` in one call, with the first sum of them all that comes late enough."""
+    """All of ``group`` in one call, with the last sum of them all: it has the most factors.
+
+    A gradient that is multiplied with a factor afterwards is rounded twice.
+    """
     paths = {term.reader.node: _path(term.number) for _, terms in group for term in terms}
     common = set.intersection(*(set(path) for path in paths.values()))
     others = places - {match.place for match, _ in group}
-    joins = (_join_at(root, group, paths, others) for root in sorted(common))
+    joins = (_join_at(root, group, paths, others) for root in sorted(common, reverse=True))
     return next((joined for joined in joins if joined is not None), None)
 
 

@@ -693,6 +693,24 @@ def test_failure_after_nodes_were_moved_leaves_the_graph_alone(monkeypatch):
     torch.testing.assert_close(results, function(*tensors))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sum_that_is_divided_is_rounded_as_often_as_a_mean(dtype):
+    def mean(h, w, b, y):
+        return forms.flat(F.linear(h, w, b), y, ignore_index=3)
+
+    def divided(h, w, b, y):
+        total = forms.flat(F.linear(h, w, b), y, ignore_index=3, reduction="sum")
+        return total / (y != 3).sum()
+
+    tensors = inputs(dtype)
+    results = (
+        reference.run(rewrite(function), list(map(reference.leaf, tensors)))
+        for function in (mean, divided)
+    )
+    for expected, result in zip(*results, strict=True):
+        assert torch.equal(expected, result)
+
+
 @pytest.mark.parametrize("name", ["z_loss_by_row", "some_of_the_losses", "by_hand_masked"])
 def test_dynamic_sizes(name):
     def function(h, w, b, y):

@@ -1,15 +1,11 @@
 """Training runs: curves with the pass and without differ as two without it do.
 
-Rounding moves a training run. Another order of the rows of a batch changes nothing but the order of
-sums, and gives another curve. So from each of several initial weights there are runs without the
-pass, with the rows of each batch in two orders, and one with it. A typical distance between
-curves with the pass and without (the median) has to be no larger than the largest between two
-without, but for the rounding that only the pass moves:
-
-- of the loss to FP32, once,
-- of the gradients of logits to BF16, and what is made of them: the order of rows leaves them as
-  they are, the pass rounds before it divides by the count of tokens. That is half the distance
-  again.
+Rounding moves a training run. Another layout of a batch, its rows in another order and in more
+parts, changes nothing but where sums are rounded, and gives another curve. So from each of several
+initial weights there are runs without the pass, in several layouts, and one with it. A typical
+distance between curves with the pass and without (the median) has to be no larger than the largest
+between two without. With torch 2.13 on an AMD EPYC it is 0.89 to 0.99 of that; a tenth more is
+allowed for other machines, since there are few runs.
 
 Where a gradient is wrong, the distance is outside. In BF16 a hundredth is what rounding does too,
 so the error has to be larger there to be seen.
@@ -36,7 +32,7 @@ from examples.gpt import GPT
 from lmhead_pass.kernels import aten
 
 VOCAB, ROWS, LENGTH, STEPS = 512, 8, 16, 300
-SEEDS, ORDERS = range(3), range(2)
+SEEDS = range(2)
 
 
 @dataclass(frozen=True)
@@ -116,21 +112,22 @@ class Runs:
         self.model = Model(recipe)
         self.compiled = torch.compile(self.model, dynamic=False)
 
-    def curve(self, seed: int, order: int = 0) -> Tensor:
-        """The losses of the steps; the rows of each batch are as they come, or in another order."""
+    def curve(self, seed: int, parts: int | None = None) -> Tensor:
+        """The losses of the steps. With ``parts``, batches have another layout: their rows are in
+        another order, and go through the model in so many parts."""
         torch.manual_seed(seed)
         self.model.load_state_dict(Model(self.recipe).state_dict())
         # In this regime rounding grows little: twice the rate lets it grow a hundredfold.
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-4, betas=(0.9, 0.95))
         scaler = torch.amp.GradScaler("cpu", enabled=self.recipe.scaled)
-        dice, orders = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(order)
-        losses = []
+        dice, orders = (torch.Generator().manual_seed(number) for number in (seed, parts or 0))
+        losses, used = [], parts or self.recipe.micro_batches
         for _ in range(STEPS):
             tokens, targets = batch(dice)
-            if order:
+            if parts:
                 rows = torch.randperm(ROWS, generator=orders)
                 tokens, targets = tokens[rows], targets[rows]
-            losses.append(self._accumulate(tokens, targets, scaler))
+            losses.append(self._accumulate(tokens, targets, used, scaler))
             if self.recipe.clipped:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=0.5)
@@ -139,13 +136,13 @@ class Runs:
             optimizer.zero_grad()
         return torch.tensor(losses, dtype=torch.float64)
 
-    def _accumulate(self, tokens: Tensor, targets: Tensor, scaler: torch.amp.GradScaler) -> float:
+    def _accumulate(
+        self, tokens: Tensor, targets: Tensor, parts: int | None, scaler: torch.amp.GradScaler
+    ) -> float:
         """Add up the gradients of a batch; return its loss."""
-        parts, count = self.recipe.micro_batches or 1, None
-        if self.recipe.micro_batches:
-            count = (targets != -100).sum()
+        count = (targets != -100).sum() if parts else None
         total = 0.0
-        for part in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
+        for part in zip(tokens.chunk(parts or 1), targets.chunk(parts or 1), strict=True):
             dtype = self.recipe.dtype
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = self.compiled(*part, count)
@@ -176,7 +173,8 @@ def test_curves(name, monkeypatch):
     recipe = RECIPES[name]
     with lmhead_pass.disabled():
         runs = Runs(recipe)
-        without = {seed: [runs.curve(seed, order) for order in ORDERS] for seed in SEEDS}
+        layouts = (None, *(parts * (recipe.micro_batches or 1) for parts in (2, 4)))
+        without = {seed: [runs.curve(seed, parts) for parts in layouts] for seed in SEEDS}
     assert not counters["lmhead_pass"]
     torch._dynamo.reset()
 
@@ -192,9 +190,8 @@ def test_curves(name, monkeypatch):
     curves = [curve for of_seed in without.values() for curve in of_seed]
     assert all(curve[-20:].mean() < 0.85 * curve[:20].mean() for curve in curves)
     largest = max(apart(*pair) for of_seed in without.values() for pair in combinations(of_seed, 2))
-    allowed = 1.5 * largest + torch.finfo(torch.float32).eps * curves[0].mean().item()
-    assert ours <= allowed
+    assert ours <= (allowed := 1.1 * largest)
 
-    share = 0.25 if recipe.dtype == torch.bfloat16 else 0.01
+    share = 0.1 if recipe.dtype == torch.bfloat16 else 0.01
     monkeypatch.setattr(aten, "forward_and_gradients", wrong_by(share))
     assert distance(SEEDS[:1]) > allowed
