@@ -13,7 +13,7 @@ from .match import NOTHING_IGNORED, Match, Reader, Refused, Weighting
 from .source import at
 from .spelling import describe
 from .tensors import hint, product, tensor_of, value_of
-from .weighting import factors_of, weighted_sum
+from .weighting import weighted_sum
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
     assert place is not None, "a call with no place was never begun"
     moved = _late_inputs(call.asked, place, order) or ()
     if weighting is not None:
-        place, moved = weighting.nodes[-1], ()
+        place, moved = weighting.sum, ()
     reduction = _reduction(readers, weighting)
     differentiable = any(tensor_of(reader.node).requires_grad for reader in readers)
     # What is needed in the backward is read again: where gradients are computed there, and where
@@ -177,7 +177,7 @@ def _check_writers(
     logits = call.readers[0].logits
     asked = {part for part in call.asked or () if isinstance(part, Node)}
     if weighting is not None:
-        asked.update(factors_of(call.readers[0].node, weighting))
+        asked.update(weighting.reads)
     first = min((place, *(reader.node for reader in call.readers)), key=order.__getitem__)
     latest = max((last, *(reader.node for reader in call.readers)), key=order.__getitem__)
     for what, of, since, until in (
