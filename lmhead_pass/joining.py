@@ -26,7 +26,7 @@ from .tensors import (
     tensor_of,
     value_of,
 )
-from .weighting import sums
+from .weighting import can_be_made_behind, sums
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,14 @@ def _join_at(weighting: Weighting, group: list[Match], others: set[Node]) -> Joi
     root = weighting.sum
     readers = {reader.node for match in group for reader in match.readers}
     wanting = {reader.node for match in group for reader in _wanting(match)}
-    inputs = {node for match in group for node in _inputs(match)} | weighting.reads
+    asked = {node for match in group for node in _inputs(match)}
+    inputs = asked | weighting.reads
+    # What makes weights in place is done with them before they are used.
+    inputs.update(
+        writer
+        for step in weighting.steps
+        for writer in mutation.writers(mutation.nodes_between(min(readers), step.node), step.reads)
+    )
     # Readers that have no gradient take nothing else, and may come later.
     last = max(wanting | inputs)
     while last < root and not gradients_are_recorded(last.next):
@@ -134,7 +141,9 @@ def _join_at(weighting: Weighting, group: list[Match], others: set[Node]) -> Joi
         return None
     # What the call reads is what was read on the way to the root.
     on_the_way = list(mutation.nodes_between(min(readers), root))
-    if any(mutation.writers(on_the_way, of=inputs)):
+    if any(mutation.writers(on_the_way, of=asked)):
+        return None
+    if not can_be_made_behind(last, weighting):
         return None
     if any(mutation.writers(on_the_way, of=weighting.squared)):
         return None  # they are squares of other numbers, perhaps

@@ -27,6 +27,7 @@ from .tensors import (
     is_cut_off,
     is_number,
     is_plain,
+    same,
     same_shape,
     tensor_of,
     value_of,
@@ -57,6 +58,15 @@ def sums(numbers: Iterable[Node], squarable: Iterable[Node] = ()) -> Iterator[We
         yield from _Walk(numbers, squarable).run()
     except Refused:  # a tensor that is none
         return
+
+
+def can_be_made_behind(place: Node, weighting: Weighting) -> bool:
+    """Whether what the weights are made of is behind ``place`` what the steps to the sum see."""
+    for step in weighting.steps:
+        first, last = (step.node, place.next) if step.node < place else (place, step.node)
+        if any(mutation.writers(mutation.nodes_between(first, last), of=step.reads)):
+            return False
+    return True
 
 
 class _Walk:
@@ -98,9 +108,9 @@ class _Walk:
         if not steps or len(steps) < len(found):
             return False
         self.steps += steps
-        if len(steps) == 1 and steps[0].kind in ("move", "scale"):
-            self.squarable.update({node} if steps[0].source in self.squarable else ())
         if not mutation.may_write(node):
+            if len(steps) == 1 and steps[0].kind in ("move", "scale"):
+                self.squarable.update({node} if steps[0].source in self.squarable else ())
             return True
         if not is_in_place(node) or not gradients_are_recorded(node):
             return False
@@ -231,7 +241,12 @@ def _negated(node: Node, name: Node) -> dict[str, Any] | None:
 def _cast(node: Node, name: Node) -> dict[str, Any] | None:
     # Weights are made where the values are.
     is_there = tensor_of(name).device == tensor_of(node).device
-    return {"kind": "move", "back": _unchanged} if is_there else None
+    return {"kind": "move", "back": _unchanged} if is_there and _is_first(node, name) else None
+
+
+def _is_first(node: Node, name: Node) -> bool:
+    """Whether it is ``name`` that ``node`` moves, and not what the result is to look like."""
+    return _parts(node)[:1] == (name,)
 
 
 def _added(node: Node, name: Node) -> dict[str, Any] | None:
@@ -285,6 +300,12 @@ def _contracted(node: Node, name: Node) -> dict[str, Any] | None:
     # What is summed of the numbers alone has no gradient that einsum could tell of.
     if not _is_known(factor) or not set(own).issubset(others + result):
         return None
+    sizes_of = dict(zip(own, tensor_of(name).shape, strict=True))
+    if not all(
+        same(size, sizes_of.setdefault(letter, size))
+        for letter, size in zip(others, tensor_of(factor).shape, strict=True)
+    ):
+        return None  # one is repeated
 
     def back(emit: Emitter, gradient: Node, sizes: Sizes) -> Node:
         weights = emit("to", factor, tensor_of(gradient).dtype)
@@ -414,13 +435,15 @@ def _put_together(node: Node, name: Node) -> dict[str, Any] | None:
 
 
 def _reshaped(node: Node, name: Node) -> dict[str, Any] | None:
+    if not _is_first(node, name):
+        return None
     back = lambda emit, gradient, sizes: emit("reshape", gradient, sizes())  # noqa: E731
     return {"kind": "move", "back": back, "reads": _sources(node, name)}
 
 
 def _moved(node: Node, name: Node) -> dict[str, Any] | None:
     """Each number of the result is one of the source: what is done to places tells which."""
-    if _parts(node)[:1] != (name,):
+    if not _is_first(node, name):
         return None
 
     def back(emit: Emitter, gradient: Node, sizes: Sizes) -> Node:

@@ -119,6 +119,14 @@ def read_before_it_is_added_to(h, w, b, y):
     return total + second + seen.detach()
 
 
+def factor_written_afterwards(h, w, b, y):
+    z = F.linear(h, w, b)
+    factor = torch.ones(())
+    first, second = forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])
+    factor.mul_(3)
+    return first * factor + second
+
+
 def total_of_two_names(h, w, b, y):
     z = F.linear(h, w, b)
     first, second = forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])
@@ -135,6 +143,7 @@ def repeated(h, w, b, y):
 
 
 JOINED = [
+    factor_written_afterwards,
     total_of_two_names,
     repeated,
     added_in_place,
@@ -271,14 +280,6 @@ def written_in_between(h, w, b, y):
     return first + forms.flat(F.linear(h[1:], w.detach()), y[1:]) + w.sum() + b.sum()
 
 
-def factor_written_afterwards(h, w, b, y):
-    z = F.linear(h, w, b)
-    factor = torch.ones(())
-    first, second = forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])
-    factor.mul_(3)
-    return first * factor + second
-
-
 def total_in_a_tensor(h, w, b, y):
     z = F.linear(h, w, b)
     totals = torch.zeros(2)
@@ -323,7 +324,6 @@ def logged_with_out(h, w, b, y):
 
 
 APART = [
-    factor_written_afterwards,
     total_in_a_tensor,
     read_by_a_transform,
     logged_times_what_is_written,
@@ -612,6 +612,12 @@ def read_before_and_after_a_write(z, y):
     return before + losses.sum()
 
 
+def weights_made_in_place(z, y):
+    losses, weights = per_token(z, y), torch.ones(y.shape)
+    weights[:, 0] = 0.5
+    return (losses * weights).sum() / weights.sum(), losses.detach().amax()
+
+
 def packed_by_index_add(z, y):
     sequence = torch.arange(y.numel()) // 8
     losses = in_one_row(z, y)
@@ -668,6 +674,8 @@ KNOWN |= {
         by_sequence_in_turn,
         one_logsumexp_for_both,
         sum_of_two_names,
+        weights_written_afterwards,
+        weights_made_in_place,
     )
 } | {
     "dot": lambda z, y: torch.dot(kept(y, z.dtype).view(-1), in_one_row(z, y)),
@@ -740,6 +748,18 @@ def set_where_it_is_large(z, y):
     return losses.mean()
 
 
+def square_of_what_was_put_and_written(z, y):
+    lse, held = z.logsumexp(-1), torch.zeros(y.shape)
+    held[:] = lse
+    held.detach().add_(1)
+    return held.square().mean() + forms.flat(z, y)
+
+
+def others_shaped_as_losses(z, y):
+    losses = per_token(z, y)
+    return losses.sum() + losses.mean(1, keepdim=True).square().expand_as(losses).sum()
+
+
 def part_written(z, y):
     losses = per_token(z, y)
     losses[0].mul_(3)
@@ -753,6 +773,8 @@ UNKNOWN = {
             written_without_gradient,
             written_by_another_name,
             set_where_it_is_large,
+            square_of_what_was_put_and_written,
+            others_shaped_as_losses,
             part_written,
         )
     },
@@ -763,6 +785,9 @@ UNKNOWN = {
     )(per_token(z, y)),
     "product_with_itself": lambda z, y: (lambda losses: losses @ losses)(per_token(z, y).view(-1)),
     "einsum_of_a_sum": lambda z, y: torch.einsum("bs,b->", per_token(z, y), kept(y, z.dtype)[:, 0]),
+    "einsum_that_repeats": lambda z, y: torch.einsum(
+        "bs,bs->", per_token(z[:1], y[:1]), kept(y, z.dtype)
+    ),
     "where_either": lambda z, y: (
         lambda losses: torch.where(losses > 4.5, losses, 0.1 * losses).mean()
     )(per_token(z, y)),
@@ -770,7 +795,6 @@ UNKNOWN = {
     **{
         f.__name__: f
         for f in (
-            weights_written_afterwards,
             weights_written_from_the_losses,
             square_of_what_was_written,
             imaginary,
