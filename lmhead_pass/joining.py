@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import mutation
 from .emitter import nodes_read
@@ -22,7 +23,9 @@ from .tensors import (
     AUTOCAST_SWITCHES,
     ENTER_AUTOCAST,
     gradients_are_recorded,
+    is_plain,
     memory_of,
+    same_shape,
     tensor_of,
     value_of,
 )
@@ -40,6 +43,9 @@ class Join:
     """The call comes after this node: then all that it needs is there."""
     moved: tuple[Node, ...]
     """What uses the readers before that, and has to be moved behind the call, in this order."""
+    likes: dict[Node, tuple[Node, Node]]
+    """What looks before that at no more of them than shape and dtype: what it looks at, and another
+    tensor to make one like that of."""
 
     @property
     def root(self) -> Node:
@@ -136,8 +142,12 @@ def _join_at(weighting: Weighting, group: list[Match], others: set[Node]) -> Joi
     last = max(wanting | inputs)
     while last < root and not gradients_are_recorded(last.next):
         last = last.next  # an input is made under no_grad
-    moved = _users_until(last, readers)
-    if last >= root or moved is None or not (inputs | others).isdisjoint(moved):
+    users = _users_until(last, readers)
+    if last >= root or users is None:
+        return None
+    moved, looking = users
+    likes = {node: (seen, _twin(node, seen)) for node, seen in looking.items()}
+    if not (inputs | others).isdisjoint(moved):
         return None
     # What the call reads is what was read on the way to the root.
     on_the_way = list(mutation.nodes_between(min(readers), root))
@@ -151,7 +161,22 @@ def _join_at(weighting: Weighting, group: list[Match], others: set[Node]) -> Joi
         return None
     if len(group) > 1 and _enters_autocast(group, last):
         return None
-    return Join(tuple(group), weighting, last, moved)
+    known = {node: (seen, twin) for node, (seen, twin) in likes.items() if twin is not None}
+    return Join(tuple(group), weighting, last, moved, known) if len(known) == len(likes) else None
+
+
+def _twin(node: Node, seen: Node) -> Node | None:
+    """What tells the shape of ``seen`` before ``node``: an input, or what ``node`` reads itself."""
+    inputs = (other for other in node.graph.nodes if other.op == "placeholder")
+    is_static = all(isinstance(size, int) for size in tensor_of(seen).shape)
+    for other in (*node.all_input_nodes, *inputs):
+        if other is seen or not is_plain(value_of(other)):
+            continue
+        if is_traceable_wrapper_subclass(value_of(other)):
+            continue
+        if is_static or same_shape(other, seen):
+            return other
+    return None
 
 
 def _enters_autocast(group: list[Match], last: Node) -> bool:
@@ -164,13 +189,23 @@ def _enters_autocast(group: list[Match], last: Node) -> bool:
 _NO_TENSORS = ("setitem", "pieces", "unbind")
 
 
-def _users_until(last: Node, readers: set[Node]) -> tuple[Node, ...] | None:
-    """What depends on ``readers``, up to ``last``; None if it is not understood."""
+def _users_until(
+    last: Node, readers: set[Node]
+) -> tuple[tuple[Node, ...], dict[Node, Node]] | None:
+    """What depends on ``readers``, up to ``last``, and what looks at the shape or dtype of what.
+
+    None if it is not understood.
+    """
     users: set[Node] = set()
+    looking: dict[Node, Node] = {}
     pending = list(readers)
     while pending:
-        for user in pending.pop().users:
+        node = pending.pop()
+        for user in node.users:
             if user <= last and user not in users | readers:
+                if _seen_by(user) is node:
+                    looking[user] = node
+                    continue
                 is_tensor = isinstance(value_of(user), torch.Tensor)
                 if operation(user) is None or not (is_tensor or operation(user) in _NO_TENSORS):
                     return None
@@ -178,7 +213,18 @@ def _users_until(last: Node, readers: set[Node]) -> tuple[Node, ...] | None:
                 pending.append(user)
             elif user in readers:
                 return None  # a reader that depends on another
-    return tuple(sorted(users))
+    looking = {user: node for user, node in looking.items() if user not in users}
+    return tuple(sorted(users)), looking
+
+
+def _seen_by(node: Node) -> Node | None:
+    """The tensor whose shape or dtype is all that ``node`` looks at; None if there is none."""
+    if operation(node) == "like":
+        return node.args[0] if node.args else None
+    if operation(node) in ("cast", "reshape", "expand") and len(node.args) == 2 and not node.kwargs:
+        like = node.args[1]  # of ``type_as``, ``view_as`` ...
+        return like if isinstance(value_of(like), torch.Tensor) else None
+    return None
 
 
 def _run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:

@@ -15,7 +15,7 @@ from .joining import Join
 from .match import NOTHING_IGNORED, Logits, Loss, Match, Reader, RowStep, row_order
 from .tensors import gradients_are_recorded, tensor_of
 from .values import fill_behind
-from .weighting import emit_weights
+from .weighting import emit_again, emit_weights
 
 # What readers are made of, besides losses; others are a measure themselves.
 _MEASURES = {
@@ -81,7 +81,22 @@ def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], Node, list[
             of_rows = {**piece, "loss": piece["losses"]}
             values[reader.node] = emit_value(emit, alone, reader, of_match, of_rows)
     _move_behind(emit, joined.moved)
+    for node, (seen, twin) in joined.likes.items():
+        before = Emitter(graph, node)
+        values[node] = _emit_like(before, node, seen, twin)
+        emit.nodes += before.nodes
     return values, results["loss"], emit.nodes
+
+
+def _emit_like(emit: Emitter, node: Node, seen: Node, twin: Node) -> Node:
+    """What ``node`` makes of the shape or dtype of ``seen``, without that."""
+    value = tensor_of(seen)
+    options = {"dtype": value.dtype, "device": value.device}
+    if all(isinstance(size, int) for size in value.shape):
+        stand_in = emit("new_empty", twin, list(value.shape), **options)
+    else:
+        stand_in = emit(torch.empty_like, twin, **options)
+    return emit_again(emit, node, {seen: stand_in})
 
 
 def _move_behind(emit: Emitter, nodes: Iterable[Node]) -> None:

@@ -61,6 +61,11 @@ _NAMES = {
     "gather": ["gather"],
     "take_along_dim": ["take_along_dim"],
     "sum": ["sum"],
+    # What looks at a tensor's shape, dtype and device alone.
+    "like": [
+        *("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"),
+        *("new_tensor", "size", "numel"),
+    ],
     "stack": ["stack"],
     "cat": ["cat", "concat", "concatenate"],
     "index_add": ["index_add"],

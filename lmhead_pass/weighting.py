@@ -451,7 +451,7 @@ def _moved(node: Node, name: Node) -> dict[str, Any] | None:
         flat = emit("reshape", source, -1)
         counted = emit("cumsum", emit(torch.ones_like, flat, dtype=torch.int64), 0)
         places = emit("view_as", emit("sub", counted, 1), source)
-        places = emit("reshape", _again(emit, node, {name: places}), -1)
+        places = emit("reshape", emit_again(emit, node, {name: places}), -1)
         flat = emit("index_add", flat, 0, places, emit("reshape", gradient, -1))
         return emit("view_as", flat, source)
 
@@ -462,11 +462,11 @@ def _sources(node: Node, name: Node) -> tuple[Node, ...]:
     return tuple(source for source in _read_by(node) if source is not name)
 
 
-def _again(emit: Emitter, node: Node, values: dict[Node, Node]) -> Node:
+def emit_again(emit: Emitter, node: Node, values: dict[Node, Node]) -> Node:
     """Do what ``node`` does, to other values than it reads."""
 
     def replaced(part: Node) -> Node:
-        return _again(emit, part, values) if _is_pieces(part) else values.get(part, part)
+        return emit_again(emit, part, values) if _is_pieces(part) else values.get(part, part)
 
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), replaced)
     return emit(node.target, *args, **kwargs)
@@ -570,4 +570,4 @@ class _Shapes:
                 return like
             like = self.emit("to", like, tensor_of(step.name).dtype)
             likes[step.name] = self.emit("contiguous", like)  # it may be viewed
-        return _again(self.emit, node, likes)
+        return emit_again(self.emit, node, likes)

@@ -618,6 +618,26 @@ def weights_made_in_place(z, y):
     return (losses * weights).sum() / weights.sum(), losses.detach().amax()
 
 
+def mask_as_the_losses(z, y):
+    losses = per_token(z, y)
+    mask = (y > 20).type_as(losses)
+    return (losses * mask).sum() / mask.sum(), losses.detach().amax(), mask
+
+
+def weights_like_the_losses(z, y):
+    losses = per_token(z, y)
+    weights = torch.ones_like(losses)
+    weights[y > 50] = 0.5
+    return (losses * weights).sum() / weights.sum()
+
+
+def counted_like_the_losses(z, y):
+    losses, sequence = per_token(z, y).mean(0), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    zeros = losses.new_zeros(3)
+    counts = zeros.index_add(0, sequence, torch.ones_like(losses))
+    return (zeros.index_add(0, sequence, losses) / counts).sum() / losses.numel()
+
+
 def packed_by_index_add(z, y):
     sequence = torch.arange(y.numel()) // 8
     losses = in_one_row(z, y)
@@ -676,6 +696,9 @@ KNOWN |= {
         sum_of_two_names,
         weights_written_afterwards,
         weights_made_in_place,
+        mask_as_the_losses,
+        weights_like_the_losses,
+        counted_like_the_losses,
     )
 } | {
     "dot": lambda z, y: torch.dot(kept(y, z.dtype).view(-1), in_one_row(z, y)),
@@ -905,6 +928,7 @@ def test_failure_after_nodes_were_moved_leaves_the_graph_alone(monkeypatch):
     [
         *("z_loss_by_row", "some_of_the_losses", "by_hand_masked", "masked_in_place"),
         *("prompt_and_answer", "by_sequence_in_turn", "rows_in_a_stack", "weights_times_matrix"),
+        *("mask_as_the_losses", "weights_like_the_losses"),
         *("einsum_by_sequence", "transposed", "chosen_twice", "where_it_counts_less"),
     ],
 )
