@@ -28,6 +28,7 @@ class Emitter:
         with self.graph.inserting_before(self.place):
             node = self.graph.create_node(kind, target, args, kwargs)
         node.meta.update(self.place.meta)
+        node.meta.pop("unbacked_bindings", None)  # those sizes are the place's own
         values, named = torch.fx.map_arg((args, kwargs), value_of)
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         fakes = (v for v in tree_leaves((values, named)) if isinstance(v, FakeTensor))

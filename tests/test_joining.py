@@ -923,6 +923,31 @@ def test_failure_after_nodes_were_moved_leaves_the_graph_alone(monkeypatch):
     torch.testing.assert_close(results, function(*tensors))
 
 
+CHOSEN = {
+    "mean": lambda losses, lse, m, w: losses[m].mean(),
+    "sum": lambda losses, lse, m, w: losses[m].sum() / m.sum(),
+    "weighted": lambda losses, lse, m, w: (losses[m] * w).sum() / w.sum(),
+    "by_number": lambda losses, lse, m, w: losses.view(-1)[m.view(-1).nonzero().squeeze(1)].mean(),
+    "z_loss": lambda losses, lse, m, w: losses.mean() + 1e-2 * lse[m].square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("backend", ["rewrite", "inductor"])
+def test_losses_chosen_by_a_mask(name, backend, passes):
+    def function(h, w, b, y):
+        z, mask = F.linear(h, w, b), y > 20
+        weights = torch.linspace(0, 1, 7).expand(y.shape)[mask]
+        lse = z.logsumexp(-1) if name == "z_loss" else None
+        return CHOSEN[name](per_token(z, y), lse, mask, weights)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = rewrite(function) if backend == "rewrite" else torch.compile(function)
+        for _ in range(2):
+            assert_as_eager(function, inputs(), compiled)
+    assert passes == ["forward_and_gradients"] * 2
+
+
 @pytest.mark.parametrize(
     "name",
     [
