@@ -12,10 +12,11 @@ from torch.fx import Graph, Node
 from . import mutation
 from .emitter import Emitter, emit_bias, emit_hidden, emit_weight, on_numbers, on_rows, size_of
 from .joining import Join
+from .linear import emit_again
 from .match import NOTHING_IGNORED, Logits, Loss, Match, Reader, RowStep, row_order
 from .tensors import gradients_are_recorded, tensor_of
 from .values import fill_behind
-from .weighting import emit_again, emit_weights
+from .weighting import emit_weights
 
 # What readers are made of, besides losses; others are a measure themselves.
 _MEASURES = {
