@@ -13,7 +13,7 @@ from .match import NOTHING_IGNORED, Match, Reader, Refused, Weighting
 from .source import at
 from .spelling import describe
 from .tensors import hint, product, tensor_of, value_of
-from .weighting import factors_of, weighted_sum
+from .weighting import can_be_made_behind, weighted_sum
 
 
 @dataclass
@@ -122,7 +122,7 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
     assert place is not None, "a call with no place was never begun"
     moved = _late_inputs(call.asked, place, order) or ()
     if weighting is not None:
-        place, moved = weighting.nodes[-1], ()
+        place, moved = weighting.sum, ()
     reduction = _reduction(readers, weighting)
     differentiable = any(tensor_of(reader.node).requires_grad for reader in readers)
     # What is needed in the backward is read again: where gradients are computed there, and where
@@ -130,7 +130,7 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
     is_scaled = any(step.method in ("mul", "div") for step in readers[0].logits.steps)
     is_read_again = differentiable and (reduction == "none" or is_scaled)
     last = place.graph.output_node() if is_read_again else place
-    _check_writers(call, weighting, place, last, order)
+    _check_writers(call, place, last, order)
 
     head, logits = readers[0].logits.head, readers[0].logits
     computed, weight = tensor_of(head.node), tensor_of(head.weight)
@@ -164,25 +164,23 @@ def _weighting(reader: Reader) -> Weighting | None:
     reduces = reader.loss is not None and reader.loss.reduction != "none"
     if reader.kind not in ("loss", "log_probability") or reduces or reader.is_summed:
         return None
-    return weighted_sum(reader.node) if tensor_of(reader.node).requires_grad else None
+    found = weighted_sum(reader.node) if tensor_of(reader.node).requires_grad else None
+    is_clear = found is not None and can_be_made_behind(found.sum.prev, found)
+    return found if is_clear else None
 
 
-def _check_writers(
-    call: _Call, weighting: Weighting | None, place: Node, last: Node, order: dict[Node, int]
-) -> None:
+def _check_writers(call: _Call, place: Node, last: Node, order: dict[Node, int]) -> None:
     """Refused if what the call, or its backward, reads may be other than what its readers saw.
 
     The call is at ``place``; it and its backward read until ``last``.
     """
     logits = call.readers[0].logits
     asked = {part for part in call.asked or () if isinstance(part, Node)}
-    if weighting is not None:
-        asked.update(factors_of(call.readers[0].node, weighting))
     first = min((place, *(reader.node for reader in call.readers)), key=order.__getitem__)
     latest = max((last, *(reader.node for reader in call.readers)), key=order.__getitem__)
     for what, of, since, until in (
         ("the head's input, weight or bias", nodes_read(logits), logits.head.node, last),
-        ("the target or weights of the loss", asked, first, latest),
+        ("the target or class weights of the loss", asked, first, latest),
     ):
         for writer in mutation.writers(mutation.nodes_between(since, until), of=of):
             when = "between the head and the loss"

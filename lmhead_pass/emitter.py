@@ -3,9 +3,11 @@
 import math
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
@@ -26,9 +28,13 @@ class Emitter:
         with self.graph.inserting_before(self.place):
             node = self.graph.create_node(kind, target, args, kwargs)
         node.meta.update(self.place.meta)
+        node.meta.pop("unbacked_bindings", None)  # those sizes are the place's own
         values, named = torch.fx.map_arg((args, kwargs), value_of)
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
-        with torch.no_grad():
+        fakes = (v for v in tree_leaves((values, named)) if isinstance(v, FakeTensor))
+        # An index or a number may become a tensor, and that has to be a fake one.
+        mode = next((fake.fake_mode for fake in fakes), nullcontext())
+        with mode, torch.no_grad():
             node.meta["example_value"] = function(*values, **named)
         self.nodes.append(node)
         return node

@@ -7,53 +7,29 @@ too. Their gradients would be left to the backward, and the logits so be compute
 each reader's share of the gradient is known before, so that one call computes that of the sum.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import mutation
 from .emitter import nodes_read
 from .match import NOTHING_IGNORED, Match, Reader, Rewrite, Weighting, row_order
-from .softmaxes import summed_dims
 from .spelling import operation
 from .tensors import (
     AUTOCAST_SWITCHES,
     ENTER_AUTOCAST,
     gradients_are_recorded,
-    is_number,
+    is_plain,
     memory_of,
+    same_shape,
     tensor_of,
     value_of,
 )
-from .weighting import (
-    differentiable_user,
-    factors_of,
-    is_negated,
-    is_sum,
-    other_operand,
-    weighted_sum_of_others_too,
-)
-
-# A factor of a number in the sum: the operation, and its operand.
-Factor = tuple[str, Any]
-
-
-@dataclass(frozen=True)
-class Term:
-    """What a reader adds to the sum, as far as it has a gradient."""
-
-    reader: Reader
-    weighting: Weighting | None
-    """How a number comes of the reader's, one for each row; None if the reader is one number."""
-    factors: tuple[Factor, ...] = ()
-    """What that number is multiplied with or divided by on its way to the sum."""
-
-    @property
-    def number(self) -> Node:
-        return self.reader.node if self.weighting is None else self.weighting.nodes[-1]
+from .weighting import can_be_made_behind, sums
 
 
 @dataclass(frozen=True)
@@ -61,14 +37,20 @@ class Join:
     """Readers whose gradients one call computes together."""
 
     matches: tuple[Match, ...]
-    terms: tuple[tuple[Term, ...], ...]
-    """Of each match."""
-    root: Node
-    """The sum."""
+    weighting: Weighting
+    """How the sum is made of the readers that have a gradient."""
     last: Node
     """The call comes after this node: then all that it needs is there."""
     moved: tuple[Node, ...]
     """What uses the readers before that, and has to be moved behind the call, in this order."""
+    likes: dict[Node, tuple[Node, Node]]
+    """What looks before that at no more of them than shape and dtype: what it looks at, and another
+    tensor to make one like that of."""
+
+    @property
+    def root(self) -> Node:
+        """The sum."""
+        return self.weighting.sum
 
 
 def join(rewrites: list[Rewrite]) -> Iterator[Join]:
@@ -77,53 +59,51 @@ def join(rewrites: list[Rewrite]) -> Iterator[Join]:
     Each is found in the graph as the call for the one before has left it.
     """
     places = {match.place for rewrite in rewrites for match in rewrite.matches}
-    alike: list[list[tuple[Match, tuple[Term, ...]]]] = []
+    alike: list[list[Match]] = []
     for rewrite in rewrites:
         for match in rewrite.matches:
-            terms = _terms(match)
-            if terms is None:
+            if not _wanting(match):
                 continue
-            group = next((group for group in alike if _key(group[0][0]) == _key(match)), None)
+            group = next((group for group in alike if _key(group[0]) == _key(match)), None)
             if group is None:
                 alike.append(group := [])
-            group.append((match, terms))
+            group.append(match)
     for group in alike:
-        together = _join(group, places) if len(group) > 1 else None
-        if together is not None:
-            yield together
-            continue
-        for match, terms in group:
-            alone = _join([(match, terms)], places)
+        known = [match for match in group if next(_sums([match]), None) is not None]
+        groups = (group, known) if len(known) > 1 else (group,)
+        together = (_join(matches, places) for matches in groups if len(matches) > 1)
+        if (joined := next(filter(None, together), None)) is not None:
+            yield joined
+            known = [match for match in known if match not in joined.matches]
+        for match in known:
+            alone = _join([match], places)
             # Others have their gradients in the forward as they are.
-            if alone is not None and (match.reduction == "none" or alone.terms[0][0].factors):
+            if alone is not None and (match.reduction == "none" or alone.weighting.is_scaled):
                 yield alone
 
 
-def _terms(match: Match) -> tuple[Term, ...] | None:
-    """What ``match`` adds to sums; None if that is not known before."""
-    if any(reader.kind == "returned" or reader.is_summed for reader in match.readers):
-        return None
-    wanting = [reader for reader in match.readers if tensor_of(reader.node).requires_grad]
-    terms = [_term(match, reader) for reader in wanting]
-    known = [term for term in terms if term is not None]
-    return tuple(known) if known and len(known) == len(terms) else None
+def _sums(group: list[Match]) -> Iterator[Weighting]:
+    """The sums that all gradients of ``group`` come from."""
+    readers = [reader for match in group for reader in match.readers]
+    if any(reader.kind == "returned" or reader.is_summed for reader in readers):
+        return
+    wanting = [(match, reader) for match in group for reader in _wanting(match)]
+    if all(_is_of_all_rows(match, reader) for match, reader in wanting):
+        # The op has no other squares.
+        squarable = [reader.node for _, reader in wanting if reader.kind == "logsumexp"]
+        yield from sums([reader.node for _, reader in wanting], squarable)
 
 
-def _term(match: Match, reader: Reader) -> Term | None:
+def _wanting(match: Match) -> list[Reader]:
+    """Those of its readers that have a gradient."""
+    return [reader for reader in match.readers if tensor_of(reader.node).requires_grad]
+
+
+def _is_of_all_rows(match: Match, reader: Reader) -> bool:
+    """Whether what the reader has is one number, or one for each row of the call in their order."""
     if reader.loss is not None and reader.loss.reduction != "none":
-        return Term(reader, None)
-    # A weight for each row of the call, in their order.
-    is_of_all_rows = row_order(reader.logits.steps) == row_order(match.logits.steps)
-    weighting = weighted_sum_of_others_too(reader.node) if is_of_all_rows else None
-    if weighting is None:
-        return None
-    if weighting.power == 2:
-        if reader.kind != "logsumexp":
-            return None  # the op has no other squares
-        until = mutation.nodes_between(reader.node, weighting.nodes[-1])
-        if any(mutation.writers(until, of=(reader.node, *weighting.nodes))):
-            return None  # they may be squares of other numbers
-    return Term(reader, weighting)
+        return True
+    return row_order(reader.logits.steps) == row_order(match.logits.steps)
 
 
 def _key(match: Match) -> tuple[Any, ...]:
@@ -138,72 +118,116 @@ def _key(match: Match) -> tuple[Any, ...]:
     )
 
 
-def _join(group: list[tuple[Match, tuple[Term, ...]]], places: set[Node]) -> Join | None:
+def _join(group: list[Match], places: set[Node]) -> Join | None:
     """All of ``group`` in one call, with the last sum of them all: it has the most factors.
 
     A gradient that is multiplied with a factor afterwards is rounded twice.
     """
-    paths = {term.reader.node: _path(term.number) for _, terms in group for term in terms}
-    common = set.intersection(*(set(path) for path in paths.values()))
-    others = places - {match.place for match, _ in group}
-    joins = (_join_at(root, group, paths, others) for root in sorted(common, reverse=True))
+    others = places - {match.place for match in group}
+    joins = (_join_at(weighting, group, others) for weighting in reversed(list(_sums(group))))
     return next((joined for joined in joins if joined is not None), None)
 
 
-def _join_at(
-    root: Node,
-    group: list[tuple[Match, tuple[Term, ...]]],
-    paths: dict[Node, dict[Node, tuple[Factor, ...]]],
-    others: set[Node],
-) -> Join | None:
-    """``group`` joined in ``root``, if possible; ``others`` are where other calls will be."""
-    terms = tuple(
-        tuple(replace(term, factors=paths[term.reader.node][root]) for term in terms)
-        for _, terms in group
+def _join_at(weighting: Weighting, group: list[Match], others: set[Node]) -> Join | None:
+    """``group`` joined in a sum, if possible; ``others`` are where other calls will be."""
+    root = weighting.sum
+    readers = {reader.node for match in group for reader in match.readers}
+    wanting = {reader.node for match in group for reader in _wanting(match)}
+    asked = {node for match in group for node in _inputs(match)}
+    inputs = asked | weighting.reads
+    # What makes weights in place is done with them before they are used.
+    inputs.update(
+        writer
+        for step in weighting.steps
+        for writer in mutation.writers(mutation.nodes_between(min(readers), step.node), step.reads)
     )
-    readers = {reader.node for match, _ in group for reader in match.readers}
-    inputs = {
-        node
-        for (match, _), of_match in zip(group, terms, strict=True)
-        for node in _inputs(match, of_match)
-    }
     # Readers that have no gradient take nothing else, and may come later.
-    last = max(paths.keys() | inputs)
+    last = max(wanting | inputs)
     while last < root and not gradients_are_recorded(last.next):
         last = last.next  # an input is made under no_grad
-    moved = _users_until(last, readers)
-    if last >= root or moved is None or not (inputs | others).isdisjoint(moved):
+    users = _users_until(last, readers)
+    if last >= root or users is None:
+        return None
+    moved, looking = users
+    likes = {node: (seen, _twin(node, seen)) for node, seen in looking.items()}
+    if not (inputs | others).isdisjoint(moved):
         return None
     # What the call reads is what was read on the way to the root.
-    if any(mutation.writers(mutation.nodes_between(min(readers), root), of=inputs)):
+    on_the_way = list(mutation.nodes_between(min(readers), root))
+    if any(mutation.writers(on_the_way, of=asked)):
         return None
+    if not can_be_made_behind(last, weighting):
+        return None
+    if any(mutation.writers(on_the_way, of=weighting.squared)):
+        return None  # they are squares of other numbers, perhaps
     if not _run_the_same_behind(last, moved):
         return None
     if len(group) > 1 and _enters_autocast(group, last):
         return None
-    return Join(tuple(match for match, _ in group), terms, root, last, moved)
+    known = {node: (seen, twin) for node, (seen, twin) in likes.items() if twin is not None}
+    return Join(tuple(group), weighting, last, moved, known) if len(known) == len(likes) else None
 
 
-def _enters_autocast(group: list[tuple[Match, tuple[Term, ...]]], last: Node) -> bool:
+def _twin(node: Node, seen: Node) -> Node | None:
+    """What tells the shape of ``seen`` before ``node``: an input, or what ``node`` reads itself."""
+    inputs = (other for other in node.graph.nodes if other.op == "placeholder")
+    is_static = all(isinstance(size, int) for size in tensor_of(seen).shape)
+    for other in (*node.all_input_nodes, *inputs):
+        if other is seen or not is_plain(value_of(other)):
+            continue
+        if is_traceable_wrapper_subclass(value_of(other)):
+            continue
+        if is_static or same_shape(other, seen):
+            return other
+    return None
+
+
+def _enters_autocast(group: list[Match], last: Node) -> bool:
     """Whether ``last`` is in an autocast that a head is not in: cat takes no FP16 under BF16."""
-    first = min(match.logits.head.node for match, _ in group)
+    first = min(match.logits.head.node for match in group)
     return any(node.target is ENTER_AUTOCAST for node in mutation.nodes_between(first, last))
 
 
-def _users_until(last: Node, readers: set[Node]) -> tuple[Node, ...] | None:
-    """What depends on ``readers``, up to ``last``; None if it is not understood."""
+# What is understood, and is no tensor itself.
+_NO_TENSORS = ("setitem", "pieces", "unbind")
+
+
+def _users_until(
+    last: Node, readers: set[Node]
+) -> tuple[tuple[Node, ...], dict[Node, Node]] | None:
+    """What depends on ``readers``, up to ``last``, and what looks at the shape or dtype of what.
+
+    None if it is not understood.
+    """
     users: set[Node] = set()
+    looking: dict[Node, Node] = {}
     pending = list(readers)
     while pending:
-        for user in pending.pop().users:
+        node = pending.pop()
+        for user in node.users:
             if user <= last and user not in users | readers:
-                if not isinstance(value_of(user), torch.Tensor) or operation(user) is None:
+                if _seen_by(user) is node:
+                    looking[user] = node
+                    continue
+                is_tensor = isinstance(value_of(user), torch.Tensor)
+                if operation(user) is None or not (is_tensor or operation(user) in _NO_TENSORS):
                     return None
                 users.add(user)
                 pending.append(user)
             elif user in readers:
                 return None  # a reader that depends on another
-    return tuple(sorted(users))
+    looking = {user: node for user, node in looking.items() if user not in users}
+    return tuple(sorted(users)), looking
+
+
+def _seen_by(node: Node) -> Node | None:
+    """The tensor whose shape or dtype is all that ``node`` looks at; None if there is none."""
+    if operation(node) == "like":
+        return node.args[0] if node.args else None
+    if operation(node) in ("cast", "reshape", "expand") and len(node.args) == 2 and not node.kwargs:
+        like = node.args[1]  # of ``type_as``, ``view_as`` ...
+        return like if isinstance(value_of(like), torch.Tensor) else None
+    return None
 
 
 def _run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:
@@ -223,65 +247,11 @@ def _run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:
     )
 
 
-def _inputs(match: Match, terms: Iterable[Term]) -> set[Node]:
-    """What a call for ``match`` is made of."""
+def _inputs(match: Match) -> set[Node]:
+    """What a call for ``match`` is made of, but for weights."""
     inputs = nodes_read(match.logits)
     for reader in match.readers:
         loss = reader.loss
         asked = (reader.target,) if loss is None else (loss.target, loss.class_weight)
         inputs.update(node for node in asked if node is not None)
-    for term in terms:
-        inputs.update(operand for _, operand in term.factors if isinstance(operand, Node))
-        if term.weighting is not None:
-            inputs.update(factors_of(term.reader.node, term.weighting))
     return inputs
-
-
-def _path(number: Node) -> dict[Node, tuple[Factor, ...]]:
-    """The sums that ``number`` goes into, and by what factors: all that its gradient comes from."""
-    path: dict[Node, tuple[Factor, ...]] = {number: ()}
-    node = number
-    factors: tuple[Factor, ...] = ()
-    while (user := differentiable_user(node)) is not None:
-        step = _STEPS.get(operation(user), lambda node, user: None)(node, user)
-        if step is None:
-            break
-        node, factors = user, (*factors, *step)
-        path[node] = factors
-    return {sum_: factors for sum_, factors in path.items() if tensor_of(sum_).dim() == 0}
-
-
-def _scaled(before: Node, after: Node) -> list[Factor] | None:
-    operand = other_operand(before, after)
-    is_known = operand is not None and (
-        is_number(operand)
-        or (tensor_of(operand).dim() == 0 and not tensor_of(operand).requires_grad)
-    )
-    return [(str(operation(after)), operand)] if is_known else None
-
-
-def _added(before: Node, after: Node) -> list[Factor] | None:
-    if not is_sum(before, after):
-        return None
-    return [("mul", -1)] if is_negated(before, after) else []
-
-
-def _summed(before: Node, after: Node) -> list[Factor] | None:
-    reduction = summed_dims(after)
-    size = tensor_of(before).numel()
-    if reduction is None or tensor_of(after).dim() > 0 or not isinstance(size, int):
-        return None
-    return [("div", size)] if operation(after) == "mean" else []
-
-
-_STEPS: dict[str | None, Callable[[Node, Node], list[Factor] | None]] = {
-    "mul": _scaled,
-    "div": _scaled,
-    "neg": lambda before, after: [("mul", -1)],
-    "add": _added,
-    "sub": _added,
-    "cast": lambda before, after: [],
-    "stack": lambda before, after: [] if tensor_of(before).dim() == 0 else None,
-    "sum": _summed,
-    "mean": _summed,
-}

@@ -8,7 +8,7 @@ to leave its arguments alone counts as writing to them.
 import builtins
 import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,11 @@ def memory_written(node: Node) -> set[int]:
     return {storage for argument in _written_by(node) for storage in memory_of(argument)}
 
 
-def has_other_names(write: Node) -> bool:
-    """Whether what ``write`` writes to is read after it by another name than ``write``."""
+def has_other_names(write: Node, but: Container[Node] = ()) -> bool:
+    """Whether what ``write`` writes to is read after it by another name than ``write``.
+
+    Those in ``but`` are no others.
+    """
     memory = memory_written(write)
     for node in write.graph.nodes:
         if node is write:
@@ -58,7 +61,7 @@ def has_other_names(write: Node) -> bool:
         is_read_later = node.op in ("placeholder", "get_attr") or any(
             user > write for user in node.users
         )
-        if is_read_later and not memory.isdisjoint(memory_of(node)):
+        if is_read_later and node not in but and not memory.isdisjoint(memory_of(node)):
             return True
     raise AssertionError("a node is in its graph")
 

@@ -89,6 +89,7 @@ def _prepare(graph: Graph, rewrites: list[Rewrite]) -> _Change:
     for joined in join(rewrites):
         values, result, nodes = emit_join(graph, joined)
         change.replaced |= values
+        change.gone.update(joined.likes)
         change.calls += ((match, nodes) for match in joined.matches)
         results.setdefault(joined.root, []).append(result)
         served += joined.matches

@@ -1,7 +1,7 @@
 """Inserts a call of the op, and makes of its results what each reader is to have."""
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
@@ -11,7 +11,8 @@ from torch.fx import Graph, Node
 
 from . import mutation
 from .emitter import Emitter, emit_bias, emit_hidden, emit_weight, on_numbers, on_rows, size_of
-from .joining import Join, Term
+from .joining import Join
+from .linear import emit_again
 from .match import NOTHING_IGNORED, Logits, Loss, Match, Reader, RowStep, row_order
 from .tensors import gradients_are_recorded, tensor_of
 from .values import fill_behind
@@ -34,8 +35,9 @@ def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]
     hidden, target = emit_flat(emit, rows), emit_target(emit, match, rows)
     coefficients = _Coefficients()
     if match.weighting is not None:
-        ones = _ones(emit, match, match.readers[0], rows, target)
-        coefficients.of_losses = emit_weights(emit, match.node, match.weighting, ones)
+        ones = {match.node: partial(_ones, emit, match, match.readers[0], rows, target)}
+        weights = emit_weights(emit, match.weighting, ones, like=hidden)
+        coefficients.of_losses = emit("reshape", weights[match.node, 1], -1)
     results = emit_op(emit, match, hidden, target, coefficients, _measures([match]))
     values = {
         _replaced(match, reader): emit_value(emit, match, reader, rows, results)
@@ -80,7 +82,22 @@ def emit_join(graph: Graph, joined: Join) -> tuple[dict[Node, Node], Node, list[
             of_rows = {**piece, "loss": piece["losses"]}
             values[reader.node] = emit_value(emit, alone, reader, of_match, of_rows)
     _move_behind(emit, joined.moved)
+    for node, (seen, twin) in joined.likes.items():
+        before = Emitter(graph, node)
+        values[node] = _emit_like(before, node, seen, twin)
+        emit.nodes += before.nodes
     return values, results["loss"], emit.nodes
+
+
+def _emit_like(emit: Emitter, node: Node, seen: Node, twin: Node) -> Node:
+    """What ``node`` makes of the shape or dtype of ``seen``, without that."""
+    value = tensor_of(seen)
+    options = {"dtype": value.dtype, "device": value.device}
+    if all(isinstance(size, int) for size in value.shape):
+        stand_in = emit("new_empty", twin, list(value.shape), **options)
+    else:
+        stand_in = emit(torch.empty_like, twin, **options)
+    return emit_again(emit, node, {seen: stand_in})
 
 
 def _move_behind(emit: Emitter, nodes: Iterable[Node]) -> None:
@@ -120,14 +137,24 @@ class _Coefficients:
 def _coefficients(
     emit: Emitter, joined: Join, rows: list[Node], targets: list[Node]
 ) -> _Coefficients:
+    given = list(zip(joined.matches, rows, targets, strict=True))
+    ones = {
+        reader.node: partial(_ones, emit, match, reader, of_match, target)
+        for match, of_match, target in given
+        for reader in match.readers
+    }
+    weights = emit_weights(emit, joined.weighting, ones, like=rows[0])
     shares: dict[str, list[Node | None]] = {}
-    given = zip(joined.matches, joined.terms, rows, targets, strict=True)
-    for number, (match, terms, of_match, target) in enumerate(given):
-        for term in terms:
-            for name, share in _shares(emit, match, term, of_match, target):
-                found = shares.setdefault(name, [None] * len(targets))
-                before = found[number]
-                found[number] = share if before is None else emit("add", before, share)
+    for number, match in enumerate(joined.matches):
+        for reader in match.readers:
+            for power in (1, 2):
+                if (reader.node, power) not in weights:
+                    continue
+                share = _of_rows(emit, reader, weights[reader.node, power], ones[reader.node])
+                for name, part in _shares(emit, match, reader, share, power):
+                    found = shares.setdefault(name, [None] * len(targets))
+                    before = found[number]
+                    found[number] = part if before is None else emit("add", before, part)
     dtype = torch.promote_types(joined.matches[0].compute_dtype, torch.float32)
 
     def filled(name: str) -> Node:
@@ -141,26 +168,28 @@ def _coefficients(
     return _Coefficients(of_losses, **{n: filled(n) for n in shares if n != "of_losses"})
 
 
+def _of_rows(emit: Emitter, reader: Reader, weight: Node, ones: Callable[[], Node]) -> Node:
+    """``[N]``: the weight of each row, from that of the reader's numbers."""
+    if reader.loss is None or reader.loss.reduction == "none":
+        return emit("reshape", weight, -1)
+    if reader.loss.reduction == "mean":
+        weight = emit("div", weight, _denominator(emit, reader.loss))
+    return emit("mul", emit("reshape", ones(), -1), weight)
+
+
 def _shares(
-    emit: Emitter, match: Match, term: Term, rows: Node, target: Node
+    emit: Emitter, match: Match, reader: Reader, share: Node, power: int
 ) -> Iterator[tuple[str, Node]]:
-    """``[N]``: by what numbers of each row are multiplied in the sum, for the sake of ``term``."""
-    reader = term.reader
-    share = _ones(emit, match, reader, rows, target)
-    if term.weighting is not None:
-        share = emit_weights(emit, reader.node, term.weighting, share)
-    else:
-        share = emit("reshape", share, -1)
-        if reader.loss is not None and reader.loss.reduction == "mean":
-            share = emit("div", share, _denominator(emit, reader.loss))
-    for name, operand in term.factors:
-        share = emit(name, share, operand)
+    """``[N]``: by what numbers of each row are multiplied in the sum, for the sake of ``reader``.
+
+    ``share`` is by what its own are, or their squares.
+    """
 
     def times(factor: float) -> Node:
         return share if factor == 1 else emit("mul", share, factor)
 
     factor = reader.factor
-    match reader.kind, term.weighting and term.weighting.power:
+    match reader.kind, power:
         case "loss", _:
             yield "of_losses", share
         case "log_probability", _:
@@ -201,7 +230,7 @@ def _measures_of(reader: Reader) -> tuple[str, ...]:
 
 
 def _replaced(match: Match, reader: Reader) -> Node:
-    return reader.node if match.weighting is None else match.weighting.nodes[-1]
+    return reader.node if match.weighting is None else match.weighting.sum
 
 
 def _needs_gradient(match: Match) -> bool:

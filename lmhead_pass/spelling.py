@@ -15,6 +15,7 @@ _NAMES = {
     # Heads.
     "linear": ["linear", "inner"],
     "matmul": ["matmul", "__matmul__", "mm"],
+    "product": ["dot", "vdot", "mv", "bmm"],
     "addmm": ["addmm"],
     "einsum": ["einsum"],
     "conv1d": ["conv1d"],
@@ -60,7 +61,15 @@ _NAMES = {
     "gather": ["gather"],
     "take_along_dim": ["take_along_dim"],
     "sum": ["sum"],
+    # What looks at a tensor's shape, dtype and device alone.
+    "like": [
+        *("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"),
+        *("new_tensor", "size", "numel"),
+    ],
     "stack": ["stack"],
+    "cat": ["cat", "concat", "concatenate"],
+    "index_add": ["index_add"],
+    "scatter_add": ["scatter_add"],
     "mean": ["mean"],
     "where": ["where"],
     "argmax": ["argmax"],
@@ -73,7 +82,10 @@ _NAMES = {
 _NAMESPACES = (torch, F, torch.Tensor, torch.special, operator)
 _METHODS = {name: operation for operation, names in _NAMES.items() for name in names}
 # ``x.div_(2)`` and ``x /= 2``: the same, written to the first argument.
-_CHANGED = ("mul", "div", "add", "sub", "neg", "tanh", "sigmoid", "masked_fill")
+_CHANGED = (
+    *("mul", "div", "add", "sub", "neg", "tanh", "sigmoid", "masked_fill"),
+    *("index_add", "scatter_add"),
+)
 _IN_PLACE = {
     name: operation
     for operation in _CHANGED

@@ -119,7 +119,33 @@ def read_before_it_is_added_to(h, w, b, y):
     return total + second + seen.detach()
 
 
+def factor_written_afterwards(h, w, b, y):
+    z = F.linear(h, w, b)
+    factor = torch.ones(())
+    first, second = forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])
+    factor.mul_(3)
+    return first * factor + second
+
+
+def total_of_two_names(h, w, b, y):
+    z = F.linear(h, w, b)
+    first, second = forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])
+    total = other_name = torch.zeros(())
+    total += first
+    total += second
+    return other_name * 2 + h.sum()
+
+
+def repeated(h, w, b, y):
+    z = F.linear(h, w, b)
+    five_times = torch.stack([forms.flat(z[0], y[0])]) + torch.zeros(5)
+    return five_times.sum() + forms.flat(z[1:], y[1:])
+
+
 JOINED = [
+    factor_written_afterwards,
+    total_of_two_names,
+    repeated,
     added_in_place,
     read_before_it_is_added_to,
     stacked_by_keyword,
@@ -254,29 +280,6 @@ def written_in_between(h, w, b, y):
     return first + forms.flat(F.linear(h[1:], w.detach()), y[1:]) + w.sum() + b.sum()
 
 
-def factor_written_afterwards(h, w, b, y):
-    z = F.linear(h, w, b)
-    factor = torch.ones(())
-    first, second = forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])
-    factor.mul_(3)
-    return first * factor + second
-
-
-def repeated(h, w, b, y):
-    z = F.linear(h, w, b)
-    five_times = torch.stack([forms.flat(z[0], y[0])]) + torch.zeros(5)
-    return five_times.sum() + forms.flat(z[1:], y[1:])
-
-
-def total_of_two_names(h, w, b, y):
-    z = F.linear(h, w, b)
-    first, second = forms.flat(z[0], y[0]), forms.flat(z[1:], y[1:])
-    total = other_name = torch.zeros(())
-    total += first
-    total += second
-    return other_name * 2 + h.sum()
-
-
 def total_in_a_tensor(h, w, b, y):
     z = F.linear(h, w, b)
     totals = torch.zeros(2)
@@ -321,9 +324,6 @@ def logged_with_out(h, w, b, y):
 
 
 APART = [
-    factor_written_afterwards,
-    repeated,
-    total_of_two_names,
     total_in_a_tensor,
     read_by_a_transform,
     logged_times_what_is_written,
@@ -411,12 +411,16 @@ def nll_by_hand(z, y):
     return z.logsumexp(-1) - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
 
+def in_one_row(z, y):
+    return forms.flat(z, y, reduction="none")
+
+
 def per_token(z, y):
-    return forms.flat(z, y, reduction="none").view(y.shape)
+    return in_one_row(z, y).view(y.shape)
 
 
-def kept(y):
-    return (y > 20).float()
+def kept(y, dtype=torch.float32):
+    return (y > 20).to(dtype)
 
 
 def metrics(losses, y):
@@ -580,20 +584,246 @@ def through_a_transform(z, y):
     return losses.sum() + torch.vmap(lambda row: row * 2)(losses).sum()
 
 
+def masked_in_place(z, y):
+    losses = per_token(z, y)
+    losses.mul_(kept(y))
+    losses.div_(kept(y).sum())
+    return losses.sum()
+
+
+def set_to_zero(z, y):
+    losses, dropped = in_one_row(z, y), y.flatten() <= 20
+    losses[~dropped] = 0.0
+    losses[2:4] = 1
+    return losses.sum() / dropped.sum()
+
+
+def put_into_a_tensor(z, y):
+    total = torch.zeros(y.shape)
+    for number, (row, target) in enumerate(zip(z, y, strict=True)):
+        total[number] = F.cross_entropy(row, target, reduction="none")
+    return (total * kept(y)).sum() / kept(y).sum()
+
+
+def read_before_and_after_a_write(z, y):
+    losses = per_token(z, y)
+    before = losses.mean()
+    losses *= kept(y)
+    return before + losses.sum()
+
+
+def weights_made_in_place(z, y):
+    losses, weights = per_token(z, y), torch.ones(y.shape)
+    weights[:, 0] = 0.5
+    return (losses * weights).sum() / weights.sum(), losses.detach().amax()
+
+
+def mask_as_the_losses(z, y):
+    losses = per_token(z, y)
+    mask = (y > 20).type_as(losses)
+    return (losses * mask).sum() / mask.sum(), losses.detach().amax(), mask
+
+
+def weights_like_the_losses(z, y):
+    losses = per_token(z, y)
+    weights = torch.ones_like(losses)
+    weights[y > 50] = 0.5
+    return (losses * weights).sum() / weights.sum()
+
+
+def counted_like_the_losses(z, y):
+    losses, sequence = per_token(z, y).mean(0), torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    zeros = losses.new_zeros(3)
+    counts = zeros.index_add(0, sequence, torch.ones_like(losses))
+    return (zeros.index_add(0, sequence, losses) / counts).sum() / losses.numel()
+
+
+def packed_by_index_add(z, y):
+    sequence = torch.arange(y.numel()) // 8
+    losses = in_one_row(z, y)
+    totals = torch.zeros(3, dtype=losses.dtype).index_add_(0, sequence, losses)
+    return (totals / torch.tensor([8, 8, 5])).mean()
+
+
+def packed_by_scatter_add(z, y):
+    sequence = torch.tensor([0, 0, 0, 1, 1, 2, 2]).expand(y.shape)
+    zeros, mask = torch.zeros(len(y), 3, dtype=z.dtype), kept(y, z.dtype)
+    counts = zeros.scatter_add(1, sequence, mask)
+    totals = zeros.scatter_add(1, sequence, per_token(z, y) * mask)
+    return (totals / counts.clamp(min=1)).mean()
+
+
+def packed_by_length(z, y):
+    parts = in_one_row(z, y).split([5, 9, 7])
+    return torch.stack([part.mean() for part in parts]).mean(), parts[1].detach()
+
+
+def prompt_and_answer(z, y):
+    losses, prompt = per_token(z, y), 1 - kept(y)
+    parts = [(losses * mask).sum() / mask.sum() for mask in (prompt, kept(y))]
+    return parts[1] + 0.1 * parts[0], *(part.detach() for part in parts)
+
+
+def by_sequence_in_turn(z, y):
+    pairs = zip(per_token(z, y), kept(y), strict=True)
+    return sum((losses * mask).sum() / mask.sum() for losses, mask in pairs)
+
+
+def one_logsumexp_for_both(z, y):
+    lse = z.logsumexp(-1)
+    losses = lse - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return ((losses + 1e-3 * lse**2) * kept(y)).sum() / kept(y).sum()
+
+
+def losses_of_rows(z, y, reduction="none"):
+    pairs = zip(z, y, strict=True)
+    return [F.cross_entropy(row, target, reduction=reduction) for row, target in pairs]
+
+
+KNOWN |= {
+    f.__name__: f
+    for f in (
+        masked_in_place,
+        set_to_zero,
+        put_into_a_tensor,
+        read_before_and_after_a_write,
+        packed_by_index_add,
+        packed_by_scatter_add,
+        packed_by_length,
+        prompt_and_answer,
+        by_sequence_in_turn,
+        one_logsumexp_for_both,
+        sum_of_two_names,
+        weights_written_afterwards,
+        weights_made_in_place,
+        mask_as_the_losses,
+        weights_like_the_losses,
+        counted_like_the_losses,
+    )
+} | {
+    "dot": lambda z, y: torch.dot(kept(y, z.dtype).view(-1), in_one_row(z, y)),
+    "inner": lambda z, y: torch.inner(in_one_row(z, y), kept(y, z.dtype).view(-1)),
+    "matrix_times_weights": lambda z, y: (per_token(z, y) @ kept(y, z.dtype)[0]).mean(),
+    "weights_times_matrix": lambda z, y: (kept(y, z.dtype)[:, 0] @ per_token(z, y)).mean(),
+    "matrix_times_matrix": lambda z, y: (per_token(z, y).t() @ kept(y, z.dtype)).mean(),
+    "packed_by_product": lambda z, y: (
+        lambda hot: (hot.t() @ in_one_row(z, y) / hot.sum(0)).mean()
+    )(F.one_hot(torch.arange(y.numel()) // 8, 3).to(z.dtype)),
+    "packed_by_one_hot": lambda z, y: (
+        lambda hot: ((per_token(z, y)[..., None] * hot).sum((0, 1)) / hot.sum((0, 1))).mean()
+    )(F.one_hot(torch.tensor([0, 0, 0, 1, 1, 2, 2]).expand(y.shape), 3).float()),
+    "einsum": lambda z, y: (
+        torch.einsum("bs,bs->", per_token(z, y), kept(y, z.dtype)) / kept(y).sum()
+    ),
+    "einsum_by_sequence": lambda z, y: (
+        torch.einsum("bs, bs -> b", kept(y, z.dtype), per_token(z, y)) / kept(y).sum(1)
+    ).mean(),
+    "where_zeros_like": lambda z, y: (
+        lambda losses: torch.where(y > 20, losses, torch.zeros_like(losses)).sum() / kept(y).sum()
+    )(per_token(z, y)),
+    "where_it_counts_less": lambda z, y: (
+        lambda losses: torch.where(y > 20, losses, 0.1 * losses).mean()
+    )(per_token(z, y)),
+    "where_it_is_detached": lambda z, y: (
+        lambda losses: torch.where(y > 20, losses, losses.detach()).mean()
+    )(per_token(z, y)),
+    "filled_with_one": lambda z, y: per_token(z, y).masked_fill(y > 20, 1).mean(),
+    "transposed": lambda z, y: (per_token(z, y).t()[1:] * kept(y).t()[1:]).sum(),
+    "cut_and_joined": lambda z, y: (
+        (torch.cat(losses_of_rows(z, y)) * kept(y).flatten()).sum() / kept(y).sum()
+    ),
+    "rows_in_a_stack": lambda z, y: (torch.stack(losses_of_rows(z, y)) * kept(y)).mean(),
+    "means_in_a_stack": lambda z, y: (
+        torch.stack(losses_of_rows(z, y, "mean")) * torch.tensor([0.2, 0.3, 0.5])
+    ).sum(),
+    "two_means": lambda z, y: (
+        lambda losses: losses[:, :3].mean() + 0.3 * losses[:, 3:].mean() + losses.sum() / 9
+    )(per_token(z, y)),
+    "chosen_twice": lambda z, y: per_token(z, y).view(-1)[torch.tensor([1, 3, 3])].mean(),
+    "chosen_by_index": lambda z, y: per_token(z, y).index_select(1, torch.tensor([5, 1])).sum(),
+    "gathered": lambda z, y: per_token(z, y).gather(1, torch.tensor([[1], [3], [2]])).mean(),
+    "added_constant": lambda z, y: ((per_token(z, y) - 2) * kept(y)).sum() + 1,
+    "indexed_with_true": lambda z, y: per_token(z, y)[True].sum(),
+    "total_of_one_element": lambda z, y: (
+        (torch.zeros(1) + forms.flat(z, y)).squeeze()
+        + (per_token(z[:1], y[:1]).sum() / torch.tensor([9])).sum()
+    ),
+}
+
+
+def written_without_gradient(z, y):
+    losses = per_token(z, y)
+    with torch.no_grad():
+        losses.mul_(2)
+    return losses.sum()
+
+
+def written_by_another_name(z, y):
+    losses = per_token(z, y)
+    flat = losses.view(-1)
+    losses.mul_(kept(y))
+    return flat.sum()
+
+
+def set_where_it_is_large(z, y):
+    losses = per_token(z, y)
+    losses[losses.detach() > 4.5] = 0
+    return losses.mean()
+
+
+def square_of_what_was_put_and_written(z, y):
+    lse, held = z.logsumexp(-1), torch.zeros(y.shape)
+    held[:] = lse
+    held.detach().add_(1)
+    return held.square().mean() + forms.flat(z, y)
+
+
+def others_shaped_as_losses(z, y):
+    losses = per_token(z, y)
+    return losses.sum() + losses.mean(1, keepdim=True).square().expand_as(losses).sum()
+
+
+def part_written(z, y):
+    losses = per_token(z, y)
+    losses[0].mul_(3)
+    return losses.mean()
+
+
 UNKNOWN = {
+    **{
+        f.__name__: f
+        for f in (
+            written_without_gradient,
+            written_by_another_name,
+            set_where_it_is_large,
+            square_of_what_was_put_and_written,
+            others_shaped_as_losses,
+            part_written,
+        )
+    },
+    "chosen_by_size": lambda z, y: per_token(z, y).flatten().topk(5)[0].mean(),
+    "finite_ones": lambda z, y: per_token(z, y).nanmean(),
+    "weighted_by_their_likelihood": lambda z, y: (
+        lambda losses: (losses * losses.detach().neg().exp()).mean()
+    )(per_token(z, y)),
+    "product_with_itself": lambda z, y: (lambda losses: losses @ losses)(per_token(z, y).view(-1)),
+    "einsum_of_a_sum": lambda z, y: torch.einsum("bs,b->", per_token(z, y), kept(y, z.dtype)[:, 0]),
+    "einsum_that_repeats": lambda z, y: torch.einsum(
+        "bs,bs->", per_token(z[:1], y[:1]), kept(y, z.dtype)
+    ),
+    "where_either": lambda z, y: (
+        lambda losses: torch.where(losses > 4.5, losses, 0.1 * losses).mean()
+    )(per_token(z, y)),
     "viewed_without_gradient": viewed_without_gradient,
     **{
         f.__name__: f
         for f in (
-            weights_written_afterwards,
             weights_written_from_the_losses,
             square_of_what_was_written,
-            sum_of_two_names,
             imaginary,
             through_a_transform,
         )
     },
-    "indexed_with_true": lambda z, y: per_token(z, y)[True].sum(),
     "ratio": lambda z, y: (nll_by_hand(z, y).neg().exp() * kept(y)).mean(),
     "returned_by_row": lambda z, y: (
         lambda losses: ((losses * kept(y)).sum() / kept(y).sum(), losses)
@@ -711,8 +941,42 @@ def test_a_sum_that_is_divided_is_rounded_as_often_as_a_mean(dtype):
         assert torch.equal(expected, result)
 
 
-@pytest.mark.parametrize("name", ["z_loss_by_row", "some_of_the_losses", "by_hand_masked"])
-def test_dynamic_sizes(name):
+CHOSEN = {
+    "mean": lambda losses, lse, m, w: losses[m].mean(),
+    "sum": lambda losses, lse, m, w: losses[m].sum() / m.sum(),
+    "weighted": lambda losses, lse, m, w: (losses[m] * w).sum() / w.sum(),
+    "by_number": lambda losses, lse, m, w: losses.view(-1)[m.view(-1).nonzero().squeeze(1)].mean(),
+    "z_loss": lambda losses, lse, m, w: losses.mean() + 1e-2 * lse[m].square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("backend", ["rewrite", "inductor"])
+def test_losses_chosen_by_a_mask(name, backend, passes):
+    def function(h, w, b, y):
+        z, mask = F.linear(h, w, b), y > 20
+        weights = torch.linspace(0, 1, 7).expand(y.shape)[mask]
+        lse = z.logsumexp(-1) if name == "z_loss" else None
+        return CHOSEN[name](per_token(z, y), lse, mask, weights)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = rewrite(function) if backend == "rewrite" else torch.compile(function)
+        for _ in range(2):
+            assert_as_eager(function, inputs(), compiled)
+    assert passes == ["forward_and_gradients"] * 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("z_loss_by_row", "some_of_the_losses", "by_hand_masked", "masked_in_place"),
+        *("prompt_and_answer", "by_sequence_in_turn", "rows_in_a_stack", "weights_times_matrix"),
+        *("mask_as_the_losses", "weights_like_the_losses"),
+        *("einsum_by_sequence", "transposed", "chosen_twice", "where_it_counts_less"),
+    ],
+)
+def test_dynamic_sizes(name, passes):
+    @first_of
     def function(h, w, b, y):
         return KNOWN[name](F.linear(h, w, b), y)
 
@@ -725,6 +989,7 @@ def test_dynamic_sizes(name):
         results = reference.run(compiled, list(map(reference.leaf, tensors)))
         torch.testing.assert_close(results, expected)
     assert counters["lmhead_pass"]["refused"] == 0
+    assert passes == ["forward_and_gradients"] * 2
 
 
 def _double(tensor):
