@@ -45,8 +45,8 @@ def _leaves(node: torch.autograd.graph.Node) -> Iterator[Tensor]:
     seen, pending = {node}, [node]
     while pending:
         node = pending.pop()
-        if (variable := getattr(node, "variable", None)) is not None:
-            yield variable
+        if isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
+            yield node.variable
         for source, _ in node.next_functions:
             if source is not None and source not in seen:
                 seen.add(source)
