@@ -180,11 +180,10 @@ def _twin(node: Node, seen: Node) -> Node | None:
         return None
     is_static = all(isinstance(size, int) for size in tensor_of(seen).shape)
     for other in (*node.all_input_nodes, *inputs):
-        if other is seen or not is_plain(value_of(other)):
+        value = value_of(other)
+        if other is seen or not is_plain(value) or is_traceable_wrapper_subclass(value):
             continue
-        if is_traceable_wrapper_subclass(value_of(other)):
-            continue
-        if is_static or same_shape(other, seen):
+        if value.layout == torch.strided and (is_static or same_shape(other, seen)):
             return other
     return None
 
