@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from . import mutation
 from .emitter import nodes_read
@@ -152,6 +153,10 @@ def _join_at(weighting: Weighting, group: list[Match], others: set[Node]) -> Joi
     likes = {node: (seen, _twin(node, seen)) for node, seen in looking.items()}
     if not (inputs | others).isdisjoint(moved):
         return None
+    # What stands for the root has memory of its own.
+    later = mutation.nodes_between(root, root.graph.output_node())
+    if mutation.has_other_names(root) and any(mutation.writers(later, of=[root])):
+        return None
     # What the call reads is what was read on the way to the root.
     on_the_way = list(mutation.nodes_between(min(readers), root))
     if any(mutation.writers(on_the_way, of=asked)):
@@ -171,13 +176,14 @@ def _join_at(weighting: Weighting, group: list[Match], others: set[Node]) -> Joi
 def _twin(node: Node, seen: Node) -> Node | None:
     """What tells the shape of ``seen`` before ``node``: an input, or what ``node`` reads itself."""
     inputs = (other for other in node.graph.nodes if other.op == "placeholder")
+    if not tensor_of(seen).is_contiguous():
+        return None
     is_static = all(isinstance(size, int) for size in tensor_of(seen).shape)
     for other in (*node.all_input_nodes, *inputs):
-        if other is seen or not is_plain(value_of(other)):
+        value = value_of(other)
+        if other is seen or not is_plain(value) or is_traceable_wrapper_subclass(value):
             continue
-        if is_traceable_wrapper_subclass(value_of(other)):
-            continue
-        if is_static or same_shape(other, seen):
+        if value.layout == torch.strided and (is_static or same_shape(other, seen)):
             return other
     return None
 
@@ -240,11 +246,16 @@ def _run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:
     )
     written = {storage for node in moved for storage in mutation.memory_written(node)}
     return (
-        all(gradients_are_recorded(n) or not tensor_of(n).requires_grad for n in moved)
+        all(gradients_are_recorded(node) or not _has_gradient(node) for node in moved)
         and not any(node.target in AUTOCAST_SWITCHES for node in passed)
         and not any(mutation.writers(passed, of=read))
         and all(written.isdisjoint(memory_of(source)) for source in read_by_passed)
     )
+
+
+def _has_gradient(node: Node) -> bool:
+    values = tree_leaves(value_of(node))
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _inputs(match: Match) -> set[Node]:

@@ -140,8 +140,10 @@ def _contracted(node: Node, name: Node) -> dict[str, Any] | None:
         return None  # one is repeated
 
     def back(emit: Emitter, gradient: Node, sizes: Sizes) -> Node:
-        weights = emit("to", factor, tensor_of(gradient).dtype)
-        return emit(torch.einsum, f"{result},{others}->{own}", gradient, weights)
+        # Autocast, if the call is inside of one, leaves FP64 alone.
+        wide = emit("double", gradient), emit("double", factor)
+        product = emit(torch.einsum, f"{result},{others}->{own}", *wide)
+        return emit("to", product, tensor_of(gradient).dtype)
 
     return {"kind": "sum", "back": back, "reads": (factor,)}
 
@@ -217,7 +219,10 @@ def _set(node: Node, name: Node) -> dict[str, Any] | None:
 
     def back(emit: Emitter, gradient: Node, sizes: Sizes) -> Node:
         if call["value"] is name:
-            return emit(operator.getitem, gradient, index)
+            gradient = emit(operator.getitem, gradient, index)
+            for _ in range(tensor_of(name).dim() - tensor_of(gradient).dim()):
+                gradient = emit("unsqueeze", gradient, 0)
+            return gradient
         gradient = emit("clone", gradient, memory_format=torch.contiguous_format)
         emit(operator.setitem, gradient, index, 0)
         return gradient

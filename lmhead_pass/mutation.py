@@ -49,19 +49,18 @@ def memory_written(node: Node) -> set[int]:
     return {storage for argument in _written_by(node) for storage in memory_of(argument)}
 
 
-def has_other_names(write: Node, but: Container[Node] = ()) -> bool:
-    """Whether what ``write`` writes to is read after it by another name than ``write``.
+def has_other_names(made: Node, but: Container[Node] = ()) -> bool:
+    """Whether what ``made`` makes or writes to is read after it by an earlier name.
 
-    Those in ``but`` are no others.
+    Not by those in ``but``, if they are made in the graph: its inputs are read outside.
     """
-    memory = memory_written(write)
-    for node in write.graph.nodes:
-        if node is write:
+    memory = memory_of(made) | memory_written(made)
+    for node in made.graph.nodes:
+        if node is made:
             return False
-        is_read_later = node.op in ("placeholder", "get_attr") or any(
-            user > write for user in node.users
-        )
-        if is_read_later and node not in but and not memory.isdisjoint(memory_of(node)):
+        is_input = node.op in ("placeholder", "get_attr")
+        is_read_later = node not in but and any(user > made for user in node.users)
+        if (is_input or is_read_later) and not memory.isdisjoint(memory_of(node)):
             return True
     raise AssertionError("a node is in its graph")
 

@@ -1,7 +1,7 @@
 """Inserts a call of the op, and makes of its results what each reader is to have."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
@@ -96,6 +96,7 @@ def _emit_like(emit: Emitter, node: Node, seen: Node, twin: Node) -> Node:
     if all(isinstance(size, int) for size in value.shape):
         stand_in = emit("new_empty", twin, list(value.shape), **options)
     else:
+        options["memory_format"] = torch.contiguous_format
         stand_in = emit(torch.empty_like, twin, **options)
     return emit_again(emit, node, {seen: stand_in})
 
@@ -150,7 +151,7 @@ def _coefficients(
             for power in (1, 2):
                 if (reader.node, power) not in weights:
                     continue
-                share = _of_rows(emit, reader, weights[reader.node, power], ones[reader.node])
+                share = _of_rows(emit, reader, weights[reader.node, power], targets[number])
                 for name, part in _shares(emit, match, reader, share, power):
                     found = shares.setdefault(name, [None] * len(targets))
                     before = found[number]
@@ -168,13 +169,13 @@ def _coefficients(
     return _Coefficients(of_losses, **{n: filled(n) for n in shares if n != "of_losses"})
 
 
-def _of_rows(emit: Emitter, reader: Reader, weight: Node, ones: Callable[[], Node]) -> Node:
+def _of_rows(emit: Emitter, reader: Reader, weight: Node, target: Node) -> Node:
     """``[N]``: the weight of each row, from that of the reader's numbers."""
     if reader.loss is None or reader.loss.reduction == "none":
         return emit("reshape", weight, -1)
     if reader.loss.reduction == "mean":
         weight = emit("div", weight, _denominator(emit, reader.loss))
-    return emit("mul", emit("reshape", ones(), -1), weight)
+    return emit("mul", emit(torch.ones_like, target, dtype=tensor_of(weight).dtype), weight)
 
 
 def _shares(
@@ -213,6 +214,8 @@ def _ones(emit: Emitter, match: Match, reader: Reader, rows: Node, target: Node)
     # Contiguous, as losses are, so that they can be viewed in the same shapes.
     ones_like = partial(emit, torch.ones_like, dtype=dtype, memory_format=torch.contiguous_format)
     if reader.loss is not None:
+        if reader.loss.reduction != "none":
+            return emit("new_ones", rows, (), dtype=dtype)
         return ones_like(reader.loss.target)
     ones = ones_like(target)
     return _of_each_row(emit, match, reader, rows, ones)

@@ -675,6 +675,20 @@ def one_logsumexp_for_both(z, y):
     return ((losses + 1e-3 * lse**2) * kept(y)).sum() / kept(y).sum()
 
 
+def sum_written_by_another_name(z, y):
+    losses, total = per_token(z, y), torch.zeros(())
+    name = total
+    name += (losses * kept(y)).sum()
+    clamped = name.clamp_(max=3.0)
+    return clamped * 1, total.detach() * 1, losses.detach().amax()
+
+
+def put_into_a_longer_shape(z, y):
+    losses, total = in_one_row(z, y), torch.zeros(2, y.numel())
+    total[0] = losses.view(1, -1)
+    return total.sum() / 2, losses.detach().amax()
+
+
 def losses_of_rows(z, y, reduction="none"):
     pairs = zip(z, y, strict=True)
     return [F.cross_entropy(row, target, reduction=reduction) for row, target in pairs]
@@ -699,6 +713,7 @@ KNOWN |= {
         mask_as_the_losses,
         weights_like_the_losses,
         counted_like_the_losses,
+        put_into_a_longer_shape,
     )
 } | {
     "dot": lambda z, y: torch.dot(kept(y, z.dtype).view(-1), in_one_row(z, y)),
@@ -732,6 +747,7 @@ KNOWN |= {
     "cut_and_joined": lambda z, y: (
         (torch.cat(losses_of_rows(z, y)) * kept(y).flatten()).sum() / kept(y).sum()
     ),
+    "mean_times_a_mask": lambda z, y: (forms.flat(z, y) * kept(y)).sum() / kept(y).sum(),
     "rows_in_a_stack": lambda z, y: (torch.stack(losses_of_rows(z, y)) * kept(y)).mean(),
     "means_in_a_stack": lambda z, y: (
         torch.stack(losses_of_rows(z, y, "mean")) * torch.tensor([0.2, 0.3, 0.5])
@@ -789,6 +805,21 @@ def part_written(z, y):
     return losses.mean()
 
 
+def noted_in_a_tensor_without_gradient(z, y):
+    losses, notes = per_token(z, y), torch.zeros(2)
+    with torch.no_grad():
+        notes[0] = losses.mean()
+        first, _ = losses.split(2)
+    weights = kept(y) / kept(y).sum()
+    return (losses * weights).sum(), notes * 2, first.detach()
+
+
+def ones_with_strides_of_the_losses(z, y):
+    losses = per_token(z, y)
+    ones = torch.ones_like(losses.t()).t().view(-1)
+    return (losses.view(-1) * ones).sum() / 2, losses.detach().amax()
+
+
 UNKNOWN = {
     **{
         f.__name__: f
@@ -799,6 +830,8 @@ UNKNOWN = {
             square_of_what_was_put_and_written,
             others_shaped_as_losses,
             part_written,
+            noted_in_a_tensor_without_gradient,
+            ones_with_strides_of_the_losses,
         )
     },
     "chosen_by_size": lambda z, y: per_token(z, y).flatten().topk(5)[0].mean(),
@@ -895,6 +928,50 @@ def test_four_products(name, passes):
     assert "backward" in assert_form_as_eager(UNKNOWN[name], passes)
 
 
+def test_a_sum_that_is_written_by_another_name():
+    def function(h, w, b, y):
+        return sum_written_by_another_name(F.linear(h, w, b), y)
+
+    tensors = inputs()
+    compiled = rewrite(function)
+    torch.testing.assert_close(compiled(*tensors), function(*tensors))
+    assert counters["lmhead_pass"]["refused"] == 0
+
+
+@pytest.mark.parametrize("is_clamped", [False, True])
+def test_a_sum_in_an_argument_keeps_its_gradient(is_clamped):
+    """Where the caller finds it."""
+
+    def function(h, w, b, y, total):
+        total += (per_token(F.linear(h, w, b), y) * kept(y)).sum()
+        if is_clamped:
+            total.clamp_(max=500.0)
+        return total * 2
+
+    results = []
+    tensors = inputs()
+    for run in (function, rewrite(function)):
+        leaves, total = list(map(reference.leaf, tensors)), torch.tensor(2.0)
+        run(*leaves, total)
+        total.backward()
+        results.append([total.detach(), *(leaf.grad for leaf in leaves[:3])])
+    assert counters["lmhead_pass"]["refused"] == 0
+    torch.testing.assert_close(*results)
+
+
+def test_weights_in_a_product_are_not_rounded_by_autocast():
+    """The call may be in one, where the product was not."""
+    tensors = inputs()
+
+    def function(h, w, b, y):
+        losses = F.cross_entropy(F.linear(h, w, b).mT, y, reduction="none")
+        with torch.autocast("cpu", torch.bfloat16):
+            weights = torch.linspace(0.013, 1.7, 21, dtype=h.dtype).view(7, 3) * 1.01
+        return (losses @ weights).sum() / 3, losses.detach().amax()
+
+    assert_as_eager(function, tensors, rewrite(function))
+
+
 def test_z_loss_in_float16(passes):
     tensors = inputs(torch.float16)
 
@@ -972,7 +1049,13 @@ def test_losses_chosen_by_a_mask(name, backend, passes):
         *("z_loss_by_row", "some_of_the_losses", "by_hand_masked", "masked_in_place"),
         *("prompt_and_answer", "by_sequence_in_turn", "rows_in_a_stack", "weights_times_matrix"),
         *("mask_as_the_losses", "weights_like_the_losses"),
-        *("einsum_by_sequence", "transposed", "chosen_twice", "where_it_counts_less"),
+        *(
+            "mean_times_a_mask",
+            "einsum_by_sequence",
+            "transposed",
+            "chosen_twice",
+            "where_it_counts_less",
+        ),
     ],
 )
 def test_dynamic_sizes(name, passes):

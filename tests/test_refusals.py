@@ -54,6 +54,15 @@ def view_of_a_view_made_under_no_grad(h, w, b, y):
     return flat(z, y[0, ::2])
 
 
+def gradient_taken_away_in_place(h, w, b, y):
+    """Of what has passed one on before."""
+    losses = flat(F.linear(h, w, b), y, reduction="none")
+    doubled = losses * 2
+    total = doubled.sum()
+    doubled.detach_()
+    return total + losses.sum() / 2
+
+
 def argmax_of_rows(h, w, b, y):
     z = F.linear(h, w, b)
     return flat(z, y) + z.detach().argmax(1).sum()
@@ -363,6 +372,7 @@ REFUSED = {
         lambda h, w, b, y: flat(h.reshape(-1)[: 3 * V].view(1, 3, V), y[:1, :3]),
         "an input of this graph",
     ),
+    "detach_": (gradient_taken_away_in_place, "detach_ at .* hides what had a gradient before"),
     "hook": (hook, "register_hook|reads the logits too"),
 }
 

@@ -179,7 +179,8 @@ class _Writer:
         while self._is_odd(4):
             self._write_elsewhere()
         if self._chance(4):
-            self._line(self._one(("loss = loss / 4", "loss = loss * 2", "loss = loss.float()")))
+            for _ in range(self._one((1, 1, 2, 3))):
+                self._line(self._pick("FACTORS")[1])
         names = ["loss", *self._returned]
         if self._chance(4):
             self._line("return {" + ", ".join(f"{name!r}: {name}" for name in names) + "}")
@@ -568,14 +569,33 @@ class _Writer:
     def _reduced(self, tokens: str, logits: _Logits) -> str:
         if self._is_odd(4):
             self._read_or_write()
+        if self._chance(3):
+            tokens = self._assign(self._fill(self._pick("TOKEN_STEPS")[1], logits, t=tokens), "t")
+        if self._chance(6):
+            self._measure_tokens(tokens, logits)
+        if self._is_odd(3):
+            self._line(self._fill(self._pick("TOKEN_WRITES")[1], logits, t=tokens))
         _, text = self._pick("REDUCTIONS", among=self._reductions())
         if self._chance(6):
             self._return(tokens, differentiable=True)
-        return self._assign(self._fill(text, logits, t=tokens), "loss")
+        loss = self._assign(self._fill(text, logits, t=tokens), "loss")
+        if self._chance(8):
+            self._measure_tokens(tokens, logits)
+        return loss
+
+    def _measure_tokens(self, tokens: str, logits: _Logits) -> None:
+        text = self._fill(self._pick("TOKEN_MEASURES")[1], logits, t=tokens)
+        self._line("with torch.no_grad():")
+        self._indent += 1
+        value = self._assign(text, "a")
+        self._indent -= 1
+        self._return(value, differentiable=True)
 
     def _reductions(self) -> list[str]:
         # A graph break: once is enough.
-        return [key for key in tables.REDUCTIONS if key != "selected" or self._chance(3)]
+        return [
+            key for key in tables.REDUCTIONS if not key.startswith("selected") or self._chance(3)
+        ]
 
     def _loop(self, logits: _Logits) -> str:
         if len(logits.rows) == 2 and self._chance(2):

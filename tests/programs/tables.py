@@ -371,6 +371,9 @@ LOSSES_BESIDE = {
     "entropy_bonus": "0.1 * ({x}.softmax({v}) * {x}.log_softmax({v})).sum({v}).mean()",
     "target_logits": "0.1 * {x}.gather({v}, {y}.clamp(min=0).unsqueeze({v})).square().mean()",
     "max_logit": "0.01 * {x}.amax({v}).mean()",
+    "z_loss_weighted": "1e-2 * ({x}.logsumexp({v}) * {r}.detach()).square().mean()",
+    "z_loss_filled": "1e-2 * {x}.logsumexp({v}).masked_fill({y} == {ignored}, 0.0).pow(2).sum()",
+    "z_loss_of_one_row": "1e-2 * (-{x}.logsumexp({v}).reshape(-1)[:1]).square().sum()",
 }
 
 CROSS_ENTROPIES = {
@@ -478,7 +481,69 @@ REDUCTIONS = {
         " torch.exp(0.9 * {t}.detach() - {t}).clamp(0.8, 1.2) * {r}).mean()"
     ),
     "selected": "{t}[{y} != {ignored}].sum()",
+    "selected_weighted": "({t}[{y} != {ignored}] * {r}.detach()[{y} != {ignored}]).sum() / 7",
+    "dot": "torch.dot({t}.reshape(-1), {r}.detach().reshape(-1).to({t}.dtype))",
+    "einsum": "torch.einsum('i,i->', {r}.detach().flatten().to({t}.dtype), {t}.flatten())",
+    "product_with_rows": "({t}.reshape(1, -1) @ {r}.detach().reshape(-1).to({t}.dtype)).sum()",
+    "product_with_groups": (
+        "({t}.reshape(1, -1) @ F.one_hot({y}.reshape(-1) % 3, 3).to({t}.dtype)).mean() / 7"
+    ),
+    "indexed": "{t}.reshape(-1)[torch.tensor([0, 0, -1])].mean()",
+    "index_selected": "{t}.index_select(0, torch.tensor([0, 0])).mean()",
+    "gathered": "{t}.gather(-1, torch.zeros_like({y})).mean()",
+    "packed": (
+        "({t}.new_zeros(2).index_add(0, {y}.reshape(-1) % 2, {t}.reshape(-1))"
+        " / torch.tensor([3, 4])).sum()"
+    ),
+    "packed_in_place": (
+        "torch.zeros(3, dtype={t}.dtype)"
+        ".scatter_add_(0, {y}.reshape(-1) % 3, {t}.reshape(-1)).mean()"
+    ),
+    "stacked_means": "torch.stack([part.mean() for part in {t}.chunk(2)]).mean()",
     "worst": "{t}.max()",
+}
+# Statements that write to the per-token losses {t} before.
+TOKEN_WRITES = {
+    "masked_in_place": "{t}.mul_({y} != {ignored})",
+    "divided_in_place": "{t} /= 2",
+    "filled_in_place": "{t}.masked_fill_({y} == {ignored}, 0.0)",
+    "set_by_mask": "{t}[{y} == {ignored}] = 0.0",
+    "set_first": "{t}[..., 0] = 0.5",
+    "view_written": "{t}.reshape(-1)[:1].mul_(2)",
+    "detached_written": "{t}.detach().mul_(0.5)",
+    "written_without_gradient": "with torch.no_grad():\n    {t}.add_(1.0)",
+}
+# Other per-token losses of the same shape.
+TOKEN_STEPS = {
+    "masked_fill": "{t}.masked_fill({y} == {ignored}, 0.0)",
+    "where": "torch.where({r} > 0.5, {t}, 0.1 * {t})",
+    "cat": "torch.cat([{t}[..., :1], {t}[..., 1:]], -1)",
+    "stack": "torch.stack(list({t}))",
+    "index_add": "torch.zeros_like({t}).index_add(0, torch.arange({t}.size(0)), {t})",
+    "scatter_add": "torch.zeros_like({t}).scatter_add(-1, torch.zeros_like({y}), {t})",
+    "put": "torch.zeros_like({t}).add_({t})",
+    "expanded": "{t}.unsqueeze(0).expand(2, *{t}.shape)[1]",
+    "half": "{t}.bfloat16()",
+}
+# What a training step logs of them, without a gradient.
+TOKEN_MEASURES = {
+    "worst_token": "{t}.amax()",
+    "perplexity": "{t}.mean().exp()",
+    "counted": "({t} * ({y} != {ignored})).sum(-1)",
+    "by_group": "{t}.new_zeros(2).index_add_(0, {y}.reshape(-1) % 2, {t}.reshape(-1))",
+}
+# What becomes of the loss at the end.
+FACTORS = {
+    "divided": "loss = loss / 4",
+    "doubled": "loss = loss * 2",
+    "float": "loss = loss.float()",
+    "divided_in_place": "loss /= 4",
+    "multiplied_in_place": "loss.mul_(0.75)",
+    "fraction": "loss = (loss * 3 / 7).reshape(1).sum()",
+    "negated": "loss = 1 - loss * scale.detach()",
+    "stacked": "loss = torch.stack([loss, loss.detach()]).mean()",
+    "total": "total = torch.zeros((), dtype=loss.dtype)\ntotal += loss\nloss = total * 0.5",
+    "tanh": "loss = torch.tanh(loss / 8) * 8",
 }
 LOOPS = {
     "split": "zip({x}.split(2), {y}.split(2))",
