@@ -132,6 +132,8 @@ def _contracted(node: Node, name: Node) -> dict[str, Any] | None:
     # What is summed of the numbers alone has no gradient that einsum could tell of.
     if not _is_known(factor) or not set(own).issubset(others + result):
         return None
+    if tensor_of(name).device.type == "mps":
+        return None  # it knows no FP64, which the weights are made in
     sizes_of = dict(zip(own, tensor_of(name).shape, strict=True))
     if not all(
         same(size, sizes_of.setdefault(letter, size))

@@ -323,7 +323,15 @@ def logged_with_out(h, w, b, y):
     return first + forms.flat(z[1:], y[1:]), logged
 
 
+def target_written_in_between(h, w, b, y):
+    y = y.clone()
+    first = forms.flat(F.linear(h[:, :-1], w, b), y[:, 1:])
+    y.sub_(1).clamp_(min=0)
+    return first + forms.flat(F.linear(torch.tanh(h), w, b), y)
+
+
 APART = [
+    target_written_in_between,
     total_in_a_tensor,
     read_by_a_transform,
     logged_times_what_is_written,
@@ -487,6 +495,10 @@ KNOWN = {
         forms.flat(z, y)
         + (-0.1 * z.logsumexp(-1)).masked_fill(y > 40, 0)[:, 1:].pow(2).mul(kept(y)[:, 1:]).sum()
     ),
+    "rows_of_losses_added_to_groups": lambda z, y: (
+        per_token(z, y).new_zeros(2, y.size(1)).index_add(0, y[:, 0] % 2, per_token(z, y))
+        / torch.arange(1, 3)[:, None]
+    ).sum(),
     "logged_sum": lambda z, y: (
         lambda total: (total / y.numel(), total.detach(), total.exp().detach())
     )(per_token(z, y).sum()),
@@ -821,6 +833,9 @@ def ones_with_strides_of_the_losses(z, y):
 
 
 UNKNOWN = {
+    "added_to_itself": lambda z, y: (lambda losses: torch.add(losses, losses).mean())(
+        per_token(z, y)
+    ),
     **{
         f.__name__: f
         for f in (
@@ -998,6 +1013,18 @@ def test_failure_after_nodes_were_moved_leaves_the_graph_alone(monkeypatch):
     assert counters["lmhead_pass"] == {"failed": 1}
     assert graphs[0] == graphs[1]
     torch.testing.assert_close(results, function(*tensors))
+
+
+def test_weights_that_are_written_after_their_use_are_an_error_as_in_eager():
+    def function(h, w, b, y):
+        losses, weights = per_token(F.linear(h, w, b), y), kept(y)
+        first = (losses * weights).sum()
+        weights.mul_(0.5)
+        return first + (losses * (y % 3)).sum()
+
+    for run in (function, rewrite(function)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            run(*inputs()).backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
