@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from .match import Bias, Extent, Fact, Head, Logits, Reader, Refused, Values
 from .readers import read, read_largest
-from .rows import follow_pieces, follow_rows, is_pieces, is_row_step
+from .rows import follow_pieces, follow_rows, is_row_step
 from .softmaxes import (
     follow_softmax,
     is_softmax_step,
@@ -22,7 +22,7 @@ from .softmaxes import (
     times_one_hot,
 )
 from .source import at
-from .spelling import describe, is_in_place, operation
+from .spelling import describe, is_in_place, is_pieces, operation
 from .tensors import (
     ENTER_INFERENCE,
     EXIT_INFERENCE,

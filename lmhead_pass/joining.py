@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from . import mutation
@@ -24,11 +23,11 @@ from .tensors import (
     AUTOCAST_SWITCHES,
     ENTER_AUTOCAST,
     gradients_are_recorded,
-    is_plain,
     memory_of,
     same_shape,
     tensor_of,
     value_of,
+    wraps_none,
 )
 from .weighting import can_be_made_behind, sums
 
@@ -181,7 +180,7 @@ def _twin(node: Node, seen: Node) -> Node | None:
     is_static = all(isinstance(size, int) for size in tensor_of(seen).shape)
     for other in (*node.all_input_nodes, *inputs):
         value = value_of(other)
-        if other is seen or not is_plain(value) or is_traceable_wrapper_subclass(value):
+        if other is seen or not wraps_none(value):
             continue
         if value.layout == torch.strided and (is_static or same_shape(other, seen)):
             return other

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch._guards import TracingContext
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from . import compat, config, mutation
 from .emitter import Emitter, emit_hidden, nodes_read
 from .match import Logits, Refused
 from .spelling import describe, operation
-from .tensors import is_plain, memory_of, tensor_of, value_of
+from .tensors import memory_of, tensor_of, value_of, wraps_none
 
 _INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
 
@@ -88,8 +87,7 @@ def _sources(logits: Logits) -> list[Node]:
         for node in nodes
         if node.op == "placeholder"
         and node in needed
-        and is_plain(value_of(node))
-        and not is_traceable_wrapper_subclass(value_of(node))
+        and wraps_none(value_of(node))
         and value_of(node).requires_grad
         and changed.isdisjoint(memory_of(node))
     ]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from .emitter import Emitter
 from .softmaxes import summed_dims
-from .spelling import arguments, operation
+from .spelling import arguments, is_pieces, operation
 from .tensors import is_number, is_plain, same, same_shape, tensor_of, value_of
 
 Sizes = Callable[[], list[Any]]
@@ -25,10 +25,6 @@ def arguments_of(node: Node) -> tuple[Any, ...]:
     if operation(node) == "getitem" and isinstance(pieces, Node) and is_pieces(pieces):
         return (*pieces.args, *pieces.kwargs.values(), node.args[1])
     return node.args
-
-
-def is_pieces(node: Node) -> bool:
-    return operation(node) in ("pieces", "unbind")
 
 
 def read_by(node: Node) -> list[Node]:
@@ -46,24 +42,17 @@ def unchanged(emit: Emitter, gradient: Node, sizes: Sizes) -> Node:
 
 
 def _scaled(node: Node, name: Node) -> dict[str, Any] | None:
-    operand = other_operand(name, node)
-    if operand is None or not _is_known(operand):
+    call = arguments(node, lambda input, other: locals())
+    if call is None or (operation(node) == "div" and call["input"] is not name):
+        return None
+    operand = call["other"] if call["input"] is name else call["input"]
+    if not _is_known(operand):
         return None
     return {
         "kind": "scale",
         "back": lambda emit, gradient, sizes: emit(operation(node), gradient, operand),
         "reads": (operand,) if isinstance(operand, Node) else (),
     }
-
-
-def other_operand(before: Node, after: Node) -> Any:
-    """What ``after`` multiplies ``before`` with, or divides it by; None if it is not that."""
-    call = arguments(after, lambda input, other: locals())
-    if call is None:
-        return None
-    if call["input"] is before:
-        return call["other"]
-    return call["input"] if operation(after) == "mul" else None
 
 
 def _negated(node: Node, name: Node) -> dict[str, Any] | None:

@@ -115,7 +115,7 @@ def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
 
 
 def _check_derivatives(graph: Graph) -> None:
-    """Refused if ``graph`` takes a derivative that the op does not have."""
+    """Refused if ``graph`` takes a derivative that the op does not have, or hides one."""
     for node in graph.nodes:
         if describe(node) == "detach_":
             raise Refused(f"{describe(node)}{at(node)} hides what had a gradient before")

@@ -27,10 +27,6 @@ def follow_rows(logits: Logits, node: Node) -> Logits:
     return _FOLLOWERS[operation(node)](logits, node)
 
 
-def is_pieces(node: Node) -> bool:
-    return operation(node) in ("pieces", "unbind")
-
-
 def follow_pieces(logits: Logits, node: Node) -> list[Logits]:
     """What the parts hold that ``node`` cuts ``logits`` into."""
     value = value_of(node)

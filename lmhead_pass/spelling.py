@@ -119,6 +119,11 @@ def operation(node: Node) -> str | None:
     return None
 
 
+def is_pieces(node: Node) -> bool:
+    """Whether ``node`` cuts a tensor into several."""
+    return operation(node) in ("pieces", "unbind")
+
+
 def is_in_place(node: Node) -> bool:
     """Whether ``operation(node)`` is written to the node's first argument."""
     if node.op == "call_method":

@@ -45,6 +45,11 @@ def is_plain(value: Any) -> bool:
     )
 
 
+def wraps_none(value: Any) -> bool:
+    """Whether ``value`` is a plain tensor that wraps no others, as a DTensor does."""
+    return is_plain(value) and not is_traceable_wrapper_subclass(value)
+
+
 def memory_of(node: Node) -> set[int]:
     """The memory that a node's value lives in, as its fake tensors share it."""
     tensors = (v for v in tree_leaves(value_of(node)) if isinstance(v, torch.Tensor))

@@ -23,12 +23,11 @@ from .linear import (
     STEPS,
     arguments_of,
     emit_again,
-    is_pieces,
     read_by,
     unchanged,
 )
 from .match import Refused, Step, Weighting
-from .spelling import arguments, is_in_place, operation
+from .spelling import arguments, is_in_place, is_pieces, operation
 from .tensors import (
     gradients_are_recorded,
     is_cut_off,
