@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .recipe import Recipe
-from .refusing import Sources, refuse_gradient
+from .refusing import refuse_gradient
 
 # What is known of a tensor, or told to it, without its values.
 _METADATA = {
@@ -66,16 +66,19 @@ _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[
 
 
 class _Logits:
-    """Logits that are not computed yet; ``sources`` is None if they need no gradient."""
+    """Logits that are not computed yet.
 
-    def __init__(self, recipe: Recipe, sources: Sources | None):
+    ``history`` gives what a gradient would flow to, as long as somebody has a tensor that needs one.
+    """
+
+    def __init__(self, recipe: Recipe, history: Tensor | None):
         self.recipe = recipe
-        self.sources = sources
+        self.history = weakref.ref(history) if history is not None else lambda: None
 
     def compute(self) -> Tensor:
         logits = self.recipe.compute()
-        if self.sources is not None:
-            refuse_gradient(logits, self.sources.alive())
+        if (history := self.history()) is not None:
+            refuse_gradient(logits, [history])
         return logits
 
 
@@ -125,6 +128,7 @@ class LazyLogits(Tensor):
 
     _cell: _Cell
     _like: Tensor
+    _history: Tensor | None
 
     @staticmethod
     def __new__(
@@ -132,11 +136,11 @@ class LazyLogits(Tensor):
         cell: _Cell,
         like: Tensor,
         device: torch.device,
-        sources: Sequence[Tensor] | None = None,
+        history: Tensor | None = None,
     ):
         """``like`` has the size, strides and dtype of the values, and is on the meta device.
 
-        ``sources`` is where a gradient would flow to; None if none is required.
+        ``history`` is a tensor that a gradient would flow to; None if none is required.
         """
         self = Tensor._make_wrapper_subclass(
             cls,
@@ -148,19 +152,22 @@ class LazyLogits(Tensor):
         )
         self._cell = cell
         self._like = like
-        if sources is None:
+        self._history = history
+        if history is None:
             return self
         # What a compiled function returns, autograd detaches, unless it is a view.
         with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-            refuse_gradient(self, sources)
+            refuse_gradient(self, [history])
             return torch.ops.aten.alias(self)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, inputs: Sequence[Tensor]) -> "LazyLogits":
         """``inputs`` of the compiled function are what a gradient would flow to."""
-        sources = Sources(inputs) if recipe.requires_grad else None
-        leaves = None if sources is None else sources.leaves
-        return cls(_Cell(_Logits(recipe, sources)), recipe.like(), recipe.hidden.device, leaves)
+        history = None
+        if recipe.requires_grad:
+            history = torch.empty(0)  # of the inputs, without their values
+            refuse_gradient(history, inputs)
+        return cls(_Cell(_Logits(recipe, history)), recipe.like(), recipe.hidden.device, history)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -174,7 +181,9 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             logits = args[0]  # autograd, below which this is, gives the result its gradient
-            return cls(logits._cell, logits._like, logits.device)
+            alias = cls(logits._cell, logits._like, logits.device)
+            alias._history = logits._history
+            return alias
         return _on_values(func, args, kwargs or {})
 
     # What torch.compile asks of an input of another compiled function: its values, then.
@@ -261,4 +270,4 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
     cell = _Cell(_Derived(logits._cell, lambda value: func(value, *others, **kwargs)))
     if not torch._C._is_alias_of(result, like):  # type: ignore[attr-defined]
         logits._cell.casts.append(weakref.ref(cell))
-    return LazyLogits(cell, result, device, [logits] if requires_grad else None)
+    return LazyLogits(cell, result, device, logits._history if requires_grad else None)

@@ -4,8 +4,7 @@ It stands between logits that were returned without being computed and what a gr
 flowed to, so that whoever asks for the gradient of any of that hears of it.
 """
 
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,47 +15,10 @@ SETTING = (
 )
 
 
-class Sources:
-    """Inputs of a compiled function that a gradient would flow to.
-
-    Nothing that was saved for a backward is kept. Of an input that autograd knows the history of,
-    these are the leaves that it was made of; and the input itself, while somebody else has it.
-    """
-
-    def __init__(self, inputs: Iterable[Tensor]):
-        leaves: dict[int, Tensor] = {}
-        self._others = []
-        for tensor in inputs:
-            if tensor.grad_fn is None:
-                leaves[id(tensor)] = tensor
-                continue
-            self._others.append(weakref.ref(tensor))
-            leaves |= {id(leaf): leaf for leaf in _leaves(tensor.grad_fn)}
-        self.leaves = [leaf for leaf in leaves.values() if leaf.requires_grad]
-
-    def alive(self) -> list[Tensor]:
-        """With the inputs that are not leaves, and that somebody has."""
-        others = (reference() for reference in self._others)
-        return [*self.leaves, *(tensor for tensor in others if tensor is not None)]
-
-
-def _leaves(node: torch.autograd.graph.Node) -> Iterator[Tensor]:
-    """The leaves of the autograd graph that ``node`` is the root of."""
-    seen, pending = {node}, [node]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
-            yield node.variable
-        for source, _ in node.next_functions:
-            if source is not None and source not in seen:
-                seen.add(source)
-                pending.append(source)
-
-
 def refuse_gradient(tensor: Tensor, sources: Sequence[Tensor]) -> None:
     """Let ``tensor`` require a gradient, and raise a RuntimeError if one arrives that is not zero.
 
-    To autograd it is computed from ``sources``.
+    To autograd it is computed from ``sources``, of which it holds the history and not the values.
     """
     if not any(source.requires_grad for source in sources):
         sources = [torch.empty(0, requires_grad=True)]

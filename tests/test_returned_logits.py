@@ -366,13 +366,19 @@ def test_a_gradient_is_refused_whatever_it_is_asked_of(cls, backend):
     embedded, scale = torch.randn(2, 5, 16, requires_grad=True), torch.ones(1, requires_grad=True)
     compiled = backend(model)
     leaves = (leaf for leaf in (*model.parameters(), embedded, scale) if leaf.requires_grad)
-    # What is before a graph break, and no leaf, the graph behind it does not know.
-    for asked in (*leaves, *(() if cls is Cut else ["hidden states"])):
-        hidden = embedded * scale
-        loss, logits = compiled(hidden, y)
-        with pytest.raises(RuntimeError, match=SETTING):
-            inputs = hidden if isinstance(asked, str) else asked
-            torch.autograd.grad(loss + logits.logsumexp(-1).mean(), inputs)
+    for use in (lambda logits: logits.logsumexp(-1).mean(), Doubled.apply):
+        for asked in (*leaves, "scaled", "hidden states"):
+            scaled = embedded * scale
+            hidden = scaled + 1
+            inputs = {"scaled": scaled, "hidden states": hidden}.get(asked, asked)
+            loss, logits = compiled(hidden, y)
+            with pytest.raises(RuntimeError, match=SETTING):
+                torch.autograd.grad(loss + use(logits), inputs)
+            # Autograd knows no other way from here to there than through the logits.
+            _, logits = compiled(hidden, y)
+            del loss, hidden
+            with pytest.raises(RuntimeError, match=SETTING):
+                torch.autograd.grad(scale.sum() + use(logits), inputs)
 
 
 def test_a_gradient_that_does_not_flow_through_logits_is_not_refused():
@@ -945,24 +951,25 @@ def test_hidden_states_and_a_fingerprint_are_all_that_is_kept(model):
     assert recipe.weight is model.head.weight and recipe.bias is model.head.bias
     assert recipe.hidden.shape == (2, 5, 16) and recipe.hidden.grad_fn is None
     assert recipe.fingerprint.shape == (3, 2)
-    assert_history_is_of(logits, model.parameters())
+    assert_history_is_of(logits, model.parameters(), between=0)
     logits.sum()
     assert logits._cell.source is None
 
 
-def assert_history_is_of(logits, leaves):
-    """The raising node, and what makes it look like a view, are between ``logits`` and these."""
+def assert_history_is_of(logits, leaves, between):
+    """Two nodes that raise, the view of one, and ``between`` of a graph before: no others."""
     nodes, seen = [logits.grad_fn], []
     while nodes:
         seen.append(nodes.pop())
         nodes += [node for node, _ in seen[-1].next_functions if node is not None]
     found = [node.variable for node in seen if hasattr(node, "variable")]
     assert {id(leaf) for leaf in found} == {id(leaf) for leaf in leaves}
-    assert len(seen) == len(found) + 2
+    assert len(seen) == len(found) + 3 + between
 
 
-def test_what_a_graph_before_has_saved_is_not_kept(model):
-    """It was made outside of the compiled function, and would be freed with the loss."""
+@pytest.mark.parametrize("let_go", ["backward", "detach"])
+def test_what_a_graph_before_has_saved_is_let_go(model, let_go):
+    """By what lets go of it without lmhead_pass, too."""
     before = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
     x, y = batch()
     saved = []
@@ -974,7 +981,11 @@ def test_what_a_graph_before_has_saved_is_not_kept(model):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         x = before(x)
     loss, logits = torch.compile(model)(x, y)
-    assert_history_is_of(logits, [*before.parameters(), *model.parameters()])
+    if let_go == "backward":
+        assert_history_is_of(logits, [*before.parameters(), *model.parameters()], between=8)
+        loss.backward()
+    else:
+        logits = logits.detach()
     known = [id(tensor) for tensor in before.parameters()]
     del loss, x
     kept = [tensor for reference in saved if (tensor := reference()) is not None]

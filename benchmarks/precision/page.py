@@ -53,8 +53,8 @@ The most by which an error is above that of `torch.compile` in the same case, ov
 """
 NOTES = """
 - A CPU's BF16 product rounds each chunk's share of the weight's gradient. In *cancelling* these are
-  larger than their sum, and more chunks mean larger errors: a limit of the pass in BF16 on CPUs. In
-  FP32 and FP16 the shares are FP32.
+  larger than their sum: what rounding took from the rows of words that are targets, the pass adds.
+  In FP32 and FP16 the shares are FP32.
 - In BF16 and FP16 on CPUs `F.linear_cross_entropy` keeps its logits in FP32, which shows where they
   are large. The others round them to the dtype.
 

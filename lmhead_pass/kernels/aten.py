@@ -39,6 +39,8 @@ from .measures import Measures
 _BLOCK_BYTES = 1 << 22
 # Words of the vocabulary whose share of the weight's gradient is computed at once.
 _PRODUCT_WORDS = 4096
+# Of these, how many are taken apart from the others: with more, all of them cost less.
+_WORDS_APART = _PRODUCT_WORDS // 3
 # FP16 reaches from 6e-8 to 65504. Gradients of logits are scaled before they are rounded to it, so
 # that the bounds on them and on their products with the weight come to at most 2 to the power of
 # this. Three times as much still fits, and small probabilities have all that is below.
@@ -87,7 +89,7 @@ def forward_and_gradients(
     reach = rows.reach(rows.upstream)
     if by_lse and problem.has_narrow_range:
         reach = torch.cat((reach, problem.logsumexp_reach()))
-    sums = _GradientSums(problem, needed, reach)
+    sums = _GradientSums(problem, needed, rows, reach)
     upstream = rows.upstream * sums.factor
     for chunk, hidden, logits in _chunks(problem, rows.index):
         for part, block in _blocks(problem, chunk, logits, write_back=True):
@@ -128,7 +130,7 @@ def backward(
     if grad_logsumexp is not None:
         grad_logsumexp = grad_logsumexp.to(problem.accumulate_dtype)
         reach = torch.cat((reach, grad_logsumexp))
-    sums = _GradientSums(problem, needed, reach)
+    sums = _GradientSums(problem, needed, rows, reach)
     upstream = upstream * sums.factor
     for chunk, hidden, logits in _chunks(problem, rows.index):
         for part, block in _blocks(problem, chunk, logits, write_back=True):
@@ -346,7 +348,7 @@ def _differentiate_(
 class _GradientSums:
     """Gradients of hidden, weight and bias, gathered chunk by chunk."""
 
-    def __init__(self, problem: Problem, needed: list[bool], reach: Tensor):
+    def __init__(self, problem: Problem, needed: list[bool], rows: _Rows, reach: Tensor):
         """``reach`` are bounds on the gradients of the logits, but for a factor of 2."""
         self._problem = problem
         self._needed = needed
@@ -357,6 +359,9 @@ class _GradientSums:
             self._scale = _power_of_two_scale(reach * problem.logit_scale * largest.clamp_min(1))
         self.factor = problem.logit_scale * self._scale
         """What the chunks must multiply upstream gradients by."""
+        self._targets = None
+        if problem.compute_dtype == torch.bfloat16 and len(rows.index) > problem.batch_chunk_size:
+            self._targets = _by_product(rows.target, problem.weight.size(0))
 
         inputs = (problem.hidden, problem.weight, problem.bias)
         # Each row of hidden gets its gradient once; the others are sums over chunks.
@@ -390,14 +395,19 @@ class _GradientSums:
         if grad_logits.dtype == total.dtype:
             total.addmm_(grad_logits.t(), hidden)
             return
-        # ATen's products on a CPU come out in the dtype that goes in. In BF16 that is one rounding
-        # for each chunk; in FP16 a frequent word's sum could overflow.
+        # ATen's products on a CPU come out in the dtype that goes in: in FP16 a frequent word's sum
+        # could overflow, in BF16 each chunk's share is rounded.
         if grad_logits.dtype == torch.float16:
             hidden = hidden.to(total.dtype)
-        for part, block in zip(
-            total.split(_PRODUCT_WORDS), grad_logits.split(_PRODUCT_WORDS, 1), strict=True
-        ):
-            part.add_(block.t().to(hidden.dtype) @ hidden)
+        shares = zip(total.split(_PRODUCT_WORDS), grad_logits.split(_PRODUCT_WORDS, 1), strict=True)
+        for number, (part, block) in enumerate(shares):
+            share = block.t().to(hidden.dtype) @ hidden
+            part.add_(share)
+            if self._targets is not None:
+                # Where it is a target, a word is pulled up, elsewhere pushed down by about as much:
+                # its shares are larger than their sum, and so is what rounding took from them.
+                words = self._targets[number]
+                part[words] += torch.addmm(share[words], block[:, words].t(), hidden, beta=-1)
 
     def finish(self) -> Gradients:
         """The gradients, each in ``held_dtype`` of its input."""
@@ -413,6 +423,14 @@ class _GradientSums:
 
     def _unscaled(self, total: Tensor) -> Tensor:
         return total if self._scale == 1 else total.div_(self._scale)
+
+
+def _by_product(target: Tensor, vocab: int) -> list[Tensor | slice]:
+    """Of the words of each product with the weight those that are targets; all, if many are."""
+    is_target = torch.zeros(vocab, dtype=torch.bool, device=target.device)
+    is_target[target] = True
+    words = (part.nonzero().squeeze(1) for part in is_target.split(_PRODUCT_WORDS))
+    return [part if len(part) < _WORDS_APART else slice(None) for part in words]
 
 
 def _power_of_two_scale(gradients: Tensor) -> float:
