@@ -68,7 +68,7 @@ _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[
 class _Logits:
     """Logits that are not computed yet.
 
-    ``history`` gives what a gradient would flow to, as long as somebody has a tensor that needs one.
+    ``history`` gives what a gradient would flow to, while somebody has a tensor that needs one.
     """
 
     def __init__(self, recipe: Recipe, history: Tensor | None):
