@@ -206,6 +206,29 @@ def test_z_loss_in_float16_neither_underflows_nor_overflows(factor, logit_scale)
     assert_no_worse([hidden, weight, bias, target, *terms], options, upstream)
 
 
+TERMS = ("logsumexp", "square")
+REACHING = {
+    "coefficient": {"logsumexp": 1e6},
+    "bias": {"square": 1e3, "bias": 1e3},
+    "scale": {"square": 1e3, "bias": 100, "logit_scale": 200.0},
+    "negative scale": {"square": 1e3, "bias": -100, "logit_scale": -200.0},
+}
+
+
+@pytest.mark.parametrize("kind", REACHING)
+def test_terms_of_log_sum_exps_in_float16_do_not_overflow(kind):
+    """Wherever their gradients' size comes from; that of the losses themselves is about 1."""
+    given = REACHING[kind]
+    hidden, weight, bias, target = tensors(torch.float16, bias=True)
+    with torch.no_grad():
+        hidden *= 0.01
+        bias[3:6] = given.get("bias", 0)
+    terms = [given[name] * torch.rand(37) if name in given else None for name in TERMS]
+    options = {"reduction": "sum", "logit_scale": given.get("logit_scale", 1.0)}
+    upstream = torch.tensor(1e-7)
+    assert_no_worse([hidden, weight, bias, target, None, None, *terms], options, upstream)
+
+
 BY_ROW = ["coefficient", "logsumexp_coefficient", "z_loss"]
 
 
