@@ -74,8 +74,7 @@ class Problem:
         if self.logsumexp_coefficient is not None:
             gradient += self.logsumexp_coefficient[rows]
         if self.z_loss is not None:
-            z_loss = self.z_loss[rows].to(lse.dtype)
-            gradient += (2 * z_loss * lse).masked_fill(z_loss == 0, 0)
+            gradient += 2 * self.z_loss[rows].to(lse.dtype) * lse
         return gradient
 
     def logsumexp_reach(self) -> Tensor:

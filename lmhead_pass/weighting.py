@@ -63,12 +63,15 @@ def sums(numbers: Iterable[Node], squarable: Iterable[Node] = ()) -> Iterator[We
 
 
 def can_be_made_behind(place: Node, weighting: Weighting) -> bool:
-    """Whether what the weights are made of is behind ``place`` what the steps to the sum see."""
-    for step in weighting.steps:
-        first, last = (step.node, place.next) if step.node < place else (place, step.node)
-        if any(mutation.writers(mutation.nodes_between(first, last), of=step.reads)):
-            return False
-    return True
+    """Whether what the weights are made of is behind ``place`` what the steps to the sum see.
+
+    And stays so: of what is written to after them, autograd refuses the gradient.
+    """
+    end = place.graph.output_node()
+    return not any(
+        any(mutation.writers(mutation.nodes_between(min(step.node, place), end), of=step.reads))
+        for step in weighting.steps
+    )
 
 
 class _Walk:

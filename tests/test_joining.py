@@ -188,8 +188,19 @@ def test_one_call_for_several_losses(function):
     assert graphs[1].count("lmhead_pass.linear_cross_entropy") == 1, graphs[1]
 
 
+def judged_by_a_parameter(h, w, b, y):
+    """What is computed without a gradient has none, wherever it is computed."""
+    losses = per_token(F.linear(h, w, b), y)
+    with torch.no_grad():
+        worst = (losses.amax() * b).sum()
+        weights = kept(y) / kept(y).sum()
+    return (losses * weights).sum() + worst * b.sum()
+
+
 @pytest.mark.parametrize(
-    "function", [over_pieces_of_hidden, multi_token_prediction], ids=lambda f: f.__name__
+    "function",
+    [over_pieces_of_hidden, multi_token_prediction, judged_by_a_parameter],
+    ids=lambda f: f.__name__,
 )
 def test_inductor(function):
     assert_as_eager(function, inputs(), torch.compile(function))
@@ -272,6 +283,14 @@ def hidden_of_a_loss(h, w, b, y):
     return first + forms.flat(F.linear(h * first.detach(), w, b), y)
 
 
+def target_chosen_by_another_head(h, w, b, y):
+    """And by what reads nothing but logits."""
+    h, y = h.flatten(0, 1), y.flatten()
+    z, other = F.linear(h, w, b), F.linear(h.flip(0), w, b)
+    losses = F.cross_entropy(z, y, reduction="none")
+    return losses.sum() + F.cross_entropy(other, z.argmax(1), reduction="none").sum()
+
+
 def written_in_between(h, w, b, y):
     h = h * 1
     first = forms.flat(F.linear(h[0], w.detach()), y[0])
@@ -343,6 +362,7 @@ APART = [
     returned_too,
     weighted_by_a_parameter,
     hidden_of_a_loss,
+    target_chosen_by_another_head,
     written_in_between,
 ]
 
@@ -657,6 +677,14 @@ def packed_by_index_add(z, y):
     return (totals / torch.tensor([8, 8, 5])).mean()
 
 
+def packed_by_an_index_made_in_place(z, y):
+    lengths, losses = torch.tensor([7, 9, 5]), in_one_row(z, y)
+    worst = losses.detach().amax()
+    sequence = torch.arange(y.numel()) // 8
+    sequence[3] = 1
+    return (losses.new_zeros(3).index_add(0, sequence, losses) / lengths).mean(), worst
+
+
 def packed_by_scatter_add(z, y):
     sequence = torch.tensor([0, 0, 0, 1, 1, 2, 2]).expand(y.shape)
     zeros, mask = torch.zeros(len(y), 3, dtype=z.dtype), kept(y, z.dtype)
@@ -714,6 +742,7 @@ KNOWN |= {
         put_into_a_tensor,
         read_before_and_after_a_write,
         packed_by_index_add,
+        packed_by_an_index_made_in_place,
         packed_by_scatter_add,
         packed_by_length,
         prompt_and_answer,
@@ -826,6 +855,13 @@ def noted_in_a_tensor_without_gradient(z, y):
     return (losses * weights).sum(), notes * 2, first.detach()
 
 
+def logged_under_autocast(z, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = in_one_row(z, y)
+        logged = losses.detach() @ losses.detach()
+    return (losses * kept(y).flatten()).sum(), logged
+
+
 def ones_with_strides_of_the_losses(z, y):
     losses = per_token(z, y)
     ones = torch.ones_like(losses.t()).t().view(-1)
@@ -846,6 +882,7 @@ UNKNOWN = {
             others_shaped_as_losses,
             part_written,
             noted_in_a_tensor_without_gradient,
+            logged_under_autocast,
             ones_with_strides_of_the_losses,
         )
     },
@@ -855,6 +892,7 @@ UNKNOWN = {
         lambda losses: (losses * losses.detach().neg().exp()).mean()
     )(per_token(z, y)),
     "product_with_itself": lambda z, y: (lambda losses: losses @ losses)(per_token(z, y).view(-1)),
+    "inverted": lambda z, y: (kept(y) / per_token(z, y)).mean(),
     "einsum_of_a_sum": lambda z, y: torch.einsum("bs,b->", per_token(z, y), kept(y, z.dtype)[:, 0]),
     "einsum_that_repeats": lambda z, y: torch.einsum(
         "bs,bs->", per_token(z[:1], y[:1]), kept(y, z.dtype)
@@ -1015,12 +1053,27 @@ def test_failure_after_nodes_were_moved_leaves_the_graph_alone(monkeypatch):
     torch.testing.assert_close(results, function(*tensors))
 
 
-def test_weights_that_are_written_after_their_use_are_an_error_as_in_eager():
+def written_after_the_sum(losses, weights):
+    total = (losses * weights).sum()
+    weights.mul_(0.5)
+    return total
+
+
+def written_before_the_sum(losses, weights):
+    weighted = losses * weights
+    weights.mul_(0.5)
+    return weighted.sum()
+
+
+@pytest.mark.parametrize("weighted", [written_after_the_sum, written_before_the_sum])
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_weights_that_are_written_after_their_use_are_an_error_as_in_eager(weighted, is_joined):
     def function(h, w, b, y):
-        losses, weights = per_token(F.linear(h, w, b), y), kept(y)
-        first = (losses * weights).sum()
-        weights.mul_(0.5)
-        return first + (losses * (y % 3)).sum()
+        z = F.linear(h, w, b)
+        losses, weights = per_token(z, y), kept(y)
+        if is_joined:
+            return z.logsumexp(-1).mean() + weighted(losses, weights)
+        return weighted(losses, weights)
 
     for run in (function, rewrite(function)):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
