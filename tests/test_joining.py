@@ -892,6 +892,9 @@ UNKNOWN = {
         lambda losses: (losses * losses.detach().neg().exp()).mean()
     )(per_token(z, y)),
     "product_with_itself": lambda z, y: (lambda losses: losses @ losses)(per_token(z, y).view(-1)),
+    "in_another_order": lambda z, y: (
+        forms.flat(z, y) + (z.transpose(0, 1).logsumexp(-1) * kept(y).t()).mean()
+    ),
     "inverted": lambda z, y: (kept(y) / per_token(z, y)).mean(),
     "einsum_of_a_sum": lambda z, y: torch.einsum("bs,b->", per_token(z, y), kept(y, z.dtype)[:, 0]),
     "einsum_that_repeats": lambda z, y: torch.einsum(
