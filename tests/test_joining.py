@@ -283,6 +283,11 @@ def hidden_of_a_loss(h, w, b, y):
     return first + forms.flat(F.linear(h * first.detach(), w, b), y)
 
 
+def of_some_words_and_of_all(h, w, b, y):
+    z = F.linear(h, w)
+    return forms.flat(z[0, :, :90], y[0].clamp(max=89)) + forms.flat(z[1:], y[1:]) + b.norm()
+
+
 def target_chosen_by_another_head(h, w, b, y):
     """And by what reads nothing but logits."""
     h, y = h.flatten(0, 1), y.flatten()
@@ -362,6 +367,7 @@ APART = [
     returned_too,
     weighted_by_a_parameter,
     hidden_of_a_loss,
+    of_some_words_and_of_all,
     target_chosen_by_another_head,
     written_in_between,
 ]
@@ -895,6 +901,9 @@ UNKNOWN = {
     "in_another_order": lambda z, y: (
         forms.flat(z, y) + (z.transpose(0, 1).logsumexp(-1) * kept(y).t()).mean()
     ),
+    "cast_like_the_losses": lambda z, y: (
+        lambda losses: losses.mean() + z.logsumexp(-1).type_as(losses).mean()
+    )(per_token(z, y)),
     "inverted": lambda z, y: (kept(y) / per_token(z, y)).mean(),
     "einsum_of_a_sum": lambda z, y: torch.einsum("bs,b->", per_token(z, y), kept(y, z.dtype)[:, 0]),
     "einsum_that_repeats": lambda z, y: torch.einsum(
