@@ -88,7 +88,7 @@ class _Derived:
     def __init__(self, base: "_Cell", operation: Callable[[Tensor], Tensor]):
         self.base = base
         self.operation = operation
-        self.grad_enabled = torch.is_grad_enabled()
+        self.grad_enabled = _gradients_are_recorded()
 
     def compute(self) -> Tensor:
         with torch.set_grad_enabled(self.grad_enabled):
@@ -263,7 +263,7 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
         return logits
     requires_grad = (
         logits.requires_grad
-        and torch.is_grad_enabled()
+        and _gradients_are_recorded()
         and func not in _DETACHING
         and result.is_floating_point()
     )
@@ -271,3 +271,8 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
     if not torch._C._is_alias_of(result, like):  # type: ignore[attr-defined]
         logits._cell.casts.append(weakref.ref(cell))
     return LazyLogits(cell, result, device, logits._history if requires_grad else None)
+
+
+def _gradients_are_recorded() -> bool:
+    """``torch.is_grad_enabled()`` may be True in inference mode."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

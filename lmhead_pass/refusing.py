@@ -22,7 +22,7 @@ def refuse_gradient(tensor: Tensor, sources: Sequence[Tensor]) -> None:
     """
     if not any(source.requires_grad for source in sources):
         sources = [torch.empty(0, requires_grad=True)]
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         _RefuseGradient.apply(tensor, *sources)
 
 

@@ -289,6 +289,11 @@ def test_read_in_another_mode_than_made(returned):
         assert_same(logits.argmax(-1), plain.argmax(-1))
     assert (logits * 2).requires_grad
     logits, plain = returned()
+    with torch.inference_mode(), torch.enable_grad():
+        logits, plain = logits.double(), plain.double()
+    assert looks(logits) == looks(plain)
+    assert_same(logits + 0, plain + 0)
+    logits, plain = returned()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(logits.argmax(-1), plain.argmax(-1))
     assert_same(logits + 0, plain + 0)
