@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lmhead_pass
 from lmhead_pass import compat
@@ -288,6 +289,10 @@ def test_read_in_another_mode_than_made(returned):
     with torch.inference_mode():
         assert_same(logits.argmax(-1), plain.argmax(-1))
     assert (logits * 2).requires_grad
+    logits, plain = returned()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits.argmax(-1)
+    assert_same(logits + 0, plain + 0)
     logits, plain = returned()
     with torch.inference_mode(), torch.enable_grad():
         logits, plain = logits.double(), plain.double()
