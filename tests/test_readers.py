@@ -111,6 +111,19 @@ def test_a_measure_that_is_written_to_shares_no_memory():
     torch.testing.assert_close(results, expected)
 
 
+def test_a_measure_without_a_gradient_beside_losses_with_one():
+    def function(h, w, b, y):
+        z = F.linear(h, w, b)
+        losses = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
+        return losses, z.detach().logsumexp(-1)
+
+    tensors, graphs = inputs(), []
+    results = rewrite(function, graphs)(*tensors)
+    assert graphs[1].count("torch.ops.lmhead_pass") == 1
+    assert [result.requires_grad for result in results] == [True, False]
+    torch.testing.assert_close(results, function(*tensors))
+
+
 Z_LOSSES = {
     "after": lambda z, y: forms.flat(z, y) + 1e-2 * z.logsumexp(-1).pow(2).mean(),
     "before": lambda z, y: 1e-2 * torch.logsumexp(z, -1).square().mean() + forms.flat(z, y),

@@ -290,6 +290,13 @@ def test_read_in_another_mode_than_made(returned):
         assert_same(logits.argmax(-1), plain.argmax(-1))
     assert (logits * 2).requires_grad
     logits, plain = returned()
+    for made, read in itertools.permutations((torch.enable_grad, torch.no_grad)):
+        with made():
+            derived, expected = logits.double(), plain.double()
+        with read():
+            assert_same(derived.argmax(-1), expected.argmax(-1))
+        assert_same(derived + 0, expected + 0)
+        logits, plain = returned()
     with FakeTensorMode(allow_non_fake_inputs=True):
         logits.argmax(-1)
     assert_same(logits + 0, plain + 0)
