@@ -159,6 +159,12 @@ def test_a_view_shares_the_values_of_its_base_and_a_cast_does_not(returned):
         assert torch.equal(cast, before.double())
 
 
+def test_moving_to_another_device_reads(returned):
+    for move in (lambda x: x.to("meta"), lambda x: x.to(torch.zeros(1, device="meta"))):
+        logits, plain = returned()
+        assert looks(move(logits)) == looks(move(plain))
+
+
 def test_reading_is_done_once(returned, monkeypatch):
     logits, _ = returned()
     products = []
@@ -371,7 +377,7 @@ class Written(Model):
     """Its hidden states have no other edge from what they are made of than a write."""
 
     def forward(self, x, y):
-        h = torch.zeros_like(x)
+        h = torch.zeros(x.shape)
         h[:, 1:] = x[:, 1:] * 2
         return super().forward(h, y)
 
@@ -382,7 +388,7 @@ def test_a_gradient_is_refused_whatever_it_is_asked_of(cls, backend):
     model, (_, y) = cls(), batch()
     embedded, scale = torch.randn(2, 5, 16, requires_grad=True), torch.ones(1, requires_grad=True)
     compiled = backend(model)
-    leaves = (leaf for leaf in (*model.parameters(), embedded, scale) if leaf.requires_grad)
+    leaves = [leaf for leaf in (*model.parameters(), embedded, scale) if leaf.requires_grad]
     for use in (lambda logits: logits.logsumexp(-1).mean(), Doubled.apply):
         for asked in (*leaves, "scaled", "hidden states"):
             scaled = embedded * scale
