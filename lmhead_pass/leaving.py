@@ -44,7 +44,28 @@ def check_returned(logits: Logits) -> Logits:
             f"the logits are returned, and {describe(writer)} may change the head's input, weight "
             f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
         )
+    _check_sources(logits)
     return logits
+
+
+def _check_sources(logits: Logits) -> None:
+    """Refused if nothing would refuse a gradient of ``logits`` that is asked of an input.
+
+    What a compiled function returns keeps the history of plain inputs that it leaves as they are.
+    """
+    sources = _sources(logits)
+    reasons = [
+        f"{describe(source)} is a {type(value_of(source)).__name__}, not a plain tensor"
+        for source in sources
+        if not wraps_none(value_of(source))
+    ]
+    writers = mutation.writers(logits.node.graph.nodes, of=sources)
+    reasons += (f"{describe(writer)} changes an input in place" for writer in writers)
+    for reason in reasons:
+        raise Refused(
+            "the logits are returned, and a gradient through them could not be refused, since "
+            f"{reason}. {_INSTEAD}"
+        )
 
 
 def emit_lazily(graph: Graph, logits: Logits) -> Node:
@@ -81,15 +102,13 @@ def _sources(logits: Logits) -> list[Node]:
         if node in needed or not memory.isdisjoint(mutation.memory_written(node)):
             needed.update(node.all_input_nodes)
             memory.update(*map(memory_of, node.all_input_nodes))
-    changed = set[int]().union(*map(mutation.memory_written, nodes))
     return [
         node
         for node in nodes
         if node.op == "placeholder"
         and node in needed
-        and wraps_none(value_of(node))
+        and isinstance(value_of(node), torch.Tensor)
         and value_of(node).requires_grad
-        and changed.isdisjoint(memory_of(node))
     ]
 
 

@@ -739,6 +739,12 @@ def writes_hidden(hidden, weight, y):
     return loss, logits
 
 
+def writes_before(hidden, weight, y):
+    hidden.mul_(2)
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits, y), logits
+
+
 def returns_log_probabilities(hidden, weight, y):
     log_probabilities = F.linear(hidden, weight).log_softmax(-1)
     return F.nll_loss(log_probabilities, y), log_probabilities
@@ -747,6 +753,7 @@ def returns_log_probabilities(hidden, weight, y):
 LEFT_ALONE = {
     "weight computed": (scaled_weight, "weight is computed in the graph.*'detach'"),
     "hidden written": (writes_hidden, "mul_ may change the head's input.*'detach'"),
+    "way of the gradient written": (writes_before, "mul_ changes an input in place.*'detach'"),
     "log-probabilities": (returns_log_probabilities, "returns log-probabilities"),
 }
 
@@ -759,12 +766,11 @@ def run_and_read_log(function, caplog, *arguments, backend=rewrite):
 
 @pytest.mark.parametrize(("function", "reason"), LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_what_cannot_be_lazy_is_left_alone(function, reason, caplog):
-    hidden, weight = torch.randn(7, 16), nn.Parameter(torch.randn(VOCAB, 16))
-    y = torch.randint(VOCAB, (7,))
-    arguments = (hidden.clone(), weight, y)
-    (_, logits), log = run_and_read_log(function, caplog, *arguments)
+    weight, y = nn.Parameter(torch.randn(VOCAB, 16)), torch.randint(VOCAB, (7,))
+    hidden = torch.randn(7, 16, requires_grad=True)
+    (_, logits), log = run_and_read_log(function, caplog, hidden.clone(), weight, y)
     assert not isinstance(logits, LazyLogits)
-    assert_same(logits, function(hidden, weight, y)[1])
+    assert_same(logits, function(hidden.clone(), weight, y)[1])
     assert re.search(f"left alone.*{reason}", log), log
 
 
@@ -968,8 +974,9 @@ def test_a_training_step_peaks_where_the_loss_alone_does():
             assert peak_of_training_step(Model(**sizes), inputs) >= 2 * logits
 
 
-def test_hidden_states_and_a_fingerprint_are_all_that_is_kept(model):
-    _, logits = torch.compile(model)(*batch())
+@pytest.mark.parametrize("backend", [rewrite, torch.compile])
+def test_hidden_states_and_a_fingerprint_are_all_that_is_kept(model, backend):
+    _, logits = backend(model)(*batch())
     recipe = logits._cell.source.recipe
     assert recipe.weight is model.head.weight and recipe.bias is model.head.bias
     assert recipe.hidden.shape == (2, 5, 16) and recipe.hidden.grad_fn is None

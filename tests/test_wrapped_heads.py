@@ -268,3 +268,23 @@ def test_a_quantised_weight(head, result, caplog):
     torch.testing.assert_close(loss, expected)
     gradient = torch.autograd.grad(loss, hidden)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, hidden))
+
+
+def test_a_trained_subclass_below_logits_that_are_returned(caplog):
+    """Nothing would tell whoever asks for its gradient that a part of it is missing."""
+    head = nn.Parameter(torch.randn(V, H))
+    weight = nn.Parameter(Quantised(torch.randn(H, H), torch.ones(H, 1)))
+    hidden, target = torch.randn(5, H), torch.randint(V, (5,))
+
+    def step(hidden, weight, target):
+        logits = F.linear(F.linear(hidden, weight), head)
+        return F.cross_entropy(logits, target), logits
+
+    with caplog.at_level("INFO", logger="lmhead_pass"):
+        results = rewrite(step, then=aot_eager)(hidden, weight, target)
+    assert "is a Quantised, not a plain tensor" in caplog.text
+    assert counters["lmhead_pass"] == {"refused": 1}
+    torch.testing.assert_close(results, step(hidden, weight, target))
+    weight.requires_grad_(False)
+    rewrite(step, then=aot_eager)(hidden, weight, target)
+    assert counters["lmhead_pass"]["rewritten"] == 1
