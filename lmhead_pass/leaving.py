@@ -59,7 +59,8 @@ def _check_sources(logits: Logits) -> None:
         for source in sources
         if not wraps_none(value_of(source))
     ]
-    writers = mutation.writers(logits.node.graph.nodes, of=sources)
+    known = filter(mutation.writes, logits.node.graph.nodes)
+    writers = mutation.writers(known, of=sources)
     reasons += (f"{describe(writer)} changes an input in place" for writer in writers)
     for reason in reasons:
         raise Refused(

@@ -30,8 +30,12 @@ _WRITING_OPERATORS = {
 # The same as methods; others, such as __eq__, write to nothing.
 _WRITING_SPECIAL_METHODS = {f"__{function.__name__}__" for function in _WRITING_OPERATORS}
 _PURE_MODULES = ("_operator", "builtins", "math", "torch.functional", "torch.special")
-# These write to arguments without saying so in their names or an ``inplace`` argument.
-_WRITING_FUNCTIONS = {F.embedding, F.embedding_bag, F.batch_norm, F.instance_norm, torch.batch_norm}
+# These do not say in their names, or by an ``inplace`` argument, that they write.
+_WRITING_IF_MAX_NORM = {F.embedding: ("weight",), F.embedding_bag: ("weight",)}
+_WRITING_STATISTICS = dict.fromkeys(
+    (F.batch_norm, F.instance_norm), ("running_mean", "running_var")
+)
+_QUIET_WRITERS = _WRITING_IF_MAX_NORM | _WRITING_STATISTICS
 
 
 def writers(nodes: Iterable[Node], of: Iterable[Node]) -> Iterator[Node]:
@@ -67,6 +71,10 @@ def has_other_names(made: Node, but: Container[Node] = ()) -> bool:
 
 def _written_by(node: Node) -> list[Node]:
     """Those of the arguments of ``node`` that it may write to."""
+    if node.target in _QUIET_WRITERS:
+        given = _bound(node)
+        named = (given.get(name) for name in _QUIET_WRITERS[node.target])
+        return [argument for argument in named if isinstance(argument, Node)]
     if "out" not in node.kwargs and (node.op == "call_method" or node.target in _WRITING_OPERATORS):
         return [argument for argument in node.args[:1] if isinstance(argument, Node)]
     return node.all_input_nodes
@@ -74,6 +82,11 @@ def _written_by(node: Node) -> list[Node]:
 
 def may_write(node: Node) -> bool:
     """Whether ``node`` may write to any of its arguments."""
+    return writes(node) or not _is_known(node)
+
+
+def writes(node: Node) -> bool:
+    """Whether ``node`` is known to write to any of its arguments."""
     if node.op in ("placeholder", "get_attr", "output"):
         return False
     if "out" in node.kwargs:
@@ -81,25 +94,33 @@ def may_write(node: Node) -> bool:
     if node.op == "call_method":
         is_special = node.target.endswith("__")
         return node.target in _WRITING_SPECIAL_METHODS if is_special else node.target.endswith("_")
-    if node.op != "call_function" or node.target in _WRITING_FUNCTIONS:
-        return True
+    if node.op != "call_function":
+        return False
     target = node.target
+    if target in _QUIET_WRITERS:
+        return target in _WRITING_STATISTICS or _bound(node).get("max_norm") is not None
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
     if isinstance(target, torch._ops.OpOverloadPacket):
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
-    if target in _WRITING_OPERATORS:
+    if target in _WRITING_OPERATORS or target.__name__.endswith("_"):
+        return True
+    return target.__module__ == F.__name__ and bool(_bound(node).get("inplace"))
+
+
+def _is_known(node: Node) -> bool:
+    """Whether ``node`` is no higher-order op, custom autograd function, other people's code ..."""
+    if node.op != "call_function":
+        return node.op != "call_module"
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return True
     name, module = target.__name__, target.__module__ or ""
-    if name.endswith("_"):
-        return True
-    if module == F.__name__:
-        return bool(_bound(node).get("inplace"))
     is_torch_builtin = inspect.isbuiltin(target) and (
         module.startswith("torch") or getattr(torch, name, None) is target
     )
-    # The rest: higher-order ops, custom autograd functions, other people's code.
-    return not (is_torch_builtin or module in _PURE_MODULES or target is builtins.getattr)
+    is_pure = module in _PURE_MODULES or target is builtins.getattr
+    return target is not torch.batch_norm and (is_torch_builtin or is_pure or module == F.__name__)
 
 
 def _bound(node: Node) -> dict[str, object]:

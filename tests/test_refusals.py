@@ -104,6 +104,13 @@ def write_to_hidden_by_inplace_argument(h, w, b, y):
     return flat(z, y)
 
 
+def write_to_hidden_by_max_norm(h, w, b, y):
+    """And to the head's weight."""
+    z = F.linear(h, w)
+    F.embedding(y, w, max_norm=0.1)
+    return flat(z, y)
+
+
 def write_one_word(h, w, b, y):
     z = F.linear(h, w)
     z.view(-1, V)[:, 3].fill_(0)
@@ -218,6 +225,7 @@ REFUSED = {
     "write_to_hidden_by_operator": (write_to_hidden_by_operator, "iadd at .* in place between"),
     "write_to_hidden_by_out": (write_to_hidden_by_out, "add at .* in place between"),
     "write_to_hidden_by_argument": (write_to_hidden_by_inplace_argument, "relu at .* in place"),
+    "write_to_hidden_by_max_norm": (write_to_hidden_by_max_norm, "embedding at .* in place"),
     "write_one_word": (write_one_word, "indexed along the vocabulary"),
     "write_some_words": (write_some_words, "setitem at .* sets logits to -100.0, not to -inf"),
     "write_words_in_between": (write_words_in_between, "words that are not the last"),
@@ -430,6 +438,8 @@ def test_writes_that_matter_to_nobody_do_not_refuse():
         z = F.linear(h, w)
         count = torch.zeros(())
         count.add_(1)
+        F.embedding(y, w)
+        F.batch_norm(h[0], torch.zeros(h.size(-1)), torch.ones(h.size(-1)), training=True)
         loss = flat(z, y)
         y.fill_(0)
         return loss * count

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import lmhead_pass
 from lmhead_pass import compat
@@ -382,7 +383,27 @@ class Written(Model):
         return super().forward(h, y)
 
 
-@pytest.mark.parametrize("cls", [Model, Frozen, Cut, Written])
+class Tied(Model):
+    """Its embedding has the head's weight, and may not be taken for a writer; nor its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x, y):
+        x = x + F.embedding(y, self.head.weight)
+        return super().forward(self.norm(x.transpose(1, 2)).transpose(1, 2), y)
+
+
+class Checkpointed(Model):
+    """What its gradients go through is recomputed in the backward."""
+
+    def forward(self, x, y):
+        x = checkpoint(lambda x: self.body(x).sin(), x, use_reentrant=False)
+        return super().forward(x, y)
+
+
+@pytest.mark.parametrize("cls", [Model, Frozen, Cut, Written, Tied, Checkpointed])
 @pytest.mark.parametrize("backend", [rewrite, torch.compile])
 def test_a_gradient_is_refused_whatever_it_is_asked_of(cls, backend):
     model, (_, y) = cls(), batch()
