@@ -59,6 +59,7 @@ def _check_sources(logits: Logits) -> None:
         for source in sources
         if not wraps_none(value_of(source))
     ]
+    # Refusing what only may write would refuse every custom norm that has a parameter.
     known = filter(mutation.writes, logits.node.graph.nodes)
     writers = mutation.writers(known, of=sources)
     reasons += (f"{describe(writer)} changes an input in place" for writer in writers)

@@ -119,8 +119,10 @@ def _is_known(node: Node) -> bool:
     is_torch_builtin = inspect.isbuiltin(target) and (
         module.startswith("torch") or getattr(torch, name, None) is target
     )
-    is_pure = module in _PURE_MODULES or target is builtins.getattr
-    return target is not torch.batch_norm and (is_torch_builtin or is_pure or module == F.__name__)
+    if target is torch.batch_norm:  # it writes to its statistics
+        return False
+    is_pure = module in (*_PURE_MODULES, F.__name__) or target is builtins.getattr
+    return is_torch_builtin or is_pure
 
 
 def _bound(node: Node) -> dict[str, object]:

@@ -1077,7 +1077,13 @@ def written_before_the_sum(losses, weights):
     return weighted.sum()
 
 
-@pytest.mark.parametrize("weighted", [written_after_the_sum, written_before_the_sum])
+def written_between_two_sums(losses, weights):
+    return written_after_the_sum(losses, weights) + (losses * (torch.arange(7) % 3)).sum()
+
+
+@pytest.mark.parametrize(
+    "weighted", [written_after_the_sum, written_before_the_sum, written_between_two_sums]
+)
 @pytest.mark.parametrize("is_joined", [False, True])
 def test_weights_that_are_written_after_their_use_are_an_error_as_in_eager(weighted, is_joined):
     def function(h, w, b, y):
