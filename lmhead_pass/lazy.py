@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .recipe import Recipe
-from .refusing import refuse_gradient
+from .refusing import SETTING, refuse_gradient
 
 # What is known of a tensor, or told to it, without its values.
 _METADATA = {
@@ -163,6 +163,13 @@ class LazyLogits(Tensor):
     @classmethod
     def from_recipe(cls, recipe: Recipe, inputs: Sequence[Tensor]) -> "LazyLogits":
         """``inputs`` of the compiled function are what a gradient would flow to."""
+        if not all(source.requires_grad for source in inputs):
+            raise RuntimeError(
+                "lmhead_pass: a compiled function returned logits without computing them, and a "
+                "gradient through them could not be refused, since an input that it goes to was "
+                "changed in place where no gradient is seen. Return the loss alone, or set "
+                f"{SETTING}."
+            )
         history = None
         if recipe.requires_grad:
             history = torch.empty(0)  # of the inputs, without their values

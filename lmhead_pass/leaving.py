@@ -59,10 +59,15 @@ def _check_sources(logits: Logits) -> None:
         for source in sources
         if not wraps_none(value_of(source))
     ]
-    # Refusing what only may write would refuse every custom norm that has a parameter.
     known = filter(mutation.writes, logits.node.graph.nodes)
     writers = mutation.writers(known, of=sources)
     reasons += (f"{describe(writer)} changes an input in place" for writer in writers)
+    # Of what only may write, such as custom autograd functions, Dynamo's run on these fakes tells.
+    reasons += (
+        f"{describe(source)} is changed in place"
+        for source in sources
+        if value_of(source)._version > 0
+    )
     for reason in reasons:
         raise Refused(
             "the logits are returned, and a gradient through them could not be refused, since "

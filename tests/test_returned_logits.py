@@ -766,6 +766,34 @@ def writes_before(hidden, weight, y):
     return F.cross_entropy(logits, y), logits
 
 
+class DoubledInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x.mul_(2)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def writes_before_by_custom_function(hidden, weight, y):
+    logits = F.linear(DoubledInPlace.apply(hidden), weight)
+    return F.cross_entropy(logits, y), logits
+
+
+@torch._dynamo.allow_in_graph
+def double_unseen(x):
+    x.data.mul_(2)
+    return x * 1
+
+
+def writes_before_unseen(hidden, weight, y):
+    logits = F.linear(double_unseen(hidden), weight)
+    return F.cross_entropy(logits, y), logits
+
+
 def returns_log_probabilities(hidden, weight, y):
     log_probabilities = F.linear(hidden, weight).log_softmax(-1)
     return F.nll_loss(log_probabilities, y), log_probabilities
@@ -775,6 +803,10 @@ LEFT_ALONE = {
     "weight computed": (scaled_weight, "weight is computed in the graph.*'detach'"),
     "hidden written": (writes_hidden, "mul_ may change the head's input.*'detach'"),
     "way of the gradient written": (writes_before, "mul_ changes an input in place.*'detach'"),
+    "written by custom function": (
+        writes_before_by_custom_function,
+        "hidden_' is changed in place.*'detach'",
+    ),
     "log-probabilities": (returns_log_probabilities, "returns log-probabilities"),
 }
 
@@ -793,6 +825,13 @@ def test_what_cannot_be_lazy_is_left_alone(function, reason, caplog):
     assert not isinstance(logits, LazyLogits)
     assert_same(logits, function(hidden.clone(), weight, y)[1])
     assert re.search(f"left alone.*{reason}", log), log
+
+
+def test_a_gradient_that_could_not_be_refused_is_an_error():
+    """Neither the graph nor Dynamo's run of it tells of such a write: AOTAutograd does."""
+    hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(VOCAB, 16)
+    with pytest.raises(RuntimeError, match=f"could not be refused.*{SETTING}"):
+        torch.compile(writes_before_unseen)(hidden.clone(), weight, torch.randint(VOCAB, (7,)))
 
 
 def test_a_part_of_ddp_returns_nothing_behind_lazy_logits(model, monkeypatch, caplog):
