@@ -150,6 +150,8 @@ class LazyLogits(Tensor):
             dtype=like.dtype,
             device=device,
         )
+        # Code that takes its address without asking would take that of nothing.
+        torch._C._set_throw_on_mutable_data_ptr(self)
         self._cell = cell
         self._like = like
         self._history = history

@@ -318,6 +318,12 @@ def test_read_in_another_mode_than_made(returned):
     assert_same(logits + 0, plain + 0)
 
 
+def test_code_that_takes_the_address_of_the_values_gets_an_error(returned):
+    """Of unread logits, in C++, past what a tensor subclass sees."""
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(returned()[0].detach())
+
+
 # ---- gradients ----------------------------------------------------------------------------------
 
 
