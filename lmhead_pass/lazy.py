@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import CompileContext
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -105,8 +106,12 @@ class _Cell:
 
     def read(self) -> Tensor:
         if self.value is None:
-            # It may be read again elsewhere, so it is computed under no mode of this reader's.
-            with _disable_current_modes(), torch.inference_mode(False):
+            # It may be read again elsewhere: no mode or transform of this reader takes part.
+            with (
+                _disable_current_modes(),
+                temporarily_clear_interpreter_stack(),
+                torch.inference_mode(False),
+            ):
                 assert self.source is not None
                 self.value = self.source.compute()
             self.source = None

@@ -324,6 +324,23 @@ def test_code_that_takes_the_address_of_the_values_gets_an_error(returned):
         torch.utils.dlpack.to_dlpack(returned()[0].detach())
 
 
+TRANSFORMS = {
+    "grad": lambda x: torch.func.grad(lambda scale: (scale * x).sum())(torch.ones(VOCAB)),
+    "vmap": lambda x: torch.vmap(lambda row: row * x)(torch.ones(3, VOCAB)),
+    "jvp": lambda x: torch.func.jvp(torch.sin, (x,), (torch.ones(2, 5, VOCAB),))[1],
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_read_in_a_transform(returned, transform):
+    logits, plain = returned()
+    torch.testing.assert_close(transform(logits.detach()), transform(plain.detach()))
+    assert_same(logits + 0, plain + 0)
+    logits, plain = returned()
+    torch.testing.assert_close(transform(logits), transform(plain))
+    assert_same(logits + 0, plain + 0)
+
+
 # ---- gradients ----------------------------------------------------------------------------------
 
 
