@@ -92,35 +92,51 @@ class _Derived:
         self.grad_enabled = _gradients_are_recorded()
 
     def compute(self) -> Tensor:
+        assert self.base.value is not None
         with torch.set_grad_enabled(self.grad_enabled):
-            return self.operation(self.base.read())
+            return self.operation(self.base.value)
 
 
 class _Cell:
-    """A value that is computed when it is first read, and kept from then on."""
+    """A value that is computed when it is first read, and kept from then on.
+
+    So is all that was derived from it before: whoever reads may go on to write, or to detach.
+    """
 
     def __init__(self, source: _Logits | _Derived | None, value: Tensor | None = None):
         self.source = source
         self.value = value
-        self.casts: list[weakref.ref[_Cell]] = []
+        self.derived: list[weakref.ref[_Cell]] = []
+
+    def derive(self, operation: Callable[[Tensor], Tensor]) -> "_Cell":
+        cell = _Cell(_Derived(self, operation))
+        self.derived.append(weakref.ref(cell))
+        return cell
 
     def read(self) -> Tensor:
         if self.value is None:
+            first = self
+            while isinstance(first.source, _Derived):
+                first = first.source.base
             # It may be read again elsewhere: no mode or transform of this reader takes part.
             with (
                 _disable_current_modes(),
                 temporarily_clear_interpreter_stack(),
                 torch.inference_mode(False),
             ):
-                assert self.source is not None
-                self.value = self.source.compute()
-            self.source = None
-            # Whoever reads may go on to write, which no cast made before must see.
-            for cast in self.casts:
-                if (cell := cast()) is not None:
-                    cell.read()
-            self.casts.clear()
+                first._compute()
+            assert self.value is not None
         return self.value
+
+    def _compute(self) -> None:
+        if self.value is None:
+            assert self.source is not None
+            self.value = self.source.compute()
+        for derived in self.derived:
+            if (cell := derived()) is not None:
+                cell._compute()
+        self.derived.clear()
+        self.source = None
 
 
 class LazyLogits(Tensor):
@@ -281,9 +297,7 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
         and func not in _DETACHING
         and result.is_floating_point()
     )
-    cell = _Cell(_Derived(logits._cell, lambda value: func(value, *others, **kwargs)))
-    if not torch._C._is_alias_of(result, like):  # type: ignore[attr-defined]
-        logits._cell.casts.append(weakref.ref(cell))
+    cell = logits._cell.derive(lambda value: func(value, *others, **kwargs))
     return LazyLogits(cell, result, device, logits._history if requires_grad else None)
 
 

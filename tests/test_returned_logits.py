@@ -154,10 +154,13 @@ def test_a_view_shares_the_values_of_its_base_and_a_cast_does_not(returned):
     with torch.no_grad():
         logits, _ = returned()
         view, cast, late = logits[0], logits.double(), logits.view(-1)
+        cast_of_view = logits[1:].double()
         before = logits.clone()
         view.zero_()
         assert (logits[0] == 0).all() and (late[: view.numel()] == 0).all()
+        logits.zero_()
         assert torch.equal(cast, before.double())
+        assert torch.equal(cast_of_view, before[1:].double())
 
 
 def test_moving_to_another_device_reads(returned):
