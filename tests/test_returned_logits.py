@@ -779,6 +779,11 @@ def scaled_weight(hidden, weight, y):
     return F.cross_entropy(logits, y), logits
 
 
+def rounded_weight(hidden, weight, y):
+    logits = F.linear(hidden, weight.bfloat16().float())
+    return F.cross_entropy(logits, y), logits
+
+
 def weight_permuted_to_itself(hidden, weight, y):
     logits = F.linear(hidden, weight.permute(0, 1))
     return F.cross_entropy(logits, y), logits
@@ -832,6 +837,7 @@ def returns_log_probabilities(hidden, weight, y):
 
 LEFT_ALONE = {
     "weight computed": (scaled_weight, "weight is computed in the graph.*'detach'"),
+    "weight rounded": (rounded_weight, "computed in the graph .by bfloat16"),
     "weight permuted to itself": (weight_permuted_to_itself, "computed in the graph .by permute"),
     "hidden written": (writes_hidden, "mul_ may change the head's input.*'detach'"),
     "way of the gradient written": (writes_before, "mul_ changes an input in place.*'detach'"),
