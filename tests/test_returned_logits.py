@@ -784,6 +784,11 @@ def rounded_weight(hidden, weight, y):
     return F.cross_entropy(logits, y), logits
 
 
+def subtracted_bias(hidden, weight, y):
+    logits = F.linear(hidden, weight) - torch.arange(float(VOCAB))
+    return F.cross_entropy(logits, y), logits
+
+
 def weight_permuted_to_itself(hidden, weight, y):
     logits = F.linear(hidden, weight.permute(0, 1))
     return F.cross_entropy(logits, y), logits
@@ -837,6 +842,7 @@ def returns_log_probabilities(hidden, weight, y):
 
 LEFT_ALONE = {
     "weight computed": (scaled_weight, "weight is computed in the graph.*'detach'"),
+    "bias subtracted": (subtracted_bias, "returned after a second bias"),
     "weight rounded": (rounded_weight, "computed in the graph .by bfloat16"),
     "weight permuted to itself": (weight_permuted_to_itself, "computed in the graph .by permute"),
     "hidden written": (writes_hidden, "mul_ may change the head's input.*'detach'"),
@@ -863,6 +869,41 @@ def test_what_cannot_be_lazy_is_left_alone(function, reason, caplog):
     assert not isinstance(logits, LazyLogits)
     assert_same(logits, function(hidden.clone(), weight, y)[1])
     assert re.search(f"left alone.*{reason}", log), log
+
+
+def linear_and_loss(hidden, weight, y):
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits, y), logits
+
+
+class LinearAndLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, y):
+        ctx.save_for_backward(hidden)
+        return linear_and_loss(hidden, weight, y)
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_logits):
+        (hidden,) = ctx.saved_tensors
+        return grad_logits.sum() * torch.ones_like(hidden), None, None
+
+
+def in_a_branch(hidden, weight, y):
+    with torch.no_grad():
+        inputs = (hidden, weight, y)
+        return torch.cond(hidden.sum() > 0, linear_and_loss, linear_and_loss, inputs)
+
+
+@pytest.mark.parametrize("function", [LinearAndLoss.apply, in_a_branch])
+def test_a_part_of_a_graph_returns_plain_logits(function):
+    weight, y = nn.Parameter(torch.randn(VOCAB, 16)), torch.randint(VOCAB, (7,))
+    hidden = torch.randn(7, 16, requires_grad=True)
+    results = [f(hidden, weight, y)[1] for f in (torch.compile(function), function)]
+    assert type(results[0]) is torch.Tensor
+    assert_same(*results)
+    if results[0].requires_grad:
+        gradients = [torch.autograd.grad(logits.sum(), hidden)[0] for logits in results]
+        assert torch.equal(*gradients)
 
 
 def test_a_gradient_that_could_not_be_refused_is_an_error():
