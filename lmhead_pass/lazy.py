@@ -114,7 +114,7 @@ class _Cell:
         return cell
 
     def read(self) -> Tensor:
-        if self.value is None:
+        if self.source is not None:
             first = self
             while isinstance(first.source, _Derived):
                 first = first.source.base
@@ -125,11 +125,11 @@ class _Cell:
                 torch.inference_mode(False),
             ):
                 first._compute()
-            assert self.value is not None
+        assert self.value is not None
         return self.value
 
     def _compute(self) -> None:
-        if self.value is None:
+        if self.value is None:  # It is there if what is derived from it failed before.
             assert self.source is not None
             self.value = self.source.compute()
         for derived in self.derived:

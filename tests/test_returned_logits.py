@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 import weakref
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -161,6 +162,17 @@ def test_a_view_shares_the_values_of_its_base_and_a_cast_does_not(returned):
         logits.zero_()
         assert torch.equal(cast, before.double())
         assert torch.equal(cast_of_view, before[1:].double())
+
+
+def test_what_failed_in_a_reading_is_made_up_for_before_a_write(returned, monkeypatch):
+    with torch.no_grad():
+        logits, plain = returned()
+        cast = logits.double()
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr("lmhead_pass.lazy._Derived.compute", Mock(side_effect=MemoryError))
+            logits.argmax()
+        logits.zero_()
+        torch.testing.assert_close(cast + 0, plain.double())
 
 
 def test_moving_to_another_device_reads(returned):
