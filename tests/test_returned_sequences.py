@@ -1,7 +1,5 @@
 """Any sequence of operations on returned logits and what came of them, on unread and plain ones."""
 
-from collections.abc import Callable
-
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -12,12 +10,7 @@ from torch import Tensor
 from lmhead_pass.lazy import LazyLogits
 
 from .backend import rewrite
-
-SETTING = "lmhead_pass.config.returned_logits"
-
-
-def without_gradient(operation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return torch.no_grad()(operation)
+from .test_returned_logits import SETTING
 
 
 def last_set(x):
@@ -38,7 +31,7 @@ DERIVED = {
     "copy": lambda x: x.to(x.dtype, copy=True),
     "detached": lambda x: x.detach(),
     "data": lambda x: x.data,
-    "float without gradient": without_gradient(lambda x: x.float()),
+    "float without gradient": torch.no_grad()(lambda x: x.float()),
 }
 READING = {
     "cloned": lambda x: x.clone(),
@@ -50,8 +43,8 @@ WRITING = {
     "added to": lambda x: x.add_(1),
     "doubled behind": lambda x: x.detach().mul_(2),
     "set": last_set,
-    "set without gradient": without_gradient(last_set),
-    "cleared without gradient": without_gradient(lambda x: x.zero_()),
+    "set without gradient": torch.no_grad()(last_set),
+    "cleared without gradient": torch.no_grad()(lambda x: x.zero_()),
     "detached in place": lambda x: x.detach_(),
     "of a gradient": lambda x: x.requires_grad_(),
 }
