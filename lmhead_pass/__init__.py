@@ -11,8 +11,8 @@ into one op that never holds the ``[tokens, vocabulary]`` logits. ``TORCH_LOGS="
 # torch imports this package while it is itself importing when TORCH_LOGS names it, and users
 # import it on every start: nothing here may import torch._inductor or torch._dynamo.
 from . import compat, config
-from . import ops as _ops  # noqa: F401  torch.ops.lmhead_pass, for compiled code from a cache too
-from . import returning as _returning  # noqa: F401
+from . import op as _op  # noqa: F401  torch.ops.lmhead_pass, for compiled code from a cache too
+from . import returned as _returned  # noqa: F401
 from .registration import disabled, register, unregister
 
 __all__ = ["config", "disabled", "explain", "register", "unregister"]
@@ -21,9 +21,9 @@ __all__ = ["config", "disabled", "explain", "register", "unregister"]
 def explain(fn, *args, **kwargs):
     """Run ``fn(*args, **kwargs)`` once and report on every loss over logits in it.
 
-    See :func:`lmhead_pass.explaining.explain`, which this calls.
+    See :func:`lmhead_pass.explanation.explain`, which this calls.
     """
-    from .explaining import explain
+    from .explanation import explain
 
     return explain(fn, *args, **kwargs)
 

@@ -102,7 +102,7 @@ def many_readers(z, y):
         lambda h, w, y: kept(many_readers, F.linear(h, w), y),
         lambda h, w, y: forms.flat(kept(F.linear, h, w).relu(), y),
     ],
-    ids=["another mode", "a stranger in the region", "a stranger behind the region"],
+    ids=["another mode", "a user in the region", "a user behind the region"],
 )
 def test_what_is_not_rewritten_stays_in_its_region(function):
     hidden, weight, _, target = inputs()

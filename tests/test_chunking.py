@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lmhead_pass
-from lmhead_pass.chunking import even_rows, plan_rows
+from lmhead_pass.op.chunking import even_rows, plan_rows
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from lmhead_pass import chunking, config
-from lmhead_pass.kernels import aten, dispatch
+from lmhead_pass import config
+from lmhead_pass.op import chunking
+from lmhead_pass.op.kernels import aten, dispatch
 
 pytest.importorskip("triton")
 
@@ -32,7 +33,7 @@ def lines():
 
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
 def test_gpus_run_triton(device, lines):
-    assert dispatch.loop_for(device).__name__ == "lmhead_pass.kernels.triton_loop"
+    assert dispatch.loop_for(device).__name__ == "lmhead_pass.op.kernels.triton_loop"
     assert lines == []
 
 
@@ -51,8 +52,8 @@ def test_other_devices_run_aten_and_say_so_once(lines):
 
 def test_gpus_without_triton_run_aten_and_say_so(lines, monkeypatch):
     for name in ("triton_loop", "triton_rows"):
-        monkeypatch.delitem(sys.modules, f"lmhead_pass.kernels.{name}", raising=False)
-        monkeypatch.delattr(f"lmhead_pass.kernels.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"lmhead_pass.op.kernels.{name}", raising=False)
+        monkeypatch.delattr(f"lmhead_pass.op.kernels.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     assert dispatch.loop_for("cuda") is aten
     (line,) = lines

@@ -1,4 +1,4 @@
-"""The graph before and after, for a reader to see."""
+"""The graph before and after, for a consumer to see."""
 
 import torch
 import torch.nn.functional as F

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 import lmhead_pass
-from lmhead_pass.kernels.products import multiply_into
-from lmhead_pass.problem import Problem
+from lmhead_pass.op.kernels.products import multiply_into
+from lmhead_pass.op.problem import Problem
 
 from . import reference
 
-triton_loop = pytest.importorskip("lmhead_pass.kernels.triton_loop")
+triton_loop = pytest.importorskip("lmhead_pass.op.kernels.triton_loop")
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""Readers that end in one sum: one call, one gradient of the weight, three products."""
+"""Consumers that end in one sum: one call, one gradient of the weight, three products."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 import lmhead_pass
-from lmhead_pass.kernels import aten
+from lmhead_pass.op.kernels import aten
 
 from . import forms, reference
 from .backend import rewrite
@@ -1056,7 +1056,7 @@ def test_failure_after_nodes_were_moved_leaves_the_graph_alone(monkeypatch):
     def function(h, w, b, y):
         return judged_and_weighted_without_gradient(F.linear(h, w, b), y)
 
-    monkeypatch.setattr("lmhead_pass.rewriter.emit_root", fail)
+    monkeypatch.setattr("lmhead_pass.rewrite.rewriter.emit_root", fail)
     tensors, graphs = inputs(), []
     with lmhead_pass.config.patch(strict=False):
         results = rewrite(function, graphs)(*tensors)

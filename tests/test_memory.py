@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import lmhead_pass
-from lmhead_pass.kernels import aten
-from lmhead_pass.problem import Problem
+from lmhead_pass.op.kernels import aten
+from lmhead_pass.op.problem import Problem
 
 from .test_op import VIEWS
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lmhead_pass.kernels import aten
-from lmhead_pass.problem import Problem
+from lmhead_pass.op.kernels import aten
+from lmhead_pass.op.problem import Problem
 
 from . import reference
 

@@ -8,12 +8,15 @@ import hypothesis
 import pytest
 import torch
 
-from lmhead_pass import calls, flow, linear, mutation, ops, rows, serving
-from lmhead_pass.emitter import Emitter
-from lmhead_pass.kernels import aten
-from lmhead_pass.lifting import Lifted
-from lmhead_pass.match import Extent, Logits, with_values
-from lmhead_pass.spelling import operation
+from lmhead_pass.graph import Emitter, canonical_op, mutation
+from lmhead_pass.logits import dataflow, rows
+from lmhead_pass.logits.types import AliasRegion, Logits, with_values
+from lmhead_pass.op import ops
+from lmhead_pass.op.kernels import aten
+from lmhead_pass.plan import call_planning
+from lmhead_pass.rewrite import emit_calls
+from lmhead_pass.rewrite.checkpoint_regions import LiftedRegion
+from lmhead_pass.sums import linear_ops
 
 from .programs.checking import Wrong, check
 from .programs.fuzz import Statistics
@@ -97,7 +100,7 @@ def test_a_failure_of_the_pass_is_no_failure_of_the_program(monkeypatch):
     def fail(*_):
         raise ArithmeticError("on purpose")
 
-    monkeypatch.setattr("lmhead_pass.rewriter.emit_call", fail)
+    monkeypatch.setattr("lmhead_pass.rewrite.rewriter.emit_call", fail)
     with pytest.raises(Wrong, match="ArithmeticError in the pass: on purpose"):
         for program in many_programs()[:COUNT]:
             check(program)
@@ -247,18 +250,20 @@ def with_ignored_rows_in_no_term(patch):
 def without_mean_in_weights(patch):
     """As if each mean of per-row losses were a sum."""
     names = {"mean": "sum"}
-    patch.setattr(linear, "operation", lambda node: names.get(operation(node), operation(node)))
+    patch.setattr(
+        linear_ops, "canonical_op", lambda node: names.get(canonical_op(node), canonical_op(node))
+    )
 
 
 def _without_step(patch, name):
     """As if all gradients passed through an operation as they are."""
-    original = linear.STEPS[name]
+    original = linear_ops.STEPS[name]
 
     def step(node, source):
         found = original(node, source)
-        return found and {**found, "back": linear.unchanged}
+        return found and {**found, "back": linear_ops.unchanged}
 
-    patch.setitem(linear.STEPS, name, step)
+    patch.setitem(linear_ops.STEPS, name, step)
 
 
 def without_divisors_in_weights(patch):
@@ -275,36 +280,36 @@ def without_places_that_are_set(patch):
 
 def with_places_mixed_up(patch):
     """As if what is taken out of the losses came from their end."""
-    original = linear.emit_again
+    original = linear_ops.emit_again
 
     def again(emit, node, values):
         places = original(emit, node, values)
         return emit("flip", places, list(range(places.meta["example_value"].dim())))
 
-    patch.setattr(linear, "emit_again", again)
+    patch.setattr(linear_ops, "emit_again", again)
 
 
 def without_shift(patch):
-    original = serving._value
+    original = emit_calls._value
 
-    def value(emit, match, reader, rows, results):
-        first, *others = match.readers
+    def value(emit, match, consumer, rows, results):
+        first, *others = match.consumers
         first = dataclasses.replace(first, logits=with_values(first.logits, shift=0.0))
-        match = dataclasses.replace(match, readers=(first, *others))
-        return original(emit, match, reader, rows, results)
+        match = dataclasses.replace(match, consumers=(first, *others))
+        return original(emit, match, consumer, rows, results)
 
-    patch.setattr(serving, "_value", value)
+    patch.setattr(emit_calls, "_value", value)
 
 
 def without_factor(patch):
     """As if what a log-probability is multiplied by before a word is picked counted for nothing."""
-    original = serving._value
+    original = emit_calls._value
 
-    def value(emit, match, reader, rows, results):
-        reader = dataclasses.replace(reader, factor=1.0)
-        return original(emit, match, reader, rows, results)
+    def value(emit, match, consumer, rows, results):
+        consumer = dataclasses.replace(consumer, factor=1.0)
+        return original(emit, match, consumer, rows, results)
 
-    patch.setattr(serving, "_value", value)
+    patch.setattr(emit_calls, "_value", value)
 
 
 def without_detach(patch):
@@ -317,7 +322,7 @@ def without_detach(patch):
 
 
 def without_writes_to_logits(patch):
-    original = flow._Walk._write
+    original = dataflow._Walk._write
 
     def write(self, node):
         before = dict(self.holds)
@@ -326,29 +331,29 @@ def without_writes_to_logits(patch):
         if node in self.holds:
             self.holds[node] = dataclasses.replace(before[node.args[0]], node=node)
 
-    patch.setattr(flow._Walk, "_write", write)
+    patch.setattr(dataflow._Walk, "_write", write)
 
 
-def with_any_extent(patch):
+def with_any_alias_region(patch):
     """As if all that shares memory shared all of it."""
-    patch.setattr(Extent, "is_within", lambda self, other: True)
+    patch.setattr(AliasRegion, "is_within", lambda self, other: True)
 
 
 def at_the_first_reader(patch):
     """Even if that is under no_grad."""
-    original = calls._place
+    original = call_planning._place
 
-    def place(readers, order):
-        place = original(readers, order)
-        nodes = [reader.node for reader in readers if reader.kind != "returned"]
+    def place(consumers, order):
+        place = original(consumers, order)
+        nodes = [consumer.node for consumer in consumers if consumer.kind != "returned"]
         return place and min(nodes, key=order.__getitem__, default=place)
 
-    patch.setattr(calls, "_place", place)
+    patch.setattr(call_planning, "_place", place)
 
 
 def with_any_target(patch):
     """As if all losses of the same logits had the same target."""
-    patch.setattr(calls._Call, "asked", _AnyTarget(), raising=False)
+    patch.setattr(call_planning._Call, "asked", _AnyTarget(), raising=False)
 
 
 class _AnyTarget(tuple):
@@ -367,7 +372,9 @@ def with_any_values(patch):
     patch.setattr(
         Logits,
         "_made_alike",
-        lambda self, other: (self.head.node, self.words) == (other.head.node, other.words),
+        lambda self, other: (
+            (self.head.node, self.vocab_slice) == (other.head.node, other.vocab_slice)
+        ),
     )
 
 
@@ -412,7 +419,7 @@ def with_any_part_of_the_vocabulary(patch):
 
 def with_regions_mixed_up(patch):
     """As if a checkpointed region returned tensors of one shape in another order."""
-    original = Lifted.keep
+    original = LiftedRegion.keep
 
     def keep(self):
         original(self)
@@ -425,7 +432,7 @@ def with_regions_mixed_up(patch):
         output.args = (tuple(results),)
         self.body.recompile()
 
-    patch.setattr(Lifted, "keep", keep)
+    patch.setattr(LiftedRegion, "keep", keep)
 
 
 RARE_MISTAKES = {
@@ -441,7 +448,14 @@ RARE_MISTAKES = {
     with_places_mixed_up: {"part_of_rows", "expanded", "indexed", "cat"},
     without_shift: {"added", "subtracted", "subtracted_from", "softcap_sigmoid"},
     without_factor: {"scaled_log_probabilities", "chosen_log_probability", "negative_entropy"},
-    with_any_extent: {"first", "from_second", "all_but_last", "second_dim", "pieces_", "unbound_"},
+    with_any_alias_region: {
+        "first",
+        "from_second",
+        "all_but_last",
+        "second_dim",
+        "pieces_",
+        "unbound_",
+    },
     at_the_first_reader: {"argmax", "accuracy", "entropy", "logsumexp", "amax", "max_values"},
     with_any_target: {"other_loss", "chosen_word", "chosen_log_probability", "target_logits"},
     with_any_values: {"z_loss_scaled", "entropy", "logsumexp", "chosen_word"},

@@ -479,7 +479,7 @@ def test_failure_inside_the_pass_leaves_the_graph_alone(monkeypatch, caplog):
     def fail(*_):
         raise ArithmeticError("on purpose")
 
-    monkeypatch.setattr("lmhead_pass.serving.emit_weight", fail)
+    monkeypatch.setattr("lmhead_pass.rewrite.emit_calls.emit_weight", fail)
     function = lambda h, w, y: flat(F.linear(h, w)[:, 1:], y[:, 1:])  # noqa: E731
     hidden, weight, _, target = inputs()
     graphs = []

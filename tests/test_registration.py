@@ -91,7 +91,7 @@ def test_other_threads_have_the_pass_too():
         "import torch._dynamo, lmhead_pass",
         "import lmhead_pass, torch._dynamo",
         "import lmhead_pass.graph_pass",
-        "import lmhead_pass.matcher",
+        "import lmhead_pass.plan",
     ],
 )
 def test_in_any_order_of_imports(imports):

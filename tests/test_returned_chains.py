@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import lmhead_pass
-from lmhead_pass.lazy import LazyLogits
+from lmhead_pass.returned.lazy_logits import LazyLogits
 
 from . import forms, reference
 from .backend import rewrite

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lmhead_pass
 from lmhead_pass import compat
-from lmhead_pass.fingerprint import fingerprint
-from lmhead_pass.lazy import LazyLogits
+from lmhead_pass.returned.fingerprint import fingerprint
+from lmhead_pass.returned.lazy_logits import LazyLogits
 
 from .backend import rewrite
 from .process import output_of
@@ -169,7 +169,9 @@ def test_what_failed_in_a_reading_is_made_up_for_before_a_write(returned, monkey
         logits, plain = returned()
         cast = logits.double()
         with monkeypatch.context() as patch, pytest.raises(MemoryError):
-            patch.setattr("lmhead_pass.lazy._Derived.compute", Mock(side_effect=MemoryError))
+            patch.setattr(
+                "lmhead_pass.returned.lazy_logits._Derived.compute", Mock(side_effect=MemoryError)
+            )
             logits.argmax()
         logits.zero_()
         torch.testing.assert_close(cast + 0, plain.double())
@@ -927,7 +929,7 @@ def test_a_gradient_that_could_not_be_refused_is_an_error():
 
 def test_a_part_of_ddp_returns_nothing_behind_lazy_logits(model, monkeypatch, caplog):
     """What it returns is miscounted there. tests/parallel_step.py has the real thing."""
-    monkeypatch.setattr("lmhead_pass.leaving._is_part_of_ddp", lambda: True)
+    monkeypatch.setattr("lmhead_pass.plan.returned_plan._is_part_of_ddp", lambda: True)
     (_, logits), log = run_and_read_log(model, caplog, *batch())
     assert is_unread(logits) == compat.DDP_PARTS_RETURN_SUBCLASSES == ("rewritten" in log)
     (logits, _), log = run_and_read_log(lambda *inputs: model(*inputs)[::-1], caplog, *batch())
@@ -1064,7 +1066,7 @@ def test_both_caches_hit_in_a_second_process(tmp_path):
     code = """
         import torch, lmhead_pass
         from torch._dynamo.utils import counters
-        from lmhead_pass.lazy import LazyLogits
+        from lmhead_pass.returned.lazy_logits import LazyLogits
         torch.manual_seed(0)
         head = torch.nn.Linear(16, 5000)
         @torch.compile

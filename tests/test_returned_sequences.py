@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmhead_pass.lazy import LazyLogits
+from lmhead_pass.returned.lazy_logits import LazyLogits
 
 from .backend import rewrite
 from .test_returned_logits import SETTING
@@ -36,7 +36,7 @@ DERIVED = {
 READING = {
     "cloned": lambda x: x.clone(),
     "doubled": lambda x: x * 2,
-    "joined": lambda x: torch.cat([x, x]),
+    "fused": lambda x: torch.cat([x, x]),
     "argmax": lambda x: x.argmax(-1),
 }
 WRITING = {

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmhead_pass.kernels import aten, products
-from lmhead_pass.problem import Problem
+from lmhead_pass.op.kernels import aten, products
+from lmhead_pass.op.problem import Problem
 
 from . import reference
 from .device import DEVICE, SUITE
 from .test_op import VIEWS
 
-triton_loop = pytest.importorskip("lmhead_pass.kernels.triton_loop")
+triton_loop = pytest.importorskip("lmhead_pass.op.kernels.triton_loop")
 
 TOKENS, HIDDEN, VOCAB = 13, 8, 301
 MEASURES = ("logsumexp", "argmax", "max", "entropy", "logits")

@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 import transformers
+from lmhead_pass.logits.typeser import find
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 import lmhead_pass
+from lmhead_pass.graph import Refusal, describe, place_in
 from lmhead_pass.graph_pass import the_pass
-from lmhead_pass.match import Refusal
-from lmhead_pass.matcher import find
-from lmhead_pass.source import place_in
-from lmhead_pass.spelling import describe
 
 from . import table
 from .configurations import configurations

@@ -1,0 +1,5 @@
+"""``lmhead_pass.explain``: what the pass makes of a function, and what to change about it."""
+
+from .explain import explain
+
+__all__ = ["explain"]

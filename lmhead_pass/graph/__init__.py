@@ -1,0 +1,67 @@
+"""What can be said of any pre-grad graph, whoever made it.
+
+``canonical_ops`` maps every spelling of an operation to one name, ``tensors`` reads what Dynamo knows
+of a node's value, ``mutation`` tells which nodes may write to a tensor, ``stack_trace`` finds the
+user's line, and ``Emitter`` inserts nodes. What cannot be said raises ``Refused``.
+"""
+
+from . import mutation
+from .canonical_ops import arguments, canonical_op, describe, is_in_place, is_pieces
+from .emitter import Emitter, size_of
+from .refusal import Refusal, Refused
+from .stack_trace import Place, at, place_in, place_of
+from .tensors import (
+    AUTOCAST_SWITCHES,
+    ENTER_AUTOCAST,
+    ENTER_INFERENCE,
+    EXIT_INFERENCE,
+    gradients_are_recorded,
+    hint,
+    is_cut_off,
+    is_inference,
+    is_number,
+    is_plain,
+    memory_of,
+    number_of,
+    product,
+    same,
+    same_shape,
+    tensor_of,
+    value_of,
+    wraps_none,
+)
+
+__all__ = [
+    "AUTOCAST_SWITCHES",
+    "ENTER_AUTOCAST",
+    "ENTER_INFERENCE",
+    "EXIT_INFERENCE",
+    "Emitter",
+    "Place",
+    "Refusal",
+    "Refused",
+    "arguments",
+    "at",
+    "canonical_op",
+    "describe",
+    "gradients_are_recorded",
+    "hint",
+    "is_cut_off",
+    "is_in_place",
+    "is_inference",
+    "is_number",
+    "is_pieces",
+    "is_plain",
+    "memory_of",
+    "mutation",
+    "number_of",
+    "place_in",
+    "place_of",
+    "product",
+    "same",
+    "same_shape",
+    "size_of",
+    "tensor_of",
+    "value_of",
+    "wraps_none",
+]

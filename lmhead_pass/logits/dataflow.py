@@ -1,0 +1,327 @@
+"""Where a head's logits go: what each node holds of them, and who reads them.
+
+A walk forward in graph order, not back from a loss: writes in place (``logits.div_(2)``) have no
+edge to the loss that comes after them, and change what every other name of the logits holds.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graph import (
+    ENTER_INFERENCE,
+    EXIT_INFERENCE,
+    Refused,
+    at,
+    canonical_op,
+    describe,
+    gradients_are_recorded,
+    is_cut_off,
+    is_in_place,
+    is_inference,
+    is_pieces,
+    memory_of,
+    same,
+    same_shape,
+    tensor_of,
+    value_of,
+)
+from .consumers import consumers_of_largest, read
+from .rows import follow_pieces, follow_rows, is_row_step
+from .softmaxes import follow_softmax, is_softmax_step, less_logsumexp, times, times_one_hot
+from .types import AliasRegion, Bias, Consumer, Head, Logits, MetadataUse, Values
+from .values import fill_words, follow_values, is_value_step, words_filled
+
+
+@dataclass(frozen=True)
+class _UnknownContents:
+    """What a node holds after a write to it that is not understood."""
+
+    writer: Node
+
+
+@dataclass
+class Flow:
+    """The logits of a head, followed to the end of the graph."""
+
+    head: Head
+    consumers: list[Consumer] = field(default_factory=list)
+    """Whom the op can serve, in graph order."""
+    unsupported: dict[Node, str] = field(default_factory=dict)
+    """Who else reads or writes the logits, and why that is not understood."""
+    nodes: set[Node] = field(default_factory=set)
+    """What is not needed once the consumers are served: all that holds logits, and writes to them."""
+    returned: list[Logits] = field(default_factory=list)
+    """What leaves the graph."""
+    metadata_uses: dict[Node, MetadataUse] = field(default_factory=dict)
+    """What looks at the logits' shape or dtype alone."""
+
+
+def follow_logits(head: Head) -> Flow:
+    """Follow what ``head`` computes through its graph."""
+    return _Walk(head).run()
+
+
+class _Walk:
+    def __init__(self, head: Head):
+        inputs = [node for node in (head.hidden, head.weight, head.bias) if node is not None]
+        self.logits = Logits(
+            node=head.node,
+            head=head,
+            vocab_dim=head.vocab_dim,
+            alias_region=AliasRegion(),
+            values=Values(biases=() if head.bias is None else (Bias(head.bias),)),
+            is_detached=not tensor_of(head.node).requires_grad
+            and any(tensor_of(node).requires_grad for node in inputs),
+        )
+        self.holds: dict[Node, Any] = {head.node: self.logits}
+        """Logits, what is spoiled, or for a node that is a tuple a list of Logits or Consumers (None
+        for what has nothing to do with the logits)."""
+        self.flow = Flow(head, nodes={head.node})
+        self.absorbed: set[Node] = set()
+        """What makes a step of the walk besides logits; not needed if nobody else reads it."""
+        self.without_history: set[Node] = set()
+        """What is made without autograd: no gradient gets through it, whatever it says."""
+
+    def run(self) -> Flow:
+        inference = is_inference(self.logits.node)
+        for node in _from(self.logits.node):
+            if node.target is ENTER_INFERENCE:
+                inference = True
+            elif node.target is EXIT_INFERENCE:
+                inference = False
+            inputs = [source for source in node.all_input_nodes if source in self.holds]
+            if inference or (inputs and is_cut_off(node)):
+                self.without_history.add(node)
+            if inputs:
+                try:
+                    self._check_history(node, inputs)
+                    self._visit(node, inputs)
+                except Refused as refused:
+                    self.flow.unsupported[node] = _with_place(str(refused), node)
+        self._drop_what_was_absorbed()
+        return self.flow
+
+    def _visit(self, node: Node, inputs: list[Node]) -> None:
+        for source in inputs:
+            if isinstance(held := self.holds[source], _UnknownContents):
+                raise Refused(
+                    f"{describe(held.writer)}{at(held.writer)} writes to the logits in place, and "
+                    "what is in them afterwards is not understood"
+                )
+        if node.op == "output":
+            return self._leave(inputs)
+        if is_in_place(node):
+            return self._write(node)
+        if canonical_op(node) == "getitem" and isinstance(held := self.holds[inputs[0]], list):
+            if type(node.args[1]) is not int:
+                raise Refused(f"{describe(node)} takes several parts of a tuple")
+            return self._take(node, held[node.args[1]])
+        logits = self._first(node, inputs)
+        if (use := self._metadata_use(logits, node)) is not None:
+            self.flow.metadata_uses[node] = use
+        elif (consumer := read(logits, node)) is not None:
+            self.flow.consumers.append(consumer)
+        elif (largest := consumers_of_largest(logits, node)) is not None:
+            self._hold(node, largest)
+        elif canonical_op(node) == "broadcast_tensors":
+            self._broadcast(node, logits)
+        elif is_pieces(node):
+            self._hold(node, follow_pieces(logits, node))
+        else:
+            self._hold(node, self._checked(logits, self._step(logits, node, inputs), node))
+        return None
+
+    def _check_history(self, node: Node, inputs: list[Node]) -> None:
+        """Refused if ``node`` wants a gradient to go where the model has none."""
+        value = value_of(node)
+        if (
+            node not in self.without_history
+            and not self.without_history.isdisjoint(inputs)
+            and isinstance(value, torch.Tensor)
+            and value.requires_grad
+        ):
+            raise Refused(f"{describe(node)} takes a gradient of what was made without autograd")
+
+    def _first(self, node: Node, inputs: list[Node]) -> Logits:
+        logits = self.holds[inputs[0]]
+        if not isinstance(logits, Logits):
+            raise Refused(f"{describe(node)} reads a tuple of logits")
+        return logits
+
+    def _step(self, logits: Logits, node: Node, inputs: list[Node]) -> Logits:
+        if len(inputs) == 2 and canonical_op(node) == "mul":
+            return times(*(self.holds[source] for source in inputs))
+        if (chain := less_logsumexp(logits, node)) is not None:
+            self.absorbed.update(chain)
+            return replace(logits, stage="log_probabilities")
+        if (hot := times_one_hot(logits, node)) is not None:
+            self.absorbed.update(hot[1])
+            stage = "selected" if logits.stage == "log_probabilities" else "selected_logits"
+            return replace(logits, stage=stage, index=hot[0])
+        if len(inputs) > 1:
+            raise Refused(f"{describe(node)} puts logits together")
+        if is_value_step(node):
+            return follow_values(logits, node)
+        if not node.args or node.args[0] is not logits.node:
+            raise Refused("")
+        if is_softmax_step(node):
+            return follow_softmax(logits, node)
+        if is_row_step(node):
+            return follow_rows(logits, node)
+        raise Refused("")
+
+    def _checked(self, before: Logits, after: Logits, node: Node) -> Logits:
+        """``after`` as what ``node`` holds, with its dtype and whether it has a gradient."""
+        old, new = tensor_of(before.node), tensor_of(node)
+        if old.device != new.device:
+            raise Refused(f"{describe(node)} moves the logits from {old.device} to {new.device}")
+        if not new.is_floating_point() or (new.dtype == torch.float64) != (
+            old.dtype == torch.float64
+        ):
+            raise Refused(f"{describe(node)} turns {old.dtype} logits into {new.dtype}")
+        if before.is_detached and new.requires_grad:
+            raise Refused(f"{describe(node)} brings a gradient into detached logits")
+        is_detached = before.is_detached or (old.requires_grad and not new.requires_grad)
+        history = after.history
+        if old.dtype != new.dtype and history[-1:] != (("cast", new.dtype),):
+            history = (*history, ("cast", new.dtype))  # by promotion
+        return replace(after, node=node, is_detached=is_detached, history=history)
+
+    def _hold(self, node: Node, held: Any) -> None:
+        self.holds[node] = held
+        self.flow.nodes.add(node)
+
+    def _take(self, node: Node, item: Any) -> None:
+        if isinstance(item, Consumer):
+            self.flow.consumers.append(replace(item, node=node))
+        elif item is not None:
+            before = next(source for source in node.args[0].all_input_nodes if source in self.holds)
+            self._hold(node, self._checked(self.holds[before], item, node))
+
+    def _broadcast(self, node: Node, logits: Logits) -> None:
+        """Logits and others, brought to one shape: that of the logits."""
+        shape, place = tensor_of(logits.node).shape, node.args.index(logits.node)
+        after = value_of(node)[place].shape
+        if len(shape) != len(after) or not all(map(same, after, shape)):
+            raise Refused(f"{describe(node)} repeats the logits")
+        self._hold(node, [logits if number == place else None for number in range(len(node.args))])
+        for user in node.users:
+            if user.args[1] != place:
+                self.flow.metadata_uses[user] = MetadataUse(
+                    logits, "expand", node.args[user.args[1]]
+                )
+
+    def _metadata_use(self, logits: Logits, node: Node) -> MetadataUse | None:
+        """What ``node`` looks up of the logits besides their values; None if it reads them."""
+        is_size = node.target is torch.ops.aten.sym_size.int or (
+            node.op == "call_method" and node.target == "size"
+        )
+        if is_size and type(node.args[-1]) is int:
+            return MetadataUse(logits, "size", node.args[1])
+        if node.op == "call_method" and node.target in ("type_as", "to") and len(node.args) == 2:
+            source, like = node.args
+            if like is logits.node and source not in self.holds and not node.kwargs:
+                return MetadataUse(logits, "to", source)
+        return None
+
+    def _leave(self, inputs: list[Node]) -> None:
+        for source in inputs:
+            logits = self.holds[source]
+            if not isinstance(logits, Logits):
+                raise Refused("a tuple of logits leaves the graph")
+            self.flow.returned.append(logits)
+
+    def _write(self, node: Node) -> None:
+        """A write in place to logits: it changes all that is in the same memory."""
+        written = node.args[0]
+        before = self.holds.get(written)
+        if (
+            not isinstance(before, Logits)
+            or len(node.all_input_nodes) > 2
+            or any(source in self.holds for source in node.all_input_nodes[1:])
+        ):
+            raise Refused(f"{describe(node)} puts logits into another tensor")
+        change = self._change_by(node, before)
+        is_recorded = gradients_are_recorded(node) or not tensor_of(written).requires_grad
+        for other, held in list(self.holds.items()):
+            if memory_of(written).isdisjoint(memory_of(other)):
+                continue
+            is_clear = (
+                is_recorded
+                and isinstance(held, Logits)
+                and held.alias_region.is_within(before.alias_region)
+                and tensor_of(other).requires_grad == tensor_of(written).requires_grad
+            )
+            self.holds[other] = (change(held) if is_clear else None) or _UnknownContents(node)
+        self.flow.nodes.add(node)
+        if isinstance(value_of(node), torch.Tensor):
+            after = self.holds[written]
+            is_clear = isinstance(after, Logits)
+            self.holds[node] = self._checked(before, after, node) if is_clear else after
+
+    def _change_by(self, node: Node, written: Logits) -> Callable[[Logits], Logits | None]:
+        """What the write ``node`` to ``written`` makes of logits in its memory; None: unclear.
+
+        Refused if it is not even clear for ``written`` itself.
+        """
+        if written.stage != "logits":
+            raise Refused(f"{describe(node)} writes to {written.stage.replace('_', '-')} in place")
+        if canonical_op(node) == "setitem":
+            start, fill = words_filled(written, node)
+            return lambda held: (
+                fill_words(held, start, fill) if _words_agree(held, written) else None
+            )
+        follow_values(written, node)
+        by_number = len(node.all_input_nodes) == 1
+
+        def change(held: Logits) -> Logits | None:
+            if held.stage != "logits" or not (by_number or _look_alike(held, written)):
+                return None
+            return follow_values(held, node)
+
+        return change
+
+    def _drop_what_was_absorbed(self) -> None:
+        """Consumers that only made a step of the walk are no consumers."""
+        gone = {node for node in self.absorbed if self._is_inside(node)}
+        self.flow.consumers = [
+            consumer for consumer in self.flow.consumers if consumer.node not in gone
+        ]
+        self.flow.nodes |= gone
+
+    def _is_inside(self, node: Node) -> bool:
+        return all(
+            user in self.flow.nodes or (user in self.absorbed and self._is_inside(user))
+            for user in node.users
+        )
+
+
+def _with_place(reason: str, node: Node) -> str:
+    name = describe(node)
+    return f"{name}{at(node)}{reason.removeprefix(name)}" if reason.startswith(name) else reason
+
+
+def _from(node: Node) -> Iterator[Node]:
+    while node.op != "output":
+        node = node.next
+        yield node
+
+
+def _words_agree(a: Logits, b: Logits) -> bool:
+    """Whether word 0 of both is the same."""
+    return (a.vocab_slice or (0, 0))[0] == (b.vocab_slice or (0, 0))[0]
+
+
+def _look_alike(a: Logits, b: Logits) -> bool:
+    """Whether both have the same elements in the same places."""
+    return (
+        a.alias_region is b.alias_region
+        and a.vocab_dim == b.vocab_dim
+        and a.vocab_slice == b.vocab_slice
+        and a.steps == b.steps
+        and same_shape(a.node, b.node)
+    )

@@ -1,0 +1,121 @@
+"""Reads a cross entropy over class indices, however it is written."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.nn import _reduction
+
+from ..graph import Refused, arguments, canonical_op, number_of, tensor_of
+from .types import Logits, Loss
+
+
+def _cross_entropy(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+) -> dict[str, Any]:
+    return locals()
+
+
+def _nll_loss(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+) -> dict[str, Any]:
+    return {**locals(), "label_smoothing": 0.0}
+
+
+_SIGNATURES: dict[str | None, Callable[..., dict[str, Any]]] = {
+    "cross_entropy": _cross_entropy,
+    "nll_loss": _nll_loss,
+}
+
+
+def is_loss(node: Node) -> bool:
+    return canonical_op(node) in _SIGNATURES
+
+
+def class_count(node: Node) -> int | torch.SymInt:
+    """How many classes a loss node distinguishes."""
+    logits = tensor_of(_call(node)["input"])
+    if logits.dim() == 0:
+        raise Refused("the logits are a single number")
+    return logits.size(_class_dim(logits.dim()))
+
+
+def read_loss(node: Node) -> Loss:
+    """Describe the loss that ``node`` computes; Refused if it is not one of class indices."""
+    name, call = canonical_op(node), _call(node)
+    reduction = call["reduction"]
+    if call["size_average"] is not None or call["reduce"] is not None:
+        reduction = _reduction.legacy_get_string(call["size_average"], call["reduce"], False)
+    logits, target = tensor_of(call["input"]), tensor_of(call["target"])
+    if target.is_floating_point():
+        raise Refused("the targets are probabilities of classes, not class indices")
+    if target.dtype != torch.int64:
+        raise Refused(f"the targets are {target.dtype}, which eager {name} does not take")
+    if target.dim() != logits.dim() - 1:
+        raise Refused(f"{target.dim()}-d targets do not fit {logits.dim()}-d logits")
+    if reduction not in ("mean", "sum", "none"):
+        raise Refused(f"reduction is {reduction!r}")
+    ignore_index = number_of(call["ignore_index"])
+    label_smoothing = number_of(call["label_smoothing"])
+    if not 0 <= label_smoothing <= 1:
+        raise Refused(f"label_smoothing is {label_smoothing}, not between 0 and 1")
+    if call["weight"] is not None:
+        _check_class_weight(call["weight"], logits, node)
+    return Loss(
+        logits=call["input"],
+        target=call["target"],
+        class_weight=call["weight"],
+        reduction=reduction,
+        ignore_index=int(ignore_index),
+        label_smoothing=float(label_smoothing),
+        wants_log_probabilities=name == "nll_loss",
+    )
+
+
+def _call(node: Node) -> dict[str, Any]:
+    name = canonical_op(node)
+    call = arguments(node, _SIGNATURES[name])
+    if call is None:
+        raise Refused(f"{name} is called with arguments that are not understood")
+    return call
+
+
+def check_fits(loss: Loss, logits: Logits) -> None:
+    """Refused unless ``loss`` takes its softmax over the vocabulary of ``logits``."""
+    if _class_dim(tensor_of(logits.node).dim()) != logits.vocab_dim:
+        raise Refused("the loss takes its classes from another dimension than the vocabulary's")
+    if loss.wants_log_probabilities and logits.stage != "log_probabilities":
+        raise Refused("nll_loss is taken of logits that went through no log_softmax")
+    if logits.stage not in ("logits", "log_probabilities") or logits.factor != 1:
+        raise Refused("the loss is taken of what is made of the softmax, not of logits")
+    if loss.label_smoothing and logits.is_masked:
+        raise Refused("label_smoothing counts words of the vocabulary that are masked")
+
+
+def _class_dim(dims: int) -> int:
+    return min(dims - 1, 1)
+
+
+def _check_class_weight(weight: Node, logits: torch.Tensor, loss: Node) -> None:
+    value = tensor_of(weight)
+    if value.requires_grad:
+        raise Refused("the class weights require a gradient, which cross_entropy does not give")
+    if value.dtype != tensor_of(loss).dtype:
+        raise Refused(
+            f"the class weights are {value.dtype} and the loss {tensor_of(loss).dtype}, which "
+            "eager cross_entropy does not take"
+        )

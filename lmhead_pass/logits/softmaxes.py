@@ -1,0 +1,139 @@
+"""Follows softmaxes of logits, and what is made of them before a single word is read."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch.fx import Node
+
+from ..graph import Refused, arguments, canonical_op, same, same_shape, tensor_of
+from .types import Logits
+
+# How a node that a tensor was reshaped or cast from is found again.
+_SHAPED = ("reshape", "cast", "expand")
+
+
+def is_softmax_step(node: Node) -> bool:
+    return canonical_op(node) in _FOLLOWERS
+
+
+def follow_softmax(logits: Logits, node: Node) -> Logits:
+    """What ``node`` holds, which takes a softmax of ``logits``, or the log of one."""
+    return _FOLLOWERS[canonical_op(node)](logits, node)
+
+
+def _log_softmax(logits: Logits, node: Node) -> Logits:
+    _check_dim(logits, node)
+    if logits.stage not in ("logits", "log_probabilities") or logits.factor != 1:
+        raise Refused(f"log_softmax is taken of {logits.stage.replace('_', '-')}")
+    return replace(logits, stage="log_probabilities")
+
+
+def _softmax(logits: Logits, node: Node) -> Logits:
+    _check_dim(logits, node)
+    if logits.stage != "logits":
+        raise Refused(f"softmax is taken of {logits.stage.replace('_', '-')}")
+    return replace(logits, stage="probabilities")
+
+
+def _log(logits: Logits, node: Node) -> Logits:
+    if logits.stage != "probabilities" or logits.factor != 1:
+        raise Refused(f"log is taken of {logits.stage.replace('_', '-')}")
+    return replace(logits, stage="log_probabilities")
+
+
+def _check_dim(logits: Logits, node: Node) -> None:
+    call = arguments(
+        node, lambda input, dim=None, third=None, *, _stacklevel=3, dtype=None: locals()
+    )
+    name, dims = canonical_op(node), tensor_of(logits.node).dim()
+    if call is None or not isinstance(call["dim"], int):
+        raise Refused(f"{name} is called without a dimension, or not understood")
+    if call["dim"] % max(dims, 1) != logits.vocab_dim:
+        raise Refused(f"{name} runs over dimension {call['dim']}, which is not the vocabulary's")
+
+
+_FOLLOWERS: dict[str | None, Callable[[Logits, Node], Logits]] = {
+    "log_softmax": _log_softmax,
+    "softmax": _softmax,
+    "log": _log,
+}
+
+
+def less_logsumexp(logits: Logits, node: Node) -> list[Node] | None:
+    """If ``node`` is ``logits - logsumexp(logits)``: the nodes from the logsumexp on; else None."""
+    call = arguments(node, lambda input, other: locals())
+    if canonical_op(node) != "sub" or call is None or call["input"] is not logits.node:
+        return None
+    if not isinstance(call["other"], Node):
+        return None
+    chain = origin(call["other"])
+    if canonical_op(chain[0]) != "logsumexp" or chain[0].args[:1] != (logits.node,):
+        return None
+    value = tensor_of(call["other"])
+    if value.dim() != tensor_of(logits.node).dim() or not same(value.size(logits.vocab_dim), 1):
+        return None
+    return chain
+
+
+def times_one_hot(logits: Logits, node: Node) -> tuple[Node, list[Node]] | None:
+    """If ``node`` is ``logits * one_hot(index)``: the index, and the nodes from the one-hot on."""
+    call = arguments(node, lambda input, other: locals())
+    if canonical_op(node) != "mul" or call is None:
+        return None
+    if logits.stage not in ("logits", "log_probabilities"):
+        return None
+    other = call["other"] if call["input"] is logits.node else call["input"]
+    if not isinstance(other, Node):
+        return None
+    chain = origin(other)
+    hot = arguments(chain[0], lambda input, num_classes=-1: locals())
+    if canonical_op(chain[0]) != "one_hot" or hot is None:
+        return None
+    if (
+        logits.vocab_dim != tensor_of(logits.node).dim() - 1
+        or not same_shape(chain[0], logits.node)
+        or any(canonical_op(step) != "cast" for step in chain[1:])
+    ):
+        return None
+    return hot["input"], chain
+
+
+def origin(node: Node) -> list[Node]:
+    """The nodes from what ``node`` is a reshape or cast of, to ``node``."""
+    chain = [node]
+    while (
+        canonical_op(chain[0]) in _SHAPED and chain[0].args and isinstance(chain[0].args[0], Node)
+    ):
+        chain.insert(0, chain[0].args[0])
+    return chain
+
+
+def summed_dims(node: Node) -> tuple[Any, bool] | None:
+    """Over which dimensions ``sum`` runs (None: all) and whether it keeps them; None if unclear."""
+    call = arguments(
+        node, lambda input, dim=None, keepdim=False, *, axis=None, dtype=None: locals()
+    )
+    if call is None:
+        return None
+    dim = call["dim"] if call["axis"] is None else call["axis"]
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        dim = dim[0]
+    return dim, bool(call["keepdim"])
+
+
+def times(first: Logits, second: Logits) -> Logits:
+    """The product of probabilities and their logs, or of probabilities and logits."""
+    stages = {first.stage: first, second.stage: second}
+    if (
+        "probabilities" not in stages
+        or not first.same_values(second)
+        or (first.vocab_dim != second.vocab_dim)
+    ):
+        raise Refused("logits are multiplied by logits")
+    probabilities = stages.pop("probabilities")
+    (stage, other), *_ = (*stages.items(), (None, first))
+    if stage not in ("logits", "log_probabilities"):
+        raise Refused("probabilities are multiplied by probabilities")
+    made = "p_z" if stage == "logits" else "p_log_p"
+    return replace(probabilities, stage=made, factor=probabilities.factor * other.factor)

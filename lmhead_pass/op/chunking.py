@@ -1,0 +1,90 @@
+"""How many rows of logits exist at once.
+
+The only scratch of the op that grows with the vocabulary is the buffer that holds the
+logits of one chunk of rows. Rows, not a number of chunks, are planned: that needs no
+batch size, so a dynamic batch adds no guard and no recompile.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .. import config
+
+# A GPU's products work in tiles of this many rows, or a divisor of it.
+_GPU_TILE = 128
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How much scratch the logits of a chunk may take, for one kind of device."""
+
+    least: int
+    """Bytes: with less, the products get short and slow, whatever the sizes."""
+    share: float
+    """Where the head is large, the scratch may grow to this share of the FP32 weight gradient,
+    which has to be held anyway and is read and written once per chunk."""
+    most: float
+    """Bytes, whatever the sizes."""
+    most_rows: float
+    """Longer products are no faster."""
+
+
+_CPU = _Plan(least=48 << 20, share=1 / 4, most=math.inf, most_rows=math.inf)
+# A GPU reads and writes the sum of the weight's gradient more slowly, beside its products, than a
+# CPU does, so chunks are larger. With the scratch of cuBLAS, 1.45 GB stay below 1.5.
+_GPU = _Plan(least=256 << 20, share=1, most=1.45e9, most_rows=4096)
+
+
+def plan_rows(
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int = 0,
+    gradient_dtype: torch.dtype = torch.float32,
+) -> int:
+    """Rows per chunk for logits of ``vocab_size`` columns, from products in ``dtype``.
+
+    ``config.batch_chunk_size`` is taken as it is; else ``config.memory_budget`` bytes are
+    filled; else a budget is planned from the sizes, for ``tokens`` rows in all (0: not known).
+    At least one row. ``gradient_dtype`` is that in which the weight's gradient is wanted.
+    """
+    if config.batch_chunk_size is not None:
+        return config.batch_chunk_size
+    on_cpu = device.type == "cpu"
+    # On a GPU the logits come out of the product in FP32.
+    held = dtype if on_cpu else torch.promote_types(dtype, torch.float32)
+    row_bytes = vocab_size * held.itemsize
+    if config.memory_budget is not None:
+        return max(1, config.memory_budget // row_bytes)
+    plan = _CPU if on_cpu else _GPU
+    budget = max(plan.least, min(plan.most, 4 * vocab_size * hidden_size * plan.share))
+    rows = int(max(1, min(plan.most_rows, budget // row_bytes)))
+    if on_cpu:
+        return rows
+    # A sum over chunks is held in FP32. A single chunk has no sum, its product is the gradient:
+    # what an FP32 copy would take may hold more rows of logits, one for one of the hidden size.
+    has_sum = gradient_dtype.itemsize < torch.float32.itemsize
+    if 0 < tokens <= rows + (hidden_size if has_sum else 0):
+        return max(rows, tokens)
+    return _whole_tiles(rows)
+
+
+def _whole_tiles(rows: int) -> int:
+    return rows if rows < _GPU_TILE else rows // _GPU_TILE * _GPU_TILE
+
+
+def even_rows(rows: int, most: int) -> int:
+    """Rows per chunk, at most ``most``, so that ``rows`` split into chunks of about one size."""
+    chunks = max(1, math.ceil(rows / most))
+    return max(1, math.ceil(rows / chunks))
+
+
+def gpu_rows(rows: int, most: int) -> int:
+    """Rows per chunk, for ``rows`` on a GPU: at most ``most``, about even, in whole tiles."""
+    if rows <= most:
+        return max(1, rows)
+    tiles = math.ceil(even_rows(rows, most) / _GPU_TILE)
+    return min(most, tiles * _GPU_TILE)

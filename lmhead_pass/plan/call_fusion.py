@@ -1,0 +1,286 @@
+"""Consumers of a head that go into one sum, by shares that are known before: one call for them all.
+
+Several losses over one weight: a loop over pieces of the logits, or of the hidden states;
+multi-token prediction. A call for each would hold a gradient of the weight for each until the
+backward. And several consumers of one call: a cross entropy and a z-loss, or losses that are logged
+too. Their gradients would be left to the backward, and the logits so be computed twice. In a sum,
+each consumer's share of the gradient is known before, so that one call computes that of the sum.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from ..graph import (
+    AUTOCAST_SWITCHES,
+    ENTER_AUTOCAST,
+    canonical_op,
+    gradients_are_recorded,
+    memory_of,
+    mutation,
+    same_shape,
+    tensor_of,
+    value_of,
+    wraps_none,
+)
+from ..logits import NOTHING_IGNORED, Consumer, input_nodes, row_order
+from ..sums import LinearReduction, can_be_made_behind, sums
+from .types import Match, Rewrite
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """Consumers whose gradients one call computes together."""
+
+    matches: tuple[Match, ...]
+    linear_reduction: LinearReduction
+    """How the sum is made of the consumers that have a gradient."""
+    last: Node
+    """The call comes after this node: then all that it needs is there."""
+    moved: tuple[Node, ...]
+    """What uses the consumers before that, and has to be moved behind the call, in this order."""
+    likes: dict[Node, tuple[Node, Node]]
+    """What looks before that at no more of them than shape and dtype: what it looks at, and another
+    tensor to make one like that of."""
+
+    @property
+    def root(self) -> Node:
+        """The sum."""
+        return self.linear_reduction.sum
+
+
+def join(rewrites: list[Rewrite]) -> Iterator[FusedCall]:
+    """Which of the matches of ``rewrites`` a call computes with the gradient of a sum.
+
+    Each is found in the graph as the call for the one before has left it.
+    """
+    places = {match.place for rewrite in rewrites for match in rewrite.matches}
+    alike: list[list[Match]] = []
+    for rewrite in rewrites:
+        for match in rewrite.matches:
+            if not _wanting(match):
+                continue
+            group = next((group for group in alike if _key(group[0]) == _key(match)), None)
+            if group is None:
+                alike.append(group := [])
+            group.append(match)
+    for group in alike:
+        known = [match for match in group if next(_sums([match]), None) is not None]
+        groups = (group, known) if len(known) > 1 else (group,)
+        together = (_join(matches, places) for matches in groups if len(matches) > 1)
+        if (fused := next(filter(None, together), None)) is not None:
+            yield fused
+            known = [match for match in known if match not in fused.matches]
+        for match in known:
+            alone = _join([match], places)
+            # Others have their gradients in the forward as they are.
+            if alone is not None and (
+                match.reduction == "none" or alone.linear_reduction.is_scaled
+            ):
+                yield alone
+
+
+def _sums(group: list[Match]) -> Iterator[LinearReduction]:
+    """The sums that all gradients of ``group`` come from."""
+    consumers = [consumer for match in group for consumer in match.consumers]
+    if any(consumer.kind == "returned" or consumer.is_summed for consumer in consumers):
+        return
+    wanting = [(match, consumer) for match in group for consumer in _wanting(match)]
+    if all(_is_of_all_rows(match, consumer) for match, consumer in wanting):
+        # The op has no other squares.
+        squarable = [consumer.node for _, consumer in wanting if consumer.kind == "logsumexp"]
+        yield from sums([consumer.node for _, consumer in wanting], squarable)
+
+
+def _wanting(match: Match) -> list[Consumer]:
+    """Those of its consumers that have a gradient."""
+    return [consumer for consumer in match.consumers if tensor_of(consumer.node).requires_grad]
+
+
+def _is_of_all_rows(match: Match, consumer: Consumer) -> bool:
+    """Whether what the consumer has is one number, or one for each row of the call in their order."""
+    if consumer.loss is not None and consumer.loss.reduction != "none":
+        return True
+    return row_order(consumer.logits.steps) == row_order(match.logits.steps)
+
+
+def _key(match: Match) -> tuple[Any, ...]:
+    """What has to be the same for matches to share a call."""
+    logits, loss = match.logits, match.consumers[0].loss
+    asked = (None, NOTHING_IGNORED, 0.0)
+    if loss is not None:
+        asked = (loss.class_weight, loss.ignore_index, loss.label_smoothing)
+    return (
+        *(logits.head.weight, logits.head.weight_is_transposed, logits.values, logits.vocab_slice),
+        *(match.compute_dtype, asked),
+    )
+
+
+def _join(group: list[Match], places: set[Node]) -> FusedCall | None:
+    """All of ``group`` in one call, with the last sum of them all: it has the most factors.
+
+    A gradient that is multiplied with a factor afterwards is rounded twice.
+    """
+    others = places - {match.place for match in group}
+    joins = (
+        _join_at(linear_reduction, group, others)
+        for linear_reduction in reversed(list(_sums(group)))
+    )
+    return next((fused for fused in joins if fused is not None), None)
+
+
+def _join_at(
+    linear_reduction: LinearReduction, group: list[Match], others: set[Node]
+) -> FusedCall | None:
+    """``group`` fused in a sum, if possible; ``others`` are where other calls will be."""
+    root = linear_reduction.sum
+    consumers = {consumer.node for match in group for consumer in match.consumers}
+    wanting = {consumer.node for match in group for consumer in _wanting(match)}
+    asked = {node for match in group for node in _inputs(match)}
+    inputs = asked | linear_reduction.reads
+    # What makes weights in place is done with them before they are used.
+    inputs.update(
+        writer
+        for step in linear_reduction.steps
+        for writer in mutation.writers(
+            mutation.nodes_between(min(consumers), step.node), step.reads
+        )
+    )
+    # Consumers that have no gradient take nothing else, and may come later.
+    last = max(wanting | inputs)
+    while last < root and not gradients_are_recorded(last.next):
+        last = last.next  # an input is made under no_grad
+    users = _users_until(last, consumers)
+    if last >= root or users is None:
+        return None
+    moved, looking = users
+    likes = {node: (seen, _twin(node, seen)) for node, seen in looking.items()}
+    if not (inputs | others).isdisjoint(moved):
+        return None
+    # What stands for the root has memory of its own.
+    later = mutation.nodes_between(root, root.graph.output_node())
+    if mutation.has_other_names(root) and any(mutation.writers(later, of=[root])):
+        return None
+    # What the call reads is what was read on the way to the root.
+    on_the_way = list(mutation.nodes_between(min(consumers), root))
+    if any(mutation.writers(on_the_way, of=asked)):
+        return None
+    if not can_be_made_behind(last, linear_reduction):
+        return None
+    if any(mutation.writers(on_the_way, of=linear_reduction.squared)):
+        return None  # they are squares of other numbers, perhaps
+    if not _run_the_same_behind(last, moved):
+        return None
+    if len(group) > 1 and _enters_autocast(group, last):
+        return None
+    known = {node: (seen, twin) for node, (seen, twin) in likes.items() if twin is not None}
+    return (
+        FusedCall(tuple(group), linear_reduction, last, moved, known)
+        if len(known) == len(likes)
+        else None
+    )
+
+
+def _twin(node: Node, seen: Node) -> Node | None:
+    """What tells the shape of ``seen`` before ``node``: an input, or what ``node`` reads itself."""
+    inputs = (other for other in node.graph.nodes if other.op == "placeholder")
+    if not tensor_of(seen).is_contiguous():
+        return None
+    is_static = all(isinstance(size, int) for size in tensor_of(seen).shape)
+    for other in (*node.all_input_nodes, *inputs):
+        value = value_of(other)
+        if other is seen or not wraps_none(value):
+            continue
+        if value.layout == torch.strided and (is_static or same_shape(other, seen)):
+            return other
+    return None
+
+
+def _enters_autocast(group: list[Match], last: Node) -> bool:
+    """Whether ``last`` is in an autocast that a head is not in: cat takes no FP16 under BF16."""
+    first = min(match.logits.head.node for match in group)
+    return any(node.target is ENTER_AUTOCAST for node in mutation.nodes_between(first, last))
+
+
+# What is understood, and is no tensor itself.
+_NO_TENSORS = ("setitem", "pieces", "unbind")
+
+
+def _users_until(
+    last: Node, consumers: set[Node]
+) -> tuple[tuple[Node, ...], dict[Node, Node]] | None:
+    """What depends on ``consumers``, up to ``last``, and what looks at the shape or dtype of what.
+
+    None if it is not understood.
+    """
+    users: set[Node] = set()
+    looking: dict[Node, Node] = {}
+    pending = list(consumers)
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if user <= last and user not in users | consumers:
+                if _seen_by(user) is node:
+                    looking[user] = node
+                    continue
+                is_tensor = isinstance(value_of(user), torch.Tensor)
+                if canonical_op(user) is None or not (
+                    is_tensor or canonical_op(user) in _NO_TENSORS
+                ):
+                    return None
+                users.add(user)
+                pending.append(user)
+            elif user in consumers:
+                return None  # a consumer that depends on another
+    looking = {user: node for user, node in looking.items() if user not in users}
+    return tuple(sorted(users)), looking
+
+
+def _seen_by(node: Node) -> Node | None:
+    """The tensor whose shape or dtype is all that ``node`` looks at; None if there is none."""
+    if canonical_op(node) == "like":
+        return node.args[0] if node.args else None
+    if (
+        canonical_op(node) in ("cast", "reshape", "expand")
+        and len(node.args) == 2
+        and not node.kwargs
+    ):
+        like = node.args[1]  # of ``type_as``, ``view_as`` ...
+        return like if isinstance(value_of(like), torch.Tensor) else None
+    return None
+
+
+def _run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:
+    """Whether ``moved``, and what they are moved past, compute what they did."""
+    if not moved:
+        return True
+    passed = set(mutation.nodes_between(moved[0], last.next)).difference(moved)
+    read, read_by_passed = (
+        {source for node in nodes for source in node.all_input_nodes} for nodes in (moved, passed)
+    )
+    written = {storage for node in moved for storage in mutation.memory_written(node)}
+    return (
+        all(gradients_are_recorded(node) or not _has_gradient(node) for node in moved)
+        and not any(node.target in AUTOCAST_SWITCHES for node in passed)
+        and not any(mutation.writers(passed, of=read))
+        and all(written.isdisjoint(memory_of(source)) for source in read_by_passed)
+    )
+
+
+def _has_gradient(node: Node) -> bool:
+    values = tree_leaves(value_of(node))
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
+def _inputs(match: Match) -> set[Node]:
+    """What a call for ``match`` is made of, but for weights."""
+    inputs = input_nodes(match.logits)
+    for consumer in match.consumers:
+        loss = consumer.loss
+        asked = (consumer.target,) if loss is None else (loss.target, loss.class_weight)
+        inputs.update(node for node in asked if node is not None)
+    return inputs

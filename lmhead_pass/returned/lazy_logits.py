@@ -1,0 +1,306 @@
+"""Logits that a compiled function returns and that nobody has read yet.
+
+A model that returns its logits beside the loss gives :class:`LazyLogits` instead: a tensor with the
+logits' shape, dtype and device that holds the hidden states and the head's own parameters, and
+computes the logits when their values are first needed.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._guards import CompileContext
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .gradient_refusal import SETTING, refuse_gradient
+from .recipe import Recipe
+
+# What is known of a tensor, or told to it, without its values.
+_METADATA = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
+            *("requires_grad", "grad_fn", "grad", "is_leaf", "retains_grad", "_version"),
+            *("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta"),
+            *("is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"),
+        )
+    ),
+    *(
+        getattr(namespace, name)
+        for namespace in (Tensor, torch)
+        for name in (
+            *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"),
+            *("is_contiguous", "element_size", "get_device", "is_inference"),
+            *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg"),
+        )
+        if hasattr(namespace, name)
+    ),
+    *(Tensor.__len__, Tensor.__hash__, Tensor.__dir__, Tensor.register_hook),
+}
+
+# What gives a view, a cast or a detached alias, if all its other arguments are no tensors.
+_DERIVING = {
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
+    *(
+        getattr(namespace, name)
+        for namespace in (Tensor, torch)
+        for name in (
+            *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"),
+            *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t"),
+            *("__getitem__", "select", "narrow"),
+            *("to", "float", "half", "bfloat16", "double", "contiguous", "detach"),
+        )
+        if hasattr(namespace, name)
+    ),
+}
+# Autograd's own bookkeeping: the view of another tensor that unread logits are, nobody is to see.
+_ANSWERS = {
+    Tensor._is_view: False,  # type: ignore[attr-defined]
+    Tensor._base.__get__: None,  # type: ignore[union-attr]
+}
+_DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+class _Logits:
+    """Logits that are not computed yet.
+
+    ``history`` gives what a gradient would flow to, while somebody has a tensor that needs one.
+    """
+
+    def __init__(self, recipe: Recipe, history: Tensor | None):
+        self.recipe = recipe
+        self.history = weakref.ref(history) if history is not None else lambda: None
+
+    def compute(self) -> Tensor:
+        logits = self.recipe.compute()
+        if (history := self.history()) is not None:
+            refuse_gradient(logits, [history])
+        return logits
+
+
+class _Derived:
+    """A view, a cast or a detached alias of logits that are not read yet."""
+
+    def __init__(self, base: "_Cell", operation: Callable[[Tensor], Tensor]):
+        self.base = base
+        self.operation = operation
+        self.grad_enabled = _gradients_are_recorded()
+
+    def compute(self) -> Tensor:
+        assert self.base.value is not None
+        with torch.set_grad_enabled(self.grad_enabled):
+            return self.operation(self.base.value)
+
+
+class _Cell:
+    """A value that is computed when it is first read, and kept from then on.
+
+    So is all that was derived from it before: whoever reads may go on to write, or to detach.
+    """
+
+    def __init__(self, source: _Logits | _Derived | None, value: Tensor | None = None):
+        self.source = source
+        self.value = value
+        self.derived: list[weakref.ref[_Cell]] = []
+
+    def derive(self, operation: Callable[[Tensor], Tensor]) -> "_Cell":
+        cell = _Cell(_Derived(self, operation))
+        self.derived.append(weakref.ref(cell))
+        return cell
+
+    def read(self) -> Tensor:
+        if self.source is not None:
+            first = self
+            while isinstance(first.source, _Derived):
+                first = first.source.base
+            # It may be read again elsewhere: no mode or transform of this consumer takes part.
+            with (
+                _disable_current_modes(),
+                temporarily_clear_interpreter_stack(),
+                torch.inference_mode(False),
+            ):
+                first._compute()
+        assert self.value is not None
+        return self.value
+
+    def _compute(self) -> None:
+        if self.value is None:  # It is there if what is derived from it failed before.
+            assert self.source is not None
+            self.value = self.source.compute()
+        for derived in self.derived:
+            if (cell := derived()) is not None:
+                cell._compute()
+        self.derived.clear()
+        self.source = None
+
+
+class LazyLogits(Tensor):
+    """A tensor whose values are computed when they are first needed, and kept.
+
+    Its size, dtype, device and whether it requires a gradient are known before. Views, casts and
+    ``detach()`` of unread logits are unread logits. A gradient that would flow into them raises a
+    RuntimeError.
+    """
+
+    _cell: _Cell
+    _like: Tensor
+    _history: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        cell: _Cell,
+        like: Tensor,
+        device: torch.device,
+        history: Tensor | None = None,
+    ):
+        """``like`` has the size, strides and dtype of the values, and is on the meta device.
+
+        ``history`` is a tensor that a gradient would flow to; None if none is required.
+        """
+        self = Tensor._make_wrapper_subclass(
+            cls,
+            like.size(),
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=device,
+        )
+        # Code that takes its address without asking would take that of nothing.
+        torch._C._set_throw_on_mutable_data_ptr(self)
+        self._cell = cell
+        self._like = like
+        self._history = history
+        if history is None:
+            return self
+        # What a compiled function returns, autograd detaches, unless it is a view.
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            refuse_gradient(self, [history])
+            return torch.ops.aten.alias(self)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, inputs: Sequence[Tensor]) -> "LazyLogits":
+        """``inputs`` of the compiled function are what a gradient would flow to."""
+        if not all(source.requires_grad for source in inputs):
+            raise RuntimeError(
+                "lmhead_pass: a compiled function returned logits without computing them, and a "
+                "gradient through them could not be refused, since an input that it goes to was "
+                "changed in place where no gradient is seen. Return the loss alone, or set "
+                f"{SETTING}."
+            )
+        history = None
+        if recipe.requires_grad:
+            history = torch.empty(0)  # of the inputs, without their values
+            refuse_gradient(history, inputs)
+        return cls(_Cell(_Logits(recipe, history)), recipe.like(), recipe.hidden.device, history)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if CompileContext.try_get() is not None:
+            return _as_input(func, args, kwargs)
+        known = _without_reading(func, args, kwargs)
+        return _on_values(func, args, kwargs) if known is NotImplemented else known
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            logits = args[0]  # autograd, below which this is, gives the result its gradient
+            alias = cls(logits._cell, logits._like, logits.device)
+            alias._history = logits._history
+            return alias
+        return _on_values(func, args, kwargs or {})
+
+    # What torch.compile asks of an input of another compiled function: its values, then.
+
+    @property
+    def _value(self) -> Tensor:
+        return self._cell.read()
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["_value"], None
+
+    def _stable_hash_for_caching(self) -> str:
+        return type(self).__qualname__
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, outer_size, outer_stride) -> "LazyLogits":
+        value = inner["_value"]
+        return LazyLogits(_Cell(None, value), value, value.device)
+
+
+def _as_input(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What torch.compile finds when lazy logits are an input of what it compiles.
+
+    It looks at the tensor itself here; the values it gets from ``__tensor_flatten__``.
+    """
+    if func in _ANSWERS:
+        return _ANSWERS[func]
+    if func is Tensor.__repr__:
+        return f"{type(args[0]).__qualname__}(...)"
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _on_values(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call ``func`` with the values of the lazy logits among its arguments."""
+    lazy = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)]
+    values = {id(logits): logits._cell.read() for logits in lazy}
+    args, kwargs = tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
+    result = func(*args, **kwargs)
+    # What writes to its argument returns it: the caller's own tensor, not the one behind it.
+    owners = {id(values[id(logits)]): logits for logits in lazy}
+    return tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
+
+
+def _without_reading(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What ``func`` gives for unread logits; NotImplemented if it has to read them."""
+    logits, *others = args or (None,)
+    if not isinstance(logits, LazyLogits) or logits._cell.value is not None:
+        return NotImplemented
+    if any(isinstance(leaf, Tensor) for leaf in tree_leaves((others, kwargs))):
+        return NotImplemented
+    if func in _ANSWERS:
+        return _ANSWERS[func]
+    if func in _METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if func in _DERIVING:
+        return _derive(logits, func, others, kwargs)
+    return NotImplemented
+
+
+def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: dict) -> Any:
+    """A view, cast or alias of unread ``logits``; NotImplemented if it is on another device."""
+    like = logits._like
+    with torch._C.DisableTorchFunctionSubclass():
+        device = logits.device
+    if func is Tensor.to:
+        options = {name: value for name, value in kwargs.items() if name != "copy"}
+        target, dtype, _, memory_format = torch._C._nn._parse_to(*others, **options)
+        if target not in (None, device):
+            return NotImplemented
+        others = []
+        kwargs = {**kwargs, "dtype": dtype or like.dtype, "memory_format": memory_format}
+        kwargs.pop("device", None)
+    result = func(like, *others, **kwargs)
+    if result is like:
+        return logits
+    requires_grad = (
+        logits.requires_grad
+        and _gradients_are_recorded()
+        and func not in _DETACHING
+        and result.is_floating_point()
+    )
+    cell = logits._cell.derive(lambda value: func(value, *others, **kwargs))
+    return LazyLogits(cell, result, device, logits._history if requires_grad else None)
+
+
+def _gradients_are_recorded() -> bool:
+    """``torch.is_grad_enabled()`` may be True in inference mode."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

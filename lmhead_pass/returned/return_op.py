@@ -1,0 +1,106 @@
+"""The node that makes lazy logits in a compiled graph.
+
+    return_lazily(
+        hidden, weight, weight_is_transposed, bias, steps, vocab_dim, requires_grad, sources
+    )
+
+takes the fields of a ``Recipe``, but for the fingerprint, which it makes; and the inputs of the
+graph that a gradient of the logits would flow to. It has no kernel: traced, it leaves all these
+tensors as outputs of the graph, and AOTAutograd's runtime puts them together again after each run.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from .fingerprint import fingerprint
+from .lazy_logits import LazyLogits
+from .recipe import Recipe
+
+_TENSORS = ("hidden", "weight", "bias", "fingerprint")
+_SOURCE = "source_"
+_OPTIONS = ("weight_is_transposed", "steps", "vocab_dim", "requires_grad")
+
+
+class _TracedLogits(Tensor):
+    """Stands for lazy logits while a graph is traced. What it unflattens to at run time is those.
+
+    It requires no gradient: the compiled backward would be handed a zero for each of the logits.
+    """
+
+    recipe: Recipe
+    sources: Sequence[Tensor]
+
+    @staticmethod
+    def __new__(cls, recipe: Recipe, sources: Sequence[Tensor]) -> "_TracedLogits":
+        like = recipe.like()
+        self = Tensor._make_wrapper_subclass(
+            cls, like.size(), strides=like.stride(), dtype=like.dtype, device=recipe.hidden.device
+        )
+        self.recipe, self.sources = recipe, sources
+        for name in _TENSORS:  # where __tensor_flatten__ says they are
+            setattr(self, name, getattr(recipe, name))
+        for number, source in enumerate(sources):
+            setattr(self, f"{_SOURCE}{number}", source)
+        return self
+
+    def __tensor_flatten__(self):
+        tensors = [name for name in _TENSORS if getattr(self, name) is not None]
+        tensors += (f"{_SOURCE}{number}" for number in range(len(self.sources)))
+        return tensors, tuple(getattr(self.recipe, name) for name in _OPTIONS)
+
+    @staticmethod
+    def __tensor_unflatten__(inner, options, outer_size, outer_stride):
+        tensors = {name: inner.get(name) for name in _TENSORS}
+        recipe = Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True)))
+        sources = [tensor for name, tensor in inner.items() if name.startswith(_SOURCE)]
+        return _logits(recipe, sources)
+
+    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return _TracedLogits(args[0].recipe, args[0].sources)
+        raise AssertionError(f"lazy logits are read in the graph that makes them, by {func}")
+
+
+def _return_lazily(
+    hidden: Tensor,
+    weight: Tensor,
+    weight_is_transposed: bool,
+    bias: Tensor | None,
+    steps: list[str],
+    vocab_dim: int,
+    requires_grad: bool,
+    sources: list[Tensor],
+) -> Tensor:
+    recipe = Recipe(
+        hidden=hidden,
+        weight=weight,
+        weight_is_transposed=weight_is_transposed,
+        bias=bias,
+        fingerprint=fingerprint([part for part in (hidden, weight, bias) if part is not None]),
+        steps=tuple(steps),
+        vocab_dim=vocab_dim,
+        requires_grad=requires_grad,
+    )
+    return _logits(recipe, sources)
+
+
+def _logits(recipe: Recipe, sources: Sequence[Tensor]) -> Tensor:
+    make = _TracedLogits if is_fake(recipe.hidden) else LazyLogits.from_recipe
+    return make(recipe, sources)
+
+
+_library = torch.library.Library("lmhead_pass", "FRAGMENT")
+_library.define(
+    "return_lazily(Tensor hidden, Tensor weight, bool weight_is_transposed, Tensor? bias, "
+    "str[] steps, int vocab_dim, bool requires_grad, Tensor[] sources) -> Tensor"
+)
+_library.impl("return_lazily", _return_lazily, "CompositeImplicitAutograd")
