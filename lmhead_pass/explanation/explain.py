@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from ..plan import Rewrite
-from ..rewrite import find_across_regions, summary
+from ..rewrite import GraphEdit, find_across_regions, summary
 from .advice import Captured, advise
 from .graph_breaks import break_after, counted_apart, told
 
@@ -84,15 +84,15 @@ def _look_at(module: GraphModule, explanation: Explanation) -> Captured:
     captured = Captured(before, break_after(module, before))
     for part in module.modules():
         if isinstance(part, GraphModule):
-            found, lifted = find_across_regions(part.graph)
+            edit = GraphEdit(part.graph)
+            found = find_across_regions(edit)
             captured.look(part.graph, found)
             for item in found:
                 if isinstance(item, Rewrite):
                     explanation.rewritten += map(summary, item.matches)
                 else:
                     explanation.refused.append(summary(item))
-            for copied in reversed(lifted):
-                copied.undo()
+            edit.roll_back()
     if captured.end is not None:
         explanation.graph_breaks.append(str(captured.end))
     return captured

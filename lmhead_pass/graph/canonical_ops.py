@@ -11,6 +11,9 @@ from torch.fx import Node
 
 from ..compat import TRANSPOSING_ATTRIBUTES
 
+# What cuts a tensor into several.
+_CUTS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
+
 _NAMES = {
     # Heads.
     "linear": ["linear", "inner"],
@@ -37,8 +40,7 @@ _NAMES = {
     "narrow": ["narrow"],
     "expand": ["expand", "expand_as", "broadcast_to"],
     "broadcast_tensors": ["broadcast_tensors"],
-    "pieces": ["chunk", "split", "split_with_sizes", "tensor_split"],
-    "unbind": ["unbind"],
+    **{name: [name] for name in _CUTS},
     # What becomes of each value.
     "mul": ["mul", "multiply", "__mul__", "__rmul__"],
     "div": ["div", "divide", "true_divide", "truediv", "__truediv__"],
@@ -76,6 +78,9 @@ _NAMES = {
     "amax": ["amax"],
     "max": ["max"],
     "topk": ["topk"],
+    # What changes which derivatives there are.
+    "detach_": ["detach_"],
+    "make_dual": ["_make_dual"],
     "nll_loss": ["nll_loss"],
     "cross_entropy": ["cross_entropy"],
 }
@@ -121,7 +126,7 @@ def canonical_op(node: Node) -> str | None:
 
 def is_pieces(node: Node) -> bool:
     """Whether ``node`` cuts a tensor into several."""
-    return canonical_op(node) in ("pieces", "unbind")
+    return canonical_op(node) in _CUTS
 
 
 def is_in_place(node: Node) -> bool:
