@@ -3,7 +3,7 @@
 A graph break matters only between a head and its loss. Others may well be there.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 
 from ..graph import Place, Refusal, describe, hint, place_of, tensor_of
 from ..logits import class_count, is_head, is_loss
-from ..plan import Rewrite, has_no_head, is_whole, unread_heads
+from ..plan import has_no_head, is_whole, unread_heads
 from .fixes import OPAQUE, TOGETHER, fix_for
 from .graph_breaks import Break
 
@@ -37,10 +37,9 @@ class Captured:
     opaque_readers: list[str] = field(default_factory=list)
     """A sentence for each call that reads a head and hides what it makes of it."""
 
-    def look(self, graph: Graph, found: Iterable[Rewrite | Refusal]) -> None:
-        """Note what is ``found`` in ``graph``, or in a part of it."""
-        refused = [item for item in found if isinstance(item, Refusal)]
-        self.rewrites |= any(isinstance(item, Rewrite) for item in found)
+    def look(self, graph: Graph, rewrites: bool, refused: list[Refusal]) -> None:
+        """Note whether something in ``graph``, or in a part of it, is rewritten, and what is not."""
+        self.rewrites |= rewrites
         self.refuses |= bool(refused)
         for refusal in refused:
             if (call := _opaque_source(refusal.loss)) is not None:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ..plan import Rewrite
-from ..rewrite import GraphEdit, find_across_regions, summary
+from ..rewrite import GraphEdit, prepare, summary
 from .advice import Captured, advise
 from .graph_breaks import break_after, counted_apart, told
 
@@ -85,13 +84,10 @@ def _look_at(module: GraphModule, explanation: Explanation) -> Captured:
     for part in module.modules():
         if isinstance(part, GraphModule):
             edit = GraphEdit(part.graph)
-            found = find_across_regions(edit)
-            captured.look(part.graph, found)
-            for item in found:
-                if isinstance(item, Rewrite):
-                    explanation.rewritten += map(summary, item.matches)
-                else:
-                    explanation.refused.append(summary(item))
+            calls, refusals = prepare(edit)
+            captured.look(part.graph, bool(calls), refusals)
+            explanation.rewritten += map(summary, calls)
+            explanation.refused += map(summary, refusals)
             edit.roll_back()
     if captured.end is not None:
         explanation.graph_breaks.append(str(captured.end))

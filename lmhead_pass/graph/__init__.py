@@ -6,6 +6,7 @@ user's line, and ``Emitter`` inserts nodes. What cannot be said raises ``Refused
 """
 
 from . import mutation
+from .aten_trace import trace
 from .canonical_ops import arguments, canonical_op, describe, is_in_place, is_pieces
 from .emitter import Emitter, size_of
 from .refusal import Refusal, Refused
@@ -62,6 +63,7 @@ __all__ = [
     "same_shape",
     "size_of",
     "tensor_of",
+    "trace",
     "value_of",
     "wraps_none",
 ]

@@ -36,6 +36,17 @@ class Emitter:
         self.nodes.append(node)
         return node
 
+    def copied(self, node: Node, values: dict[Node, Any]) -> Node:
+        """Insert a copy of a ``node`` that make_fx has traced, which reads ``values`` instead."""
+        with self.graph.inserting_before(self.place):
+            copy = self.graph.node_copy(node, values.__getitem__)
+        copy.meta = {**self.place.meta, "example_value": node.meta["val"]}
+        copy.meta.pop("unbacked_bindings", None)
+        if "unbacked_bindings" in node.meta:
+            copy.meta["unbacked_bindings"] = node.meta["unbacked_bindings"]
+        self.nodes.append(copy)
+        return copy
+
 
 def size_of(emit: Emitter, tensor: Node, dim: int) -> Any:
     """A size as an argument: a number, or a node if it is dynamic."""

@@ -48,7 +48,7 @@ from .values import fill_tail, filled_tail, follow_values, is_value_step
 
 @dataclass(frozen=True)
 class _UnknownContents:
-    """What a node holds after a write to it that is not understood."""
+    """After a write that is not understood, nobody knows what a node holds."""
 
     writer: Node
 
@@ -59,15 +59,15 @@ class Flow:
 
     head: Head
     consumers: list[Consumer] = field(default_factory=list)
-    """Whom the op can serve, in graph order."""
+    """What reads the logits and can be computed by the op instead, in graph order."""
     unsupported: dict[Node, str] = field(default_factory=dict)
-    """Who else reads or writes the logits, and why that is not understood."""
+    """What else reads or writes the logits, and why it is not supported; perhaps ""."""
     nodes: set[Node] = field(default_factory=set)
-    """What is not needed once the consumers are served: all that holds logits, and writes to them."""
+    """What holds logits, or writes to them. Once the op serves the consumers, nobody needs it."""
     returned: list[Logits] = field(default_factory=list)
-    """What leaves the graph."""
+    """Logits that leave the graph."""
     metadata_uses: dict[Node, MetadataUse] = field(default_factory=dict)
-    """What looks at the logits' shape or dtype alone."""
+    """What reads the logits' shape or dtype, and not their values."""
 
 
 def follow_logits(head: Head) -> Flow:
@@ -86,13 +86,14 @@ class _LogitsTracker:
             and any(tensor_of(node).requires_grad for node in inputs),
         )
         self.holds: dict[Node, Any] = {head.node: self.logits}
-        """Logits, what is spoiled, or for a node that is a tuple a list of Logits or Consumers (None
-        for what has nothing to do with the logits)."""
+        """What each node holds: Logits, or _UnknownContents. A node that gives a tuple holds a list
+        of Logits, of Consumers, or of None for members that do not come from the logits."""
         self.flow = Flow(head, nodes={head.node})
         self.absorbed: set[Node] = set()
-        """What makes a step of the walk besides logits; not needed if nobody else reads it."""
+        """Nodes that only make an operand of a followed operation, such as the logsumexp in
+        ``logits - logsumexp``. They go with the logits, unless somebody else reads them."""
         self.without_history: set[Node] = set()
-        """What is made without autograd: no gradient gets through it, whatever it says."""
+        """Made without autograd: no gradient gets through, even if the node requires one."""
 
     def run(self) -> Flow:
         inference = is_inference(self.logits.node)
@@ -144,7 +145,7 @@ class _LogitsTracker:
         return None
 
     def _check_history(self, node: Node, inputs: list[Node]) -> None:
-        """Refused if ``node`` wants a gradient to go where the model has none."""
+        """Refused if a gradient would flow through ``node`` to where the model sends none."""
         value = value_of(node)
         if (
             node not in self.without_history
@@ -211,7 +212,7 @@ class _LogitsTracker:
             self._hold(node, self._checked(self.holds[before], item, node))
 
     def _broadcast(self, node: Node, logits: Logits) -> None:
-        """Logits and others, brought to one shape: that of the logits."""
+        """``broadcast_tensors`` of logits and others, if all get the shape of the logits."""
         shape, place = tensor_of(logits.node).shape, node.args.index(logits.node)
         after = value_of(node)[place].shape
         if len(shape) != len(after) or not all(map(same, after, shape)):
@@ -222,7 +223,7 @@ class _LogitsTracker:
                 self.flow.metadata_uses[user] = ExpandLike(logits, node.args[user.args[1]])
 
     def _metadata_use(self, logits: Logits, node: Node) -> MetadataUse | None:
-        """What ``node`` looks up of the logits besides their values; None if it reads them."""
+        """What ``node`` reads of the logits, if that is not their values; else None."""
         is_size = node.target is torch.ops.aten.sym_size.int or (
             node.op == "call_method" and node.target == "size"
         )
@@ -242,7 +243,7 @@ class _LogitsTracker:
             self.flow.returned.append(logits)
 
     def _write(self, node: Node) -> None:
-        """A write in place to logits: it changes all that is in the same memory."""
+        """Follow a write in place to logits: it changes every node in the same memory."""
         written = node.args[0]
         before = self.holds.get(written)
         if (
@@ -270,9 +271,9 @@ class _LogitsTracker:
             self.holds[node] = self._checked(before, after, node) if is_clear else after
 
     def _change_by(self, node: Node, written: Logits) -> Callable[[Logits], Logits | None]:
-        """What the write ``node`` to ``written`` makes of logits in its memory; None: unclear.
+        """A function from what a node held before the write to what it holds after it.
 
-        Refused if it is not even clear for ``written`` itself.
+        It returns None where that is unclear. Refused if it is unclear for ``written`` itself.
         """
         if written.stage is not Stage.LOGITS:
             raise Refused(f"{describe(node)} writes to {written.stage.value} in place")
@@ -290,7 +291,7 @@ class _LogitsTracker:
         return change
 
     def _drop_what_was_absorbed(self) -> None:
-        """Consumers that only made a step of the walk are no consumers."""
+        """Let nodes go that only made an operand; they are no consumers."""
         gone = {node for node in self.absorbed if self._is_inside(node)}
         self.flow.consumers = [
             consumer for consumer in self.flow.consumers if consumer.node not in gone

@@ -1,10 +1,10 @@
-"""Consumers of a head that go into one sum, by shares that are known before: one call for them all.
+"""Fuses calls whose consumers end in one sum: one call computes the gradient of that sum.
 
-Several losses over one weight: a loop over pieces of the logits, or of the hidden states;
-multi-token prediction. A call for each would hold a gradient of the weight for each until the
-backward. And several consumers of one call: a cross entropy and a z-loss, or losses that are logged
-too. Their gradients would be left to the backward, and the logits so be computed twice. In a sum,
-each consumer's share of the gradient is known before, so that one call computes that of the sum.
+There are two reasons. Several losses over one weight (a loop over pieces of a sequence, multi-token
+prediction) would be several calls, and each would hold a gradient of the weight until the backward.
+And a call with several consumers (a cross entropy and a z-loss, or losses that are logged as well)
+would leave its gradients to the backward, which computes the logits again. In a sum, the forward
+already knows what each consumer counts for in the gradient.
 """
 
 from collections.abc import Iterator
@@ -39,14 +39,14 @@ class FusedCall:
 
     matches: tuple[Match, ...]
     linear_reduction: LinearReduction
-    """How the sum is made of the consumers that have a gradient."""
+    """How the sum is made of the consumers that require a gradient."""
     last: Node
-    """The call comes after this node: then all that it needs is there."""
+    """The call comes right after this node: all its inputs are computed by then."""
     moved: tuple[Node, ...]
-    """What uses the consumers before that, and has to be moved behind the call, in this order."""
+    """Users of the consumers before that place: they move behind the call, in this order."""
     likes: dict[Node, tuple[Node, Node]]
-    """What looks before that at no more of them than shape and dtype: what it looks at, and another
-    tensor to make one like that of."""
+    """Users before that place that read shape and dtype alone. For each, the tensor it looks at,
+    and another one of the same shape that is there earlier."""
 
     @property
     def root(self) -> Node:
@@ -55,28 +55,29 @@ class FusedCall:
 
 
 def plan_fused_calls(rewrites: list[Rewrite]) -> Iterator[FusedCall]:
-    """Which of the matches of ``rewrites`` a call computes with the gradient of a sum.
+    """The calls that compute several matches of ``rewrites``, or one with the gradient of its sum.
 
-    Each is found in the graph as the call for the one before has left it.
+    A generator: the next one is planned when the one before has been inserted into the graph.
     """
     places = {match.place for rewrite in rewrites for match in rewrite.matches}
     alike: list[list[Match]] = []
     for rewrite in rewrites:
         for match in rewrite.matches:
-            if not match.wanting:
+            if not match.differentiable:
                 continue
             group = next((group for group in alike if _key(group[0]) == _key(match)), None)
             if group is None:
                 alike.append(group := [])
             group.append(match)
     for group in alike:
-        known = [match for match in group if next(_sums([match]), None) is not None]
-        groups = (group, known) if len(known) > 1 else (group,)
-        together = (_fused_call(matches, places) for matches in groups if len(matches) > 1)
-        if (fused := next(filter(None, together), None)) is not None:
+        fused = _fused_call(group, places) if len(group) > 1 else None
+        if fused is None and len(group) > 1:
+            group = [match for match in group if next(_sums([match]), None) is not None]
+            fused = _fused_call(group, places) if len(group) > 1 else None
+        if fused is not None:
             yield fused
-            known = [match for match in known if match not in fused.matches]
-        for match in known:
+            continue
+        for match in group:
             alone = _fused_call([match], places)
             # Others have their gradients in the forward as they are.
             if alone is not None and (
@@ -86,17 +87,19 @@ def plan_fused_calls(rewrites: list[Rewrite]) -> Iterator[FusedCall]:
 
 
 def _sums(group: list[Match]) -> Iterator[LinearReduction]:
-    """The sums that all gradients of ``group`` come from."""
+    """The sums through which all gradients of ``group`` pass."""
     consumers = [consumer for match in group for consumer in match.consumers]
     if any(c.kind is ConsumerKind.RETURNED or c.is_summed for c in consumers):
         return
-    wanting = [(match, consumer) for match in group for consumer in match.wanting]
-    if all(_is_of_all_rows(match, consumer) for match, consumer in wanting):
-        # The op has no other squares.
+    differentiable = [(match, consumer) for match in group for consumer in match.differentiable]
+    if all(_is_of_all_rows(match, consumer) for match, consumer in differentiable):
+        # The op squares nothing else.
         squarable = [
-            consumer.node for _, consumer in wanting if consumer.kind is ConsumerKind.LOGSUMEXP
+            consumer.node
+            for _, consumer in differentiable
+            if consumer.kind is ConsumerKind.LOGSUMEXP
         ]
-        yield from sums([consumer.node for _, consumer in wanting], squarable)
+        yield from sums([consumer.node for _, consumer in differentiable], squarable)
 
 
 def _is_of_all_rows(match: Match, consumer: Consumer) -> bool:
@@ -122,34 +125,33 @@ def _key(match: Match) -> tuple[Any, ...]:
 
 
 def _fused_call(group: list[Match], places: set[Node]) -> FusedCall | None:
-    """All of ``group`` in one call, with the last sum of them all: it has the most factors.
+    """All of ``group`` in one call; None if that is impossible.
 
-    A gradient that is multiplied with a factor afterwards is rounded twice.
+    Of several sums the last one is taken: a factor that comes after the sum would multiply
+    gradients that are rounded already.
     """
     others = places - {match.place for match in group}
-    joins = (
-        _fused_call_in(linear_reduction, group, others)
-        for linear_reduction in reversed(list(_sums(group)))
-    )
+    joins = (_fused_call_in(linear_reduction, group, others) for linear_reduction in _sums(group))
     return next((fused for fused in joins if fused is not None), None)
 
 
 def _fused_call_in(
     linear_reduction: LinearReduction, group: list[Match], others: set[Node]
 ) -> FusedCall | None:
-    """``group`` fused in a sum, if possible; ``others`` are where other calls will be."""
+    """The call for ``group`` with the gradient of one sum; None if it has no place.
+
+    ``others`` are the nodes before which other calls will be inserted.
+    """
     root = linear_reduction.sum
     consumers = {consumer.node for match in group for consumer in match.consumers}
-    wanting = {consumer.node for match in group for consumer in match.wanting}
+    wanting = {consumer.node for match in group for consumer in match.differentiable}
     asked = {node for match in group for node in _inputs(match)}
     inputs = asked | linear_reduction.reads
     # What makes weights in place is done with them before they are used.
     inputs.update(
         writer
-        for step in linear_reduction.steps
-        for writer in mutation.writers(
-            mutation.nodes_between(min(consumers), step.node), step.reads
-        )
+        for node, reads in linear_reduction.reads_of.items()
+        for writer in mutation.writers(mutation.nodes_between(min(consumers), node), reads)
     )
     # Consumers that have no gradient take nothing else, and may come later.
     last = max(wanting | inputs)

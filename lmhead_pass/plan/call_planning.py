@@ -8,7 +8,6 @@ from torch.fx import Node
 from ..graph import Refused, at, describe, hint, mutation, product, tensor_of, value_of
 from ..logits import Consumer, ConsumerKind, ScaleRows, TargetUse
 from ..op import plan_rows
-from ..sums import LinearReduction, can_be_made_behind, weighted_sum
 from .types import Match
 
 LOSS, RETURNED = ConsumerKind.LOSS, ConsumerKind.RETURNED
@@ -108,14 +107,10 @@ def _is_of_integers(node: Node) -> bool:
 def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
     # A loss comes first: it gives the call its name and its options.
     consumers = sorted(call.consumers, key=lambda consumer: consumer.kind is not LOSS)
-    only = consumers[0] if len(consumers) == 1 else None
-    linear_reduction = None if only is None else _linear_reduction(only)
     place = _place(consumers, order)
     assert place is not None, "a call with no place was never begun"
     moved = _late_inputs(call.target_use, place, order) or ()
-    if linear_reduction is not None:
-        place, moved = linear_reduction.sum, ()
-    reduction = _reduction(consumers, linear_reduction)
+    reduction = _reduction(consumers)
     differentiable = any(tensor_of(consumer.node).requires_grad for consumer in consumers)
     # What is needed in the backward is read again: where gradients are computed there, and where
     # hidden states are multiplied by a tensor.
@@ -134,7 +129,6 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
         reduction=reduction,
         place=place,
         moved=moved,
-        linear_reduction=linear_reduction,
         tokens=tokens,
         vocab_size=stop - start,
         compute_dtype=computed.dtype,
@@ -150,16 +144,6 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
         ),
         returns_logits=returns_logits,
     )
-
-
-def _linear_reduction(consumer: Consumer) -> LinearReduction | None:
-    if consumer.kind not in (LOSS, ConsumerKind.LOG_PROBABILITY):
-        return None
-    if consumer.reduction != "none" or consumer.is_summed:
-        return None
-    found = weighted_sum(consumer.node) if tensor_of(consumer.node).requires_grad else None
-    is_clear = found is not None and can_be_made_behind(found.sum.prev, found)
-    return found if is_clear else None
 
 
 def _check_writers(call: _Call, place: Node, last: Node, order: dict[Node, int]) -> None:
@@ -182,9 +166,9 @@ def _check_writers(call: _Call, place: Node, last: Node, order: dict[Node, int])
             raise Refused(f"{describe(writer)}{at(writer)} may change {what} in place {when}")
 
 
-def _reduction(consumers: list[Consumer], linear_reduction: LinearReduction | None) -> str:
+def _reduction(consumers: list[Consumer]) -> str:
     only = consumers[0] if len(consumers) == 1 else None
-    if linear_reduction or (only and only.kind is ConsumerKind.LOG_PROBABILITY and only.is_summed):
+    if only and only.kind is ConsumerKind.LOG_PROBABILITY and only.is_summed:
         return "sum"
     # The gradient of a measure, and a second reading of the losses, take each row's own.
     by_row = any(

@@ -7,7 +7,6 @@ from torch.fx import Node
 
 from ..graph import tensor_of
 from ..logits import Consumer, Logits, MetadataUse, TargetUse
-from ..sums import LinearReduction
 
 
 @dataclass(frozen=True)
@@ -15,21 +14,19 @@ class Match:
     """What one call of the op computes: a loss of logits, or other consumers of the same logits."""
 
     consumers: tuple[Consumer, ...]
-    """All of the same rows and values of the same head's logits."""
+    """All read the same rows and values of one head's logits. A loss comes first."""
     reduction: str
-    """What the op gives: ``"mean"``, ``"sum"``, or with ``"none"`` each row's own loss."""
+    """Of the op: ``"mean"``, ``"sum"``, or ``"none"`` for one loss for each row."""
     place: Node
     """The call comes before this node."""
     moved: tuple[Node, ...]
-    """What has to be moved before ``place`` first, in this order."""
-    linear_reduction: LinearReduction | None
-    """What is done to the per-row losses of the only consumer, if that is a weighted sum."""
+    """These nodes have to be moved before ``place`` first, in this order."""
     tokens: int | torch.SymInt
     vocab_size: int | torch.SymInt
     compute_dtype: torch.dtype
     rows_per_chunk: int
     returns_logits: bool
-    """Whether logits of the same head leave the graph, in another way than before."""
+    """Whether logits of the same head leave the graph, lazily or detached."""
 
     @property
     def logits(self) -> Logits:
@@ -42,8 +39,8 @@ class Match:
         return next((use for use in uses if use is not None), None)
 
     @property
-    def wanting(self) -> tuple[Consumer, ...]:
-        """The consumers that have a gradient."""
+    def differentiable(self) -> tuple[Consumer, ...]:
+        """The consumers that require a gradient."""
         return tuple(c for c in self.consumers if tensor_of(c.node).requires_grad)
 
     @property
@@ -54,12 +51,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A head whose logits go to nothing but what the op computes."""
+    """A head all of whose consumers the op can serve."""
 
     matches: tuple[Match, ...]
     returned: tuple[Logits, ...]
-    """What of them leaves the graph and is to be computed when it is read."""
+    """Logits that leave the graph, and are computed when they are read."""
     nodes: tuple[Node, ...]
-    """What computes the logits and what is made of them: not needed any more, in graph order."""
+    """What computes and holds the logits, in graph order: nobody needs it any more."""
     metadata_uses: dict[Node, MetadataUse]
-    """What looks at the logits' shape or dtype alone."""
+    """What reads the logits' shape or dtype, and not their values."""

@@ -7,9 +7,8 @@ checkpointed regions. ``edit`` holds the changes to a graph until they are commi
 graph. ``report`` tells what was done.
 """
 
-from .checkpoint_regions import find_across_regions
 from .edit import GraphEdit
 from .report import summary
-from .rewriter import rewrite_graph
+from .rewriter import prepare, rewrite_graph
 
-__all__ = ["GraphEdit", "find_across_regions", "rewrite_graph", "summary"]
+__all__ = ["GraphEdit", "prepare", "rewrite_graph", "summary"]

@@ -11,15 +11,9 @@ from torch.fx import Graph, Node
 from ..graph import Emitter, gradients_are_recorded, size_of, tensor_of
 from ..logits import NOTHING_IGNORED, TargetUse, row_order
 from ..plan import FusedCall, Match
-from ..sums import emit_again
-from .emit_coefficients import (
-    Coefficients,
-    concatenated,
-    emit_coefficients,
-    emit_fused_coefficients,
-)
+from .emit_coefficients import Coefficients, concatenated, emit_coefficients
 from .emit_inputs import emit_bias, emit_hidden, emit_weight
-from .emit_results import emit_result, measures_of, needs_gradient, replaced_by
+from .emit_results import emit_result, measures_of, needs_gradient
 
 
 def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]:
@@ -29,10 +23,9 @@ def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]
     emit = Emitter(graph, match.place)
     rows = _emit_rows(emit, match)
     hidden, target = _emit_flat(emit, rows), _emit_target(emit, match, rows)
-    coefficients = emit_coefficients(emit, match, rows, target)
-    results = _emit_op(emit, match, hidden, target, coefficients, _measures([match]))
+    results = _emit_op(emit, match, hidden, target, Coefficients(), _measures([match]))
     values = {
-        replaced_by(match, consumer): emit_result(emit, match, consumer, rows, results)
+        consumer.node: emit_result(emit, match, consumer, rows, results)
         for consumer in match.consumers
     }
     return values, emit.nodes
@@ -53,7 +46,7 @@ def emit_fused_call(graph: Graph, fused: FusedCall) -> tuple[dict[Node, Node], N
     targets = list(map(partial(_emit_target, emit), matches, rows))
     results = _emit_op(
         *(emit, replace(matches[0], reduction="sum"), concatenated(emit, flat)),
-        *(concatenated(emit, targets), emit_fused_coefficients(emit, fused, rows, targets)),
+        *(concatenated(emit, targets), emit_coefficients(emit, fused, rows, targets)),
         ["losses", *_measures(matches)],
     )
     pieces = [results]
@@ -69,7 +62,7 @@ def emit_fused_call(graph: Graph, fused: FusedCall) -> tuple[dict[Node, Node], N
     values = {}
     for match, of_match, piece in zip(matches, rows, pieces, strict=True):
         # Its consumers, as if it had a call for them alone.
-        alone = replace(match, reduction="none", linear_reduction=None)
+        alone = replace(match, reduction="none")
         for consumer in match.consumers:
             of_rows = {**piece, "loss": piece["losses"]}
             values[consumer.node] = emit_result(emit, alone, consumer, of_match, of_rows)
@@ -90,7 +83,10 @@ def _emit_like(emit: Emitter, node: Node, seen: Node, twin: Node) -> Node:
     else:
         options["memory_format"] = torch.contiguous_format
         stand_in = emit(torch.empty_like, twin, **options)
-    return emit_again(emit, node, {seen: stand_in})
+    args, kwargs = torch.fx.map_arg(
+        (node.args, node.kwargs), lambda read: stand_in if read is seen else read
+    )
+    return emit(node.target, *args, **kwargs)
 
 
 def _move_behind(emit: Emitter, nodes: Iterable[Node]) -> None:

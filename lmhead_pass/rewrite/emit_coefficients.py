@@ -24,17 +24,7 @@ class Coefficients:
     """Of the log-sum-exps."""
 
 
-def emit_coefficients(emit: Emitter, match: Match, rows: Node, target: Node) -> Coefficients:
-    """For a call with one consumer, which perhaps goes into a weighted sum."""
-    if match.linear_reduction is None:
-        return Coefficients()
-    (consumer,) = match.consumers
-    ones = {consumer.node: partial(_ones, emit, match, consumer, rows, target)}
-    weights = emit_weights(emit, match.linear_reduction, ones, like=rows)
-    return Coefficients(of_losses=emit("reshape", weights[consumer.node, 1], -1))
-
-
-def emit_fused_coefficients(
+def emit_coefficients(
     emit: Emitter, fused: FusedCall, rows: list[Node], targets: list[Node]
 ) -> Coefficients:
     """For the call that computes all of ``fused``: ``rows`` and ``targets`` are of its matches."""
@@ -44,7 +34,7 @@ def emit_fused_coefficients(
         for match, of_match, target in given
         for consumer in match.consumers
     }
-    weights = emit_weights(emit, fused.linear_reduction, ones, like=rows[0])
+    weights = emit_weights(emit, fused.linear_reduction, ones)
     shares: dict[str, list[Node | None]] = {"of_losses": [None] * len(targets)}
     for number, match in enumerate(fused.matches):
         for consumer in match.consumers:

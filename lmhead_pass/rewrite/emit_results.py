@@ -31,14 +31,9 @@ def measures_of(consumer: Consumer) -> tuple[str, ...]:
             assert_never(consumer.kind)
 
 
-def replaced_by(match: Match, consumer: Consumer) -> Node:
-    """The node whose value the call computes for ``consumer``: itself, or the sum it goes into."""
-    return consumer.node if match.linear_reduction is None else match.linear_reduction.sum
-
-
 def needs_gradient(match: Match) -> bool:
     return any(
-        tensor_of(replaced_by(match, consumer)).requires_grad
+        tensor_of(consumer.node).requires_grad
         for consumer in match.consumers
         if consumer.kind is not ConsumerKind.RETURNED
     )
@@ -47,13 +42,13 @@ def needs_gradient(match: Match) -> bool:
 def emit_result(
     emit: Emitter, match: Match, consumer: Consumer, rows: Node, results: dict[str, Node]
 ) -> Node:
-    """What replaces ``consumer``, or the weighted sum that it goes into.
+    """What replaces ``consumer``.
 
     ``rows`` ``[*rows, H]`` are the call's hidden states, and ``results`` what it returns: of the
     loss under "loss", and of each measure under its name.
     """
     value = _value(emit, match, consumer, rows, results)
-    before = tensor_of(replaced_by(match, consumer))
+    before = tensor_of(consumer.node)
     if consumer.kind is ConsumerKind.RETURNED:
         before = before.detach()
     if tensor_of(value).dtype != before.dtype:

@@ -3,6 +3,7 @@
 import logging
 import traceback
 from collections.abc import Iterable
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,38 +18,52 @@ from ..plan import Match
 log = logging.getLogger("lmhead_pass")
 
 
-def summary(item: Match | Refusal) -> str:
+@dataclass(frozen=True)
+class EmittedCall:
+    """What is rewritten."""
+
+    match: Match
+    nodes: list[Node]
+    """The nodes of its call of the op."""
+    is_fused: bool
+    """Whether the call computes the gradient of the sum that its losses go into."""
+
+
+def summary(item: EmittedCall | Refusal) -> str:
     """One sentence on what became of a loss, and why."""
-    node = item.loss if isinstance(item, Refusal) else item.node
-    where = f"{describe(node)} at {place_of(node) or 'unknown place'}"
     if isinstance(item, Refusal):
-        return f"left alone: {where}: {item.reason}"
-    head = item.logits.head
+        return f"left alone: {_where(item.loss)}: {item.reason}"
+    return _summary(item.match, item.is_fused)
+
+
+def _where(node: Node) -> str:
+    return f"{describe(node)} at {place_of(node) or 'unknown place'}"
+
+
+def _summary(match: Match, is_fused: bool) -> str:
+    head = match.logits.head
     hidden, weight = tensor_of(head.hidden), tensor_of(head.weight)
     # Not from a transposed view: where the weight is written to later, autograd refuses one.
     shape = weight.shape[::-1] if head.weight_is_transposed else weight.shape
-    also = "".join(f", with {describe(consumer.node)}" for consumer in item.consumers[1:])
+    also = "".join(f", with {describe(consumer.node)}" for consumer in match.consumers[1:])
+    reduction = match.consumers[0].reduction
+    how = f"reduction {'a weighted sum' if is_fused and reduction == 'none' else reduction}"
     return (
-        f"rewritten: {where}{also}: hidden {_type(hidden.shape, hidden.dtype)}, "
-        f"weight {_type(shape, weight.dtype)}, {_how(item)}; {item.rows_per_chunk} rows per chunk; "
-        f"{_avoided(item)} of {_name(item.compute_dtype)} logits avoided{_returned(item)}"
+        f"rewritten: {_where(match.node)}{also}: hidden {_type(hidden.shape, hidden.dtype)}, "
+        f"weight {_type(shape, weight.dtype)}, {how}; {match.rows_per_chunk} rows per chunk; "
+        f"{_avoided(match)} of {_name(match.compute_dtype)} logits avoided{_returned(match)}"
     )
 
 
-def _how(match: Match) -> str:
-    if match.linear_reduction is not None:
-        return "reduction a weighted sum"
-    return f"reduction {match.consumers[0].reduction}"
-
-
-def rewritten(match: Match, inserted: Iterable[Node]) -> None:
-    """Report a match about to be replaced by the nodes ``inserted``."""
-    if not _is_news(summary(match)):
+def rewritten(call: EmittedCall) -> None:
+    """Report what is about to replace a match."""
+    if not _is_news(summary(call)):
         return
     _count("rewritten")
-    log.info("%s", summary(match))
+    log.info("%s", summary(call))
+    match = call.match
     before = _lines((match.logits.head.node, *(consumer.node for consumer in match.consumers)))
-    after = _lines(inserted)
+    after = _lines(call.nodes)
     log.debug("before:\n%s\nafter:\n%s", before, after)
     _artifact("lmhead_pass_before", before)
     _artifact("lmhead_pass_after", after)

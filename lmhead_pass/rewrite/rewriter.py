@@ -12,9 +12,7 @@ from .edit import GraphEdit
 from .emit_calls import emit_call, emit_fused_call, emit_root
 from .emit_inputs import emit_metadata_use
 from .emit_returned import emit_lazily
-
-# What is rewritten, with the nodes of its call of the op.
-_Calls = list[tuple[Match, list[Node]]]
+from .report import EmittedCall
 
 
 def rewrite_graph(graph: Graph) -> None:
@@ -24,8 +22,7 @@ def rewrite_graph(graph: Graph) -> None:
     """
     edit = GraphEdit(graph)
     try:
-        found = find_across_regions(edit)
-        calls = _emit(edit, [item for item in found if isinstance(item, Rewrite)])
+        calls, refusals = prepare(edit)
         edit.check()
     except Exception as error:
         edit.roll_back()
@@ -33,32 +30,41 @@ def rewrite_graph(graph: Graph) -> None:
             raise
         report.failure(error)
         return
-    for item in found:
-        if isinstance(item, Refusal):
-            report.refused(item)
-    for match, nodes in calls:
-        report.rewritten(match, nodes)
+    for refusal in refusals:
+        report.refused(refusal)
+    for call in calls:
+        report.rewritten(call)
     edit.commit()
 
 
-def _emit(edit: GraphEdit, rewrites: list[Rewrite]) -> _Calls:
-    """Insert what takes the place of heads and their consumers; nothing old is touched yet."""
-    calls: _Calls = []
+def prepare(edit: GraphEdit) -> tuple[list[EmittedCall], list[Refusal]]:
+    """Analyse and plan, and insert what takes the place of heads and their consumers.
+
+    Returns what is rewritten, and what is left alone. Nothing old is touched yet.
+    """
+    found = find_across_regions(edit)
+    rewrites = [item for item in found if isinstance(item, Rewrite)]
+    calls = _emit_fused_calls(edit, rewrites)
+    fused = [call.match for call in calls]
+    for rewrite in rewrites:
+        for match in rewrite.matches:
+            if match not in fused:
+                calls.append(EmittedCall(match, _emit_call(edit, match), is_fused=False))
+        _replace_head(edit, rewrite)
+    return calls, [item for item in found if isinstance(item, Refusal)]
+
+
+def _emit_fused_calls(edit: GraphEdit, rewrites: list[Rewrite]) -> list[EmittedCall]:
+    calls: list[EmittedCall] = []
     results: dict[Node, list[Node]] = {}
     for fused in plan_fused_calls(rewrites):
         values, result, nodes = emit_fused_call(edit.graph, fused)
         edit.replaced |= values
         edit.erased.update(fused.likes)
-        calls += ((match, nodes) for match in fused.matches)
+        calls += (EmittedCall(match, nodes, is_fused=True) for match in fused.matches)
         results.setdefault(fused.root, []).append(result)
     for root, of_calls in results.items():
         edit.replaced[root] = emit_root(edit.graph, root, of_calls)
-    served = [match for match, _ in calls]
-    for rewrite in rewrites:
-        calls += (
-            (match, _emit_call(edit, match)) for match in rewrite.matches if match not in served
-        )
-        _replace_head(edit, rewrite)
     return calls
 
 
@@ -68,8 +74,6 @@ def _emit_call(edit: GraphEdit, match: Match) -> list[Node]:
         if consumer.kind is ConsumerKind.RETURNED:
             edit.returned[consumer.node] = values.pop(consumer.node)
     edit.replaced |= values
-    if match.linear_reduction is not None:
-        edit.erased.update(match.linear_reduction.nodes)
     return nodes
 
 

@@ -1,17 +1,10 @@
 """Sums of per-row numbers, each times a weight that is known before the numbers are.
 
 The gradient of such a sum can be computed together with its value, in the forward.
+``meeting_points`` finds the single numbers through which all gradients pass, ``linear_reduction``
+those that are such sums, with a graph that computes their weights.
 """
 
-from .linear_ops import emit_again
-from .linear_reduction import can_be_made_behind, emit_weights, sums, weighted_sum
-from .types import LinearReduction
+from .linear_reduction import LinearReduction, can_be_made_behind, emit_weights, sums
 
-__all__ = [
-    "LinearReduction",
-    "can_be_made_behind",
-    "emit_again",
-    "emit_weights",
-    "sums",
-    "weighted_sum",
-]
+__all__ = ["LinearReduction", "can_be_made_behind", "emit_weights", "sums"]

@@ -4,17 +4,20 @@
 but for one number, ``mask / mask.sum()``. So the gradients can be computed in the forward. The same
 holds for the squares of log-sum-exps in a z-loss.
 
-The weights are the gradient of the sum with respect to the numbers, and that is how they are made:
-from the sum back, step by step. They are known before if each step is linear in the numbers.
+The weights are the gradient of the sum with respect to the numbers, as autograd makes it of the
+part of the graph between them. They are known before if it does not depend on what the numbers are.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
-from torch.fx import Node
-from torch.utils._pytree import tree_leaves
+from torch.fx import Graph, Node, map_arg
+from torch.fx.experimental.symbolic_shapes import rebind_unbacked
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..graph import (
     Emitter,
@@ -23,241 +26,322 @@ from ..graph import (
     canonical_op,
     gradients_are_recorded,
     is_cut_off,
-    is_in_place,
-    is_pieces,
-    is_plain,
+    memory_of,
     mutation,
-    same_shape,
-    size_of,
     tensor_of,
+    trace,
     value_of,
+    wraps_none,
 )
-from .linear_ops import SHAPED_BY_INPUT, STEPS, arguments_of, emit_again, read_by, unchanged
-from .types import LinearReduction, Step
+from .meeting_points import meeting_points
 
 
-def weighted_sum(values: Node) -> LinearReduction | None:
-    """How a single number is a weighted sum of ``values``, and of nothing else; None if none is.
+@dataclass(frozen=True)
+class LinearReduction:
+    """How a single number is a sum of others, each times a weight that does not depend on these."""
 
-    Nothing else reads any of what is on the way there.
-    """
-    found = next(sums([values]), None)
-    if found is None or any(step.has_others for step in found.steps):
-        return None
-    users = {user for node in (values, *found.nodes[:-1]) for user in node.users}
-    return found if users.issubset(found.nodes) else None
+    sum: Node
+    reads_of: dict[Node, frozenset[Node]]
+    """What is behind the numbers, up to the sum; and what the weights are made of that each reads."""
+    squared: frozenset[Node]
+    """What squares are taken of, and what that is made of."""
+    graph: Graph
+    """Computes the weights; of ATen operations."""
+    given: tuple[tuple[Node, int | None], ...]
+    """What its placeholders stand for, or for which item of it: first the numbers, of which it reads
+    the shape, and may take them for ones."""
+    weighted: tuple[tuple[Node, int], ...]
+    """What its outputs are the weights of: a number, and 1, or 2 for its square."""
+
+    @property
+    def reads(self) -> set[Node]:
+        """What the weights are made of."""
+        return set().union(*self.reads_of.values())
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether there are factors on the way."""
+        return any(node.target in _SCALING for node in self.graph.nodes)
+
+
+_ATEN = torch.ops.aten
+_SCALING = (_ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN.neg.default, _ATEN.div.Scalar)
 
 
 def sums(numbers: Iterable[Node], squarable: Iterable[Node] = ()) -> Iterator[LinearReduction]:
-    """Each single number that all gradients of ``numbers`` come from, and how; the first one first.
+    """Each single number that all gradients of ``numbers`` come from, and how; the last one first.
 
     It is a weighted sum of them, of the squares of those that are ``squarable``, and of others.
     Others may read any of them, if no gradient comes from there.
     """
-    try:
-        yield from _Walk(numbers, squarable).run()
-    except Refused:  # a tensor that is none
-        return
+    numbers = sorted(numbers)
+    for point in reversed(list(meeting_points(numbers))):
+        try:
+            yield _Tail(numbers, set(squarable), point).reduction()
+        except Refused:
+            continue
 
 
-def can_be_made_behind(place: Node, linear_reduction: LinearReduction) -> bool:
+def can_be_made_behind(place: Node, reduction: LinearReduction) -> bool:
     """Whether what the weights are made of is behind ``place`` what the steps to the sum see.
 
     And stays so: of what is written to after them, autograd refuses the gradient.
     """
     end = place.graph.output_node()
     return not any(
-        any(mutation.writers(mutation.nodes_between(min(step.node, place), end), of=step.reads))
-        for step in linear_reduction.steps
+        any(mutation.writers(mutation.nodes_between(min(node, place), end), of=reads))
+        for node, reads in reduction.reads_of.items()
     )
 
 
-class _Walk:
-    def __init__(self, numbers: Iterable[Node], squarable: Iterable[Node]):
-        self.holds: dict[Node, Node] = {}
-        """For each node that holds numbers, or what is made of them: which node has made that, the
-        last that wrote to it."""
-        self.waiting: dict[Node, set[Node]] = {}
-        """Who passes gradients back to each of these, and was not visited yet."""
-        self.steps: list[Step] = []
-        self.squarable = set(squarable)
-        """What holds numbers, or single numbers times weights, whose squares are understood."""
-        for number in numbers:
-            self._hold(number, number)
+class _Tail:
+    """What a graph does to numbers until they are one."""
 
-    def run(self) -> Iterator[LinearReduction]:
-        while pending := set().union(*self.waiting.values()):
-            node = min(pending)
-            if not self._visit(node):
-                return
-            for users in self.waiting.values():
-                users.discard(node)
-            if isinstance(value_of(node), torch.Tensor):
-                self._hold(node, node)
-                waited_for = {name for name, users in self.waiting.items() if users}
-                if waited_for == {node} and tensor_of(node).dim() == 0:
-                    yield LinearReduction(tuple(self.steps))
+    def __init__(self, numbers: list[Node], squarable: set[Node], end: Node):
+        self.numbers, self.end = numbers, end
+        changing, self.written = self._changing()
+        self.steps = self._steps(changing)
+        for node in self.steps:
+            _check(node)
+        read = {source for node in self.steps for source in node.all_input_nodes}
+        self.given = sorted(read.difference(self.steps, numbers))
+        self.squares, self.squared = self._squares(changing, squarable)
 
-    def _hold(self, name: Node, maker: Node) -> None:
-        self.holds[name] = maker
-        users = {user for user in _gradient_users(name) if user > maker}
-        self.waiting[name] = users
+    def _changing(self) -> tuple[set[Node], set[int]]:
+        """What depends on the numbers, or lives in memory that such writes to; and this memory."""
+        changing, written = set(self.numbers), set[int]()
+        before = 0
+        while before < len(changing):
+            before = len(changing)
+            for node in (*mutation.nodes_between(self.end.graph._root, self.end), self.end):
+                memory = memory_of(node) | mutation.memory_written(node)
+                if not (changing.isdisjoint(node.all_input_nodes) and written.isdisjoint(memory)):
+                    changing.add(node)
+                    written |= mutation.memory_written(node)
+        return changing, written
 
-    def _visit(self, node: Node) -> bool:
-        """Add the steps that ``node`` takes; False if it is not understood."""
-        names = [name for name in read_by(node) if name in self.holds]
-        found = [self._step(node, name) for name in names]
-        steps = [step for step in found if step is not None]
-        if not steps or len(steps) < len(found):
-            return False
-        self.steps += steps
-        if not mutation.may_write(node):
-            if len(steps) == 1 and steps[0].kind in ("move", "scale"):
-                self.squarable.update({node} if steps[0].source in self.squarable else ())
-            return True
-        if not is_in_place(node) or not gradients_are_recorded(node):
-            return False
-        written = node.args[0]
-        before = self.holds.get(written, written)
-        others = [name for name, maker in self.holds.items() if maker is before]
-        if mutation.has_other_names(node, but={written, *others}):
-            return False  # a gradient may come from there
-        for name in {written, *others}:
-            self._hold(name, node)
-        return True
+    def _steps(self, changing: set[Node]) -> list[Node]:
+        """What of it the sum depends on, in graph order."""
+        steps, memory = {self.end}, memory_of(self.end)
+        for node in sorted(changing.difference(self.numbers), reverse=True):
+            if node in steps or not memory.isdisjoint(mutation.memory_written(node)):
+                steps.add(node)
+                sources = changing.intersection(node.all_input_nodes)
+                steps |= sources.difference(self.numbers)
+                memory = memory.union(*map(memory_of, sources))
+        for number in self.numbers:
+            if any(node < number and memory_of(node) & memory_of(number) for node in steps):
+                raise Refused(f"{number} is written to by another name")
+        return sorted(steps)
 
-    def _step(self, node: Node, name: Node) -> Step | None:
-        value, source = value_of(_tensor(node)), self.holds[name]
-        if not is_plain(value) or not value.is_floating_point() or is_cut_off(node):
-            return None
-        if is_square(name, node):
-            if source not in self.squarable or mutation.may_write(node):
-                return None
-            return Step(node, source, name, "square", unchanged)
-        uses = sum(leaf is name for leaf in tree_leaves((arguments_of(node), node.kwargs)))
-        if uses != 1 or "out" in node.kwargs or canonical_op(node) not in STEPS:
-            return None
-        found = STEPS[canonical_op(node)](node, name)
-        if found is None or not (_keeps_shape(node, name) or self._has_shape(node)):
-            return None
-        return Step(node, source, name, **found)
+    def _squares(
+        self, changing: set[Node], squarable: set[Node]
+    ) -> tuple[dict[Node, Node], frozenset[Node]]:
+        """Squares of which each number is that of one that is ``squarable``, times what is known.
 
-    def _has_shape(self, node: Node) -> bool:
-        """Whether the same, done to others of the same shapes, gives the shape of the result."""
-        if canonical_op(node) == "stack":
-            return all(part in self.holds for part in read_by(node))
-        return canonical_op(node) in SHAPED_BY_INPUT
+        And of what; and all that this is made of.
+        """
+        single, squares = dict.fromkeys(squarable, frozenset[Node]()), {}
+        for node in self.steps:
+            sources = changing.intersection(node.all_input_nodes)
+            source = next(iter(sources), None)
+            if len(sources) != 1 or source not in single or mutation.may_write(node):
+                continue
+            if _is_square(source, node):
+                squares[node] = source
+            elif _keeps_numbers_apart(source, node):
+                single[node] = single[source] | {source}
+        squared = frozenset().union(*(single[node] | {node} for node in squares.values()))
+        if any(memory_of(node) & self.written for node in squared):
+            raise Refused("what is squared is written to")
+        return squares, squared
+
+    def reduction(self) -> LinearReduction:
+        sources = (*self.numbers, *self.given)
+        try:
+            numbers = [_like(tensor_of(node)) for node in self.numbers]
+            graph = trace(self._gradients, [*numbers, *map(_value, self.given)])
+        except Exception as error:  # whatever a step does that cannot be traced
+            raise Refused(f"{self.end} cannot be traced: {error}") from error
+        placeholders = dict(zip(graph.find_nodes(op="placeholder"), _pieces(sources), strict=True))
+        results = tree_leaves(graph.output_node().args)
+        depending = _depending(graph, len(self.numbers))
+        known = results[: len(self.numbers) + len(self.squares)]
+        if not depending.isdisjoint(known):
+            raise Refused(f"{self.end} is not a weighted sum")
+        weighted = [(node, 1) for node in self.numbers]
+        if self.squares:
+            weighted += [(node, 2) for node in self.numbers]
+        graph.output_node().args = ((*results[: len(self.numbers)], *results[len(known) :]),)
+        graph.eliminate_dead_code()
+        if any(_is_random(node) or node.op == "get_attr" for node in graph.nodes):
+            raise Refused(f"{self.end} is random")
+        used = {source for placeholder, (source, _) in placeholders.items() if placeholder.users}
+        reads = used.difference(self.numbers)
+        if any(isinstance(v := value_of(node), torch.Tensor) and v.requires_grad for node in reads):
+            raise Refused(f"{self.end} has weights that have a gradient")
+        return LinearReduction(
+            sum=self.end,
+            reads_of={
+                node: frozenset(reads.intersection(node.all_input_nodes)) for node in self.steps
+            },
+            squared=self.squared,
+            graph=graph,
+            given=tuple(placeholders.values()),
+            weighted=tuple(weighted),
+        )
+
+    def _gradients(self, *values: Any) -> list[torch.Tensor]:
+        """Of the sum: by each number, by each square; by each number for the sake of its squares.
+
+        The last for numbers that are 1: each square's gradient times what it is of goes back to
+        that single number, times the factor of that once more.
+        """
+        numbers, given = values[: len(self.numbers)], values[len(self.numbers) :]
+        inputs = dict(zip(self.given, map(_widened, given), strict=True))
+        total: torch.Tensor
+
+        def bases(*numbers: torch.Tensor) -> list[torch.Tensor]:
+            found = self._run(dict(zip(self.numbers, numbers, strict=True)) | inputs)
+            return [found[base] for base in self.squares.values()]
+
+        def end(numbers: list[torch.Tensor], squares: list[torch.Tensor]) -> torch.Tensor:
+            given = dict(zip(self.numbers, numbers, strict=True))
+            return self._run(given | inputs | dict(zip(self.squares, squares, strict=True)))[
+                self.end
+            ]
+
+        if not self.squares:
+            total, back = torch.func.vjp(lambda *numbers: end(numbers, []), *numbers)
+            return list(back(torch.ones((), dtype=total.dtype, device=total.device)))
+        roots, back_to_numbers = torch.func.vjp(bases, *numbers)
+        total, back = torch.func.vjp(end, numbers, [root.square() for root in roots])
+        of_numbers, of_squares = back(torch.ones((), dtype=total.dtype, device=total.device))
+        of_roots = [of * root for of, root in zip(of_squares, roots, strict=True)]
+        return [*of_numbers, *of_squares, *back_to_numbers(of_roots)]
+
+    def _run(self, known: dict[Node, Any]) -> dict[Node, Any]:
+        """Take the steps, in FP32 where they are in less."""
+        found = dict(known)
+        for number in self.numbers:
+            found[number] = found[number].clone()  # it may be written to
+        for node in self.steps:
+            if node in found:
+                continue
+            args, kwargs = tree_map(_wide, map_arg((node.args, node.kwargs), found.__getitem__))
+            function = node.target
+            if canonical_op(node) == "setitem" and not isinstance(args[2], torch.Tensor):
+                args = (*args[:2], args[0].new_full((), args[2]))  # it would become a constant
+            if node.op == "call_method":
+                function = getattr(torch.Tensor, _WIDE_METHODS.get(node.target, node.target))
+            with torch.set_grad_enabled(gradients_are_recorded(node)):
+                result = found[node] = function(*args, **kwargs)
+            rebind_unbacked(value_of(self.numbers[0]).fake_mode.shape_env, node, result)
+        return found
 
 
-def _keeps_shape(node: Node, name: Node) -> bool:
-    """Whether the result has the shape of ``name``, or one that depends on nothing."""
-    sizes = tensor_of(_tensor(node)).shape
-    return same_shape(_tensor(node), name) or all(isinstance(size, int) for size in sizes)
+_NARROW = (torch.bfloat16, torch.float16)
+_WIDE_METHODS = {"half": "float", "bfloat16": "float"}
 
 
-def _gradient_users(node: Node) -> Iterator[Node]:
-    """Who passes a gradient back to ``node``."""
-    for user in node.users:
-        if _may_pass_gradient(user):
-            yield from _gradient_users(user) if is_pieces(user) else (user,)
+def _wide(argument: Any) -> Any:
+    return torch.float32 if argument in _NARROW else argument
 
 
-def _may_pass_gradient(node: Node) -> bool:
-    """Whether one may come to ``node`` and go on to what it reads: not from what is detached."""
-    seen: set[Node] = set()
-    pending = [node]
-    while pending:
-        node = pending.pop()
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _NARROW else value
+
+
+def _check(node: Node) -> None:
+    """Refused if ``node`` cannot be done again, elsewhere."""
+    is_known = node.op in ("call_function", "call_method") and (
+        mutation.writes(node) or not mutation.may_write(node)
+    )
+    tensors = [v for v in tree_leaves(value_of(node)) if isinstance(v, torch.Tensor)]
+    if not is_known or is_cut_off(node) or not all(map(wraps_none, tensors)):
+        raise Refused(f"{node} is not understood")
+
+
+def _like(value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor in the shape of ``value``, as the one that ``ones`` makes."""
+    with value.fake_mode, torch.no_grad():
+        return value.new_empty(value.shape, dtype=torch.promote_types(value.dtype, torch.float32))
+
+
+def _value(node: Node) -> Any:
+    value = value_of(node)
+    is_tensor = isinstance(value, torch.Tensor)
+    # A mask as it is remembers how many numbers it has chosen.
+    return tensor_of(node).detach() if is_tensor and value.requires_grad else value
+
+
+def _pieces(nodes: Iterable[Node]) -> Iterator[tuple[Node, int | None]]:
+    """What ``trace`` has placeholders for."""
+    for node in nodes:
         value = value_of(node)
-        if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
-            continue
-        if not is_plain(value):  # the graph's output, or not understood
-            return True
-        if value.requires_grad and node not in seen:
-            if mutation.may_write(node):
-                return True
-            seen.add(node)
-            pending += node.users
-    return False
+        yield from zip(repeat(node), range(len(value)) if isinstance(value, tuple) else [None])
 
 
-def is_square(before: Node, after: Node) -> bool:
-    """Whether ``after`` is the square of ``before``."""
-    name = canonical_op(after)
+def _depending(graph: Graph, count: int) -> set[Node]:
+    """What in ``graph`` depends on the values of its first ``count`` inputs, and not just shapes."""
+    depending = set(graph.find_nodes(op="placeholder")[:count])
+    for node in graph.nodes:
+        looks = getattr(node.target, "overloadpacket", None) in _LOOKING
+        if not looks and not depending.isdisjoint(node.all_input_nodes):
+            depending.add(node)
+    return depending
+
+
+_LOOKING = (
+    *(_ATEN.zeros_like, _ATEN.ones_like, _ATEN.full_like, _ATEN.empty_like, _ATEN.sym_size),
+    *(_ATEN.new_zeros, _ATEN.new_ones, _ATEN.new_full, _ATEN.new_empty, _ATEN.sym_numel),
+)
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _is_square(source: Node, node: Node) -> bool:
+    name = canonical_op(node)
     if name == "pow":
-        call = arguments(after, lambda input, exponent: locals())
-        return call is not None and call["input"] is before and call["exponent"] in (2, 2.0)
-    return name == "square" or (name == "mul" and after.args == (before, before))
+        call = arguments(node, lambda input, exponent: locals())
+        return call is not None and call["input"] is source and call["exponent"] in (2, 2.0)
+    return name == "square" or (name == "mul" and node.args == (source, source))
+
+
+_KEEPING = (
+    *("neg", "div", "cast", "masked_fill", "reshape", "permute", "getitem", "select", "narrow"),
+    *("index_select", "gather", "take_along_dim", "expand"),
+)
+
+
+def _keeps_numbers_apart(source: Node, node: Node) -> bool:
+    """Whether each number of ``node`` is one of ``source`` times what is known, or known itself."""
+    name, uses = canonical_op(node), sum(argument is source for argument in node.args)
+    return uses == 1 and (name in ("mul", "where") or (name in _KEEPING and node.args[0] is source))
 
 
 def emit_weights(
-    emit: Emitter,
-    linear_reduction: LinearReduction,
-    ones: Mapping[Node, Callable[[], Node]],
-    like: Node,
+    emit: Emitter, reduction: LinearReduction, ones: Mapping[Node, Callable[[], Node]]
 ) -> dict[tuple[Node, int], Node]:
     """By what each number is multiplied in the sum, and the square of each (power 2), in its shape.
 
-    ``ones`` makes a tensor in the shape of each number; ``like`` is a tensor where they are.
+    ``ones`` makes a tensor in the shape of each number. The weights are in FP32, or FP64.
     """
-    dtype = torch.promote_types(tensor_of(like).dtype, torch.float32)
-    weights = {(linear_reduction.sum, 1): emit("new_ones", like, (), dtype=dtype)}
-    shapes = _Shapes(emit, linear_reduction, ones)
-    for step in reversed(linear_reduction.steps):
-        sizes = partial(shapes.sizes, step.source)
-        for power in (1, 2):
-            if (step.node, power) not in weights:
-                continue
-            weight = step.back(emit, weights[step.node, power], sizes)
-            if power == 2 and step.kind == "scale":
-                weight = step.back(emit, weight, sizes)
-            if not same_shape(weight, _tensor(step.source)):
-                weight = emit("sum_to_size", weight, sizes())
-            key = (step.source, 2 if step.kind == "square" else power)
-            weights[key] = emit("add", weights[key], weight) if key in weights else weight
-    return weights
-
-
-def _tensor(node: Node) -> Node:
-    """What holds the numbers that ``node`` has made: what it writes to, if it is nothing itself."""
-    return node.args[0] if canonical_op(node) == "setitem" else node
-
-
-class _Shapes:
-    """The sizes of what is on the way to a sum, before any of it is computed."""
-
-    def __init__(
-        self,
-        emit: Emitter,
-        linear_reduction: LinearReduction,
-        ones: Mapping[Node, Callable[[], Node]],
-    ):
-        self.emit = emit
-        self.steps: dict[Node, list[Step]] = {}
-        for step in linear_reduction.steps:
-            self.steps.setdefault(step.node, []).append(step)
-        self.ones = ones
-        self.known: dict[Node, Node] = {}
-
-    def sizes(self, node: Node) -> list[Any]:
-        shape = tensor_of(_tensor(node)).shape
-        if all(isinstance(size, int) for size in shape):
-            return list(shape)
-        return [size_of(self.emit, self._like(node), dim) for dim in range(len(shape))]
-
-    def _like(self, node: Node) -> Node:
-        if node not in self.known:
-            self.known[node] = self._made_like(node)
-        return self.known[node]
-
-    def _made_like(self, node: Node) -> Node:
-        if node in self.ones:
-            return self.ones[node]()
-        likes = {}
-        for step in self.steps[node]:
-            like = self._like(step.source)
-            if same_shape(_tensor(node), step.name):
-                return like
-            like = self.emit("to", like, tensor_of(step.name).dtype)
-            likes[step.name] = self.emit("contiguous", like)  # it may be viewed
-        return emit_again(self.emit, node, likes)
+    made: dict[Node, Any] = {}
+    placeholders = dict(
+        zip(reduction.graph.find_nodes(op="placeholder"), reduction.given, strict=True)
+    )
+    for node in reduction.graph.nodes:
+        if node.op == "output":
+            (results,) = map_arg(node.args, made.__getitem__)
+            return dict(zip(reduction.weighted, results, strict=True))
+        source, piece = placeholders.get(node, (None, None))
+        if source is None:
+            made[node] = emit.copied(node, made)
+        elif node.users and source in ones:
+            made[node] = emit("to", ones[source](), node.meta["val"].dtype)
+        elif node.users:
+            made[node] = source if piece is None else emit(operator.getitem, source, piece)
+    raise AssertionError("a graph has an output")
