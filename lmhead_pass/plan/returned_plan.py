@@ -2,7 +2,6 @@
 stands for them."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch._guards import TracingContext
@@ -21,6 +20,7 @@ from ..graph import (
     wraps_none,
 )
 from ..logits import Logits, input_nodes
+from ..returned import Step, StepKind
 
 _INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
 
@@ -138,23 +138,19 @@ def _ends_in_a_break(graph: Graph) -> bool:
 
 
 def recipe_of(logits: Logits) -> tuple[Node | None, list[str]]:
-    """The bias, and the steps of a ``Recipe`` from the product on."""
+    """The bias, and the steps of a ``Recipe``, encoded."""
     bias = logits.head.bias
-    steps = [("cast", tensor_of(logits.head.node).dtype)]
+    steps = [Step(StepKind.CAST, (tensor_of(logits.head.node).dtype,))]
     for name, *operands in logits.history:
-        if name == "add_tensor" and bias is None and operands[1] == 1:
+        if name == StepKind.ADD_BIAS.value and bias is None and operands[1] == 1:
             bias, operands = operands[0], []
         if any(isinstance(operand, Node) for operand in operands):
             raise Refused(
                 "the logits are returned after a second bias or a mask of the vocabulary, and "
                 f"cannot be computed afterwards. {_INSTEAD}"
             )
-        steps.append((name, *operands))
-    return bias, [" ".join(map(_word, step)) for step in steps]
-
-
-def _word(part: Any) -> str:
-    return str(part).removeprefix("torch.")
+        steps.append(Step(StepKind(name), tuple(operands)))
+    return bias, [step.encode() for step in steps]
 
 
 def _input_weight(logits: Logits) -> tuple[Node, bool]:

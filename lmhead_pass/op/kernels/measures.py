@@ -20,7 +20,7 @@ its digits. With ``m`` the place of the largest logit, and ``d_v = z_m - z_v``, 
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -79,25 +79,22 @@ def _wrong(what: str) -> ValueError:
 
 def allocate(problem: Problem, measures: Sequence[Measure]) -> dict[Measure, Tensor]:
     """An empty tensor for each measure."""
-    rows = problem.hidden.size(0)
     results = {}
     for measure in measures:
-        shape = [rows]
         match measure.kind:
             case MeasureKind.LOGSUMEXP | MeasureKind.ENTROPY | MeasureKind.LOSSES:
                 dtype = problem.accumulate_dtype
-            case MeasureKind.ARGMAX:
-                dtype = torch.int64
-            case MeasureKind.MAX:
+            case MeasureKind.MAX | MeasureKind.LOGITS | MeasureKind.TOPK_VALUES:
                 dtype = problem.compute_dtype
-            case MeasureKind.LOGITS:
-                shape, dtype = [rows, problem.weight.size(0)], problem.compute_dtype
-            case MeasureKind.TOPK_VALUES:
-                shape, dtype = [rows, measure.k], problem.compute_dtype
-            case MeasureKind.TOPK_INDICES:
-                shape, dtype = [rows, measure.k], torch.int64
+            case MeasureKind.ARGMAX | MeasureKind.TOPK_INDICES:
+                dtype = torch.int64
             case _:
                 assert_never(measure.kind)
+        shape = [problem.hidden.size(0)]
+        if measure.kind is MeasureKind.LOGITS:
+            shape.append(problem.weight.size(0))
+        elif measure.kind in _OF_LARGEST:
+            shape.append(measure.k)
         results[measure] = problem.hidden.new_empty(shape, dtype=dtype)
     return results
 
@@ -115,23 +112,25 @@ class Measures:
 
     def take(self, rows: Tensor | slice, logits: Tensor) -> None:
         """Read ``logits`` ``[rows, V]``, as the loss sees them, of the rows ``rows`` of all."""
-        block = _Block(logits, self._compute_dtype)
+        rounded = cache(lambda: logits.to(self._compute_dtype))
+        largest = cache(lambda: logits.max(1, keepdim=True))
+        topk = cache(lambda k: rounded().topk(k))
         for measure, result in self._results.items():
             match measure.kind:
                 case MeasureKind.LOGSUMEXP | MeasureKind.LOSSES:
                     pass  # ``finish`` is given these
                 case MeasureKind.ARGMAX:
-                    result[rows] = block.rounded.argmax(1)
+                    result[rows] = rounded().argmax(1)
                 case MeasureKind.MAX:
-                    result[rows] = block.largest[0].squeeze(1).to(self._compute_dtype)
+                    result[rows] = largest().values.squeeze(1).to(self._compute_dtype)
                 case MeasureKind.ENTROPY:
-                    result[rows] = block.entropy()
+                    result[rows] = _entropy(logits, *largest())
                 case MeasureKind.LOGITS:
-                    result[rows] = block.rounded
+                    result[rows] = rounded()
                 case MeasureKind.TOPK_VALUES:
-                    result[rows] = block.topk(measure.k)[0]
+                    result[rows] = topk(measure.k).values
                 case MeasureKind.TOPK_INDICES:
-                    result[rows] = block.topk(measure.k)[1]
+                    result[rows] = topk(measure.k).indices
                 case _:
                     assert_never(measure.kind)
 
@@ -149,37 +148,9 @@ class Measures:
         return list(self._results.values())
 
 
-class _Block:
-    """Logits ``[rows, V]``, and what several measures read of them, computed once."""
-
-    def __init__(self, logits: Tensor, compute_dtype: torch.dtype) -> None:
-        self._logits = logits
-        self._compute_dtype = compute_dtype
-        self._topk: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @cached_property
-    def rounded(self) -> Tensor:
-        """``[rows, V]`` in the compute dtype."""
-        return self._logits.to(self._compute_dtype)
-
-    @cached_property
-    def largest(self) -> tuple[Tensor, Tensor]:
-        """``[rows, 1]`` each: the largest logit, and its place."""
-        values, places = self._logits.max(1, keepdim=True)
-        return values, places
-
-    def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        """``[rows, k]`` each: values in the compute dtype, and indices."""
-        if k not in self._topk:
-            values, indices = self.rounded.topk(k)
-            self._topk[k] = values, indices
-        return self._topk[k]
-
-    def entropy(self) -> Tensor:
-        """``[rows]``"""
-        maximum, place = self.largest
-        exponentials = self._logits.sub(maximum).exp_().scatter_(1, place, 0)
-        others = exponentials.sum(1)
-        mean_distance = torch.special.entr(exponentials).sum(1) / (1 + others)
-        entropy: Tensor = torch.log1p(others) + mean_distance
-        return entropy
+def _entropy(logits: Tensor, maximum: Tensor, place: Tensor) -> Tensor:
+    """``[rows]``, of ``logits`` ``[rows, V]``, their largest and its place, each ``[rows, 1]``."""
+    exponentials = logits.sub(maximum).exp_().scatter_(1, place, 0)
+    others = exponentials.sum(1)
+    mean_distance: Tensor = torch.special.entr(exponentials).sum(1) / (1 + others)
+    return torch.log1p(others) + mean_distance

@@ -137,20 +137,11 @@ def row_gradients(
     row_max, log_sum = saved or (None, None)
     with _on_device_of(logits):
         _gradient_kernel[(logits.size(0),)](
-            logits,
-            logits.stride(0),
-            gradient,
-            gradient.stride(0),
-            target,
-            coefficient,
-            0 if coefficient is None else coefficient.stride(0),
-            grad_logsumexp,
-            0 if grad_logsumexp is None else grad_logsumexp.stride(0),
-            loss,
-            row_max,
-            log_sum,
-            **terms.arguments(logits),
-        )
+            logits, logits.stride(0), gradient, gradient.stride(0), target,
+            coefficient, 0 if coefficient is None else coefficient.stride(0),
+            grad_logsumexp, 0 if grad_logsumexp is None else grad_logsumexp.stride(0),
+            loss, row_max, log_sum, **terms.arguments(logits),
+        )  # fmt: skip
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
