@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 import lmhead_pass
-from lmhead_pass.op.kernels import aten
+from lmhead_pass.op.kernels import aten_loop as aten
 
 from . import forms, reference
 from .backend import rewrite

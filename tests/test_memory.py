@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import lmhead_pass
-from lmhead_pass.op.kernels import aten
+from lmhead_pass.op.kernels import aten_loop as aten
+from lmhead_pass.op.kernels.measures import parse_measures
 from lmhead_pass.op.problem import Problem
 
 from .test_op import VIEWS
@@ -139,7 +140,7 @@ def test_logits_are_the_only_thing_of_their_size(dtype, ignored, monkeypatch):
     tokens, vocab = 1024, 8192
     given = problem(tokens, vocab, dtype=dtype)
     given.target[:ignored] = -100
-    every = ["logsumexp", "argmax", "max", "entropy", "logits"]
+    every = parse_measures(["logsumexp", "argmax", "max", "entropy", "logits"])
     logits = tokens * vocab * dtype.itemsize
     chunk = 64 * vocab * dtype.itemsize
     blocks = 4 * aten._BLOCK_BYTES

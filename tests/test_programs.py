@@ -11,8 +11,8 @@ import torch
 from lmhead_pass.graph import Emitter, canonical_op, mutation
 from lmhead_pass.logits import dataflow, rows
 from lmhead_pass.logits.types import AliasRegion, Logits, with_values
-from lmhead_pass.op import ops
-from lmhead_pass.op.kernels import aten
+from lmhead_pass.op import torch_ops as ops
+from lmhead_pass.op.kernels import aten_loop as aten
 from lmhead_pass.plan import call_planning
 from lmhead_pass.rewrite import emit_calls
 from lmhead_pass.rewrite.checkpoint_regions import LiftedRegion

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lmhead_pass
 from lmhead_pass import compat
-from lmhead_pass.returned.fingerprint import fingerprint
 from lmhead_pass.returned.lazy_logits import LazyLogits
+from lmhead_pass.returned.recipe import fingerprint
 
 from .backend import rewrite
 from .process import output_of

@@ -2,12 +2,12 @@
 stands for them."""
 
 from dataclasses import replace
-from typing import assert_never
 
 import torch
 from torch._guards import TracingContext
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
+from typing_extensions import assert_never
 
 from .. import compat, config
 from ..graph import (
@@ -33,6 +33,7 @@ from ..logits import (
     Stage,
     Tanh,
 )
+from ..returned import Step, StepKind
 
 _INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
 
@@ -150,28 +151,28 @@ def _ends_in_a_break(graph: Graph) -> bool:
 
 
 def recipe_of(logits: Logits) -> tuple[Node | None, list[str]]:
-    """The bias, and the steps of a ``Recipe`` from the product on."""
+    """The bias, and the steps of a ``Recipe``, encoded."""
     bias = logits.head.bias
-    steps = [_cast(tensor_of(logits.head.node).dtype)]
+    steps = [Step(StepKind.CAST, (tensor_of(logits.head.node).dtype,))]
     for step in logits.history:
         match step:
             case Cast(dtype):
-                steps.append(_cast(dtype))
+                steps.append(Step(StepKind.CAST, (dtype,)))
             case Scale(number, divides):
-                steps.append(f"{'div' if divides else 'mul'} {number}")
+                steps.append(Step(StepKind.DIVIDE if divides else StepKind.MULTIPLY, (number,)))
             case AddNumber(number):
-                steps.append(f"add {number}")
+                steps.append(Step(StepKind.ADD, (number,)))
             case AddTensor(tensor, 1) if bias is None:
                 bias = tensor
-                steps.append("add_tensor")
+                steps.append(Step(StepKind.ADD_BIAS))
             case Tanh():
-                steps.append("tanh")
+                steps.append(Step(StepKind.TANH))
             case Sigmoid():
-                steps.append("sigmoid")
+                steps.append(Step(StepKind.SIGMOID))
             case FillTail(start, fill):
-                steps.append(f"fill {start} {fill}")
+                steps.append(Step(StepKind.FILL, (start, fill)))
             case KeepWords(start, stop):
-                steps.append(f"words {start} {stop}")
+                steps.append(Step(StepKind.TAKE_WORDS, (start, stop)))
             case AddTensor() | FillMasked():
                 raise Refused(
                     "the logits are returned after a second bias or a mask of the vocabulary, and "
@@ -179,11 +180,7 @@ def recipe_of(logits: Logits) -> tuple[Node | None, list[str]]:
                 )
             case _:
                 assert_never(step)
-    return bias, steps
-
-
-def _cast(dtype: torch.dtype) -> str:
-    return f"cast {str(dtype).removeprefix('torch.')}"
+    return bias, [step.encode() for step in steps]
 
 
 def _input_weight(logits: Logits) -> tuple[Node, bool]:

@@ -7,7 +7,7 @@ computes the logits when their values are first needed.
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .gradient_refusal import SETTING, refuse_gradient
 from .recipe import Recipe
 
-# What is known of a tensor, or told to it, without its values.
+# These ask for something, or set something, that does not depend on a tensor's values.
 _METADATA = {
     *(
         getattr(Tensor, name).__get__
@@ -43,7 +43,7 @@ _METADATA = {
     *(Tensor.__len__, Tensor.__hash__, Tensor.__dir__, Tensor.register_hook),
 }
 
-# What gives a view, a cast or a detached alias, if all its other arguments are no tensors.
+# These give a view, a cast or a detached alias, if none of their other arguments is a tensor.
 _DERIVING = {
     *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
     *(
@@ -58,9 +58,9 @@ _DERIVING = {
         if hasattr(namespace, name)
     ),
 }
-# Autograd's own bookkeeping: the view of another tensor that unread logits are, nobody is to see.
+# To autograd unread logits are a view of another tensor. Callers are not to see that.
 _ANSWERS = {
-    Tensor._is_view: False,  # type: ignore[attr-defined]
+    Tensor._is_view: False,
     Tensor._base.__get__: None,  # type: ignore[union-attr]
 }
 _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
@@ -69,10 +69,10 @@ _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[
 class _Logits:
     """Logits that are not computed yet.
 
-    ``history`` gives what a gradient would flow to, while somebody has a tensor that needs one.
+    ``history()`` is the tensor that a gradient would flow to, while a tensor needs it; else None.
     """
 
-    def __init__(self, recipe: Recipe, history: Tensor | None):
+    def __init__(self, recipe: Recipe, history: Tensor | None) -> None:
         self.recipe = recipe
         self.history = weakref.ref(history) if history is not None else lambda: None
 
@@ -100,7 +100,7 @@ class _Derived:
 class _Cell:
     """A value that is computed when it is first read, and kept from then on.
 
-    So is all that was derived from it before: whoever reads may go on to write, or to detach.
+    All that was derived from it before is computed at the same time: the reader may change it next.
     """
 
     def __init__(self, source: _Logits | _Derived | None, value: Tensor | None = None):
@@ -118,7 +118,7 @@ class _Cell:
             first = self
             while isinstance(first.source, _Derived):
                 first = first.source.base
-            # It may be read again elsewhere: no mode or transform of this consumer takes part.
+            # The value may be read again elsewhere, so no mode or transform of this reader applies.
             with (
                 _disable_current_modes(),
                 temporarily_clear_interpreter_stack(),
@@ -129,7 +129,7 @@ class _Cell:
         return self.value
 
     def _compute(self) -> None:
-        if self.value is None:  # It is there if what is derived from it failed before.
+        if self.value is None:  # It was computed before if computing something derived then failed.
             assert self.source is not None
             self.value = self.source.compute()
         for derived in self.derived:
@@ -142,9 +142,9 @@ class _Cell:
 class LazyLogits(Tensor):
     """A tensor whose values are computed when they are first needed, and kept.
 
-    Its size, dtype, device and whether it requires a gradient are known before. Views, casts and
-    ``detach()`` of unread logits are unread logits. A gradient that would flow into them raises a
-    RuntimeError.
+    Its size, dtype and device are known before, and so is whether it requires a gradient. Views,
+    casts and ``detach()`` of unread logits are unread logits. A gradient that would flow into them
+    raises a RuntimeError.
     """
 
     _cell: _Cell
@@ -158,7 +158,7 @@ class LazyLogits(Tensor):
         like: Tensor,
         device: torch.device,
         history: Tensor | None = None,
-    ):
+    ) -> "LazyLogits":
         """``like`` has the size, strides and dtype of the values, and is on the meta device.
 
         ``history`` is a tensor that a gradient would flow to; None if none is required.
@@ -171,21 +171,21 @@ class LazyLogits(Tensor):
             dtype=like.dtype,
             device=device,
         )
-        # Code that takes its address without asking would take that of nothing.
+        # It has no memory: code that takes its address is to fail.
         torch._C._set_throw_on_mutable_data_ptr(self)
         self._cell = cell
         self._like = like
         self._history = history
         if history is None:
             return self
-        # What a compiled function returns, autograd detaches, unless it is a view.
+        # Autograd detaches the results of a compiled function that are no views.
         with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
             refuse_gradient(self, [history])
-            return torch.ops.aten.alias(self)
+            return cast(LazyLogits, torch.ops.aten.alias(self))
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, inputs: Sequence[Tensor]) -> "LazyLogits":
-        """``inputs`` of the compiled function are what a gradient would flow to."""
+        """A gradient would flow to ``inputs``, which are inputs of the compiled function."""
         if not all(source.requires_grad for source in inputs):
             raise RuntimeError(
                 "lmhead_pass: a compiled function returned logits without computing them, and a "
@@ -200,7 +200,7 @@ class LazyLogits(Tensor):
         return cls(_Cell(_Logits(recipe, history)), recipe.like(), recipe.hidden.device, history)
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if CompileContext.try_get() is not None:
             return _as_input(func, args, kwargs)
@@ -208,15 +208,17 @@ class LazyLogits(Tensor):
         return _on_values(func, args, kwargs) if known is NotImplemented else known
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            logits = args[0]  # autograd, below which this is, gives the result its gradient
+            logits = args[0]  # autograd, which runs before this, gives the result its history
             alias = cls(logits._cell, logits._like, logits.device)
             alias._history = logits._history
             return alias
         return _on_values(func, args, kwargs or {})
 
-    # What torch.compile asks of an input of another compiled function: its values, then.
+    # As inputs of another compiled function, torch.compile flattens lazy logits to their values.
 
     @property
     def _value(self) -> Tensor:
@@ -229,15 +231,17 @@ class LazyLogits(Tensor):
         return type(self).__qualname__
 
     @staticmethod
-    def __tensor_unflatten__(inner, context, outer_size, outer_stride) -> "LazyLogits":
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: None, outer_size: Any, outer_stride: Any
+    ) -> "LazyLogits":
         value = inner["_value"]
         return LazyLogits(_Cell(None, value), value, value.device)
 
 
-def _as_input(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _as_input(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What torch.compile finds when lazy logits are an input of what it compiles.
 
-    It looks at the tensor itself here; the values it gets from ``__tensor_flatten__``.
+    Here it looks at the tensor itself; it gets the values from ``__tensor_flatten__``.
     """
     if func in _ANSWERS:
         return _ANSWERS[func]
@@ -247,19 +251,21 @@ def _as_input(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> 
         return func(*args, **kwargs)
 
 
-def _on_values(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _on_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call ``func`` with the values of the lazy logits among its arguments."""
     lazy = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)]
     values = {id(logits): logits._cell.read() for logits in lazy}
     args, kwargs = tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
     result = func(*args, **kwargs)
-    # What writes to its argument returns it: the caller's own tensor, not the one behind it.
+    # A function that writes to its argument returns it: the caller gets its own tensor back.
     owners = {id(values[id(logits)]): logits for logits in lazy}
     return tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 
 
-def _without_reading(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What ``func`` gives for unread logits; NotImplemented if it has to read them."""
+def _without_reading(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The result of ``func`` for unread logits; NotImplemented if it has to read them."""
     logits, *others = args or (None,)
     if not isinstance(logits, LazyLogits) or logits._cell.value is not None:
         return NotImplemented
@@ -275,7 +281,9 @@ def _without_reading(func: Callable[..., Any], args: tuple, kwargs: dict[str, An
     return NotImplemented
 
 
-def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: dict) -> Any:
+def _derive(
+    logits: LazyLogits, func: Callable[..., Any], others: list[Any], kwargs: dict[str, Any]
+) -> Any:
     """A view, cast or alias of unread ``logits``; NotImplemented if it is on another device."""
     like = logits._like
     with torch._C.DisableTorchFunctionSubclass():
@@ -302,5 +310,5 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
 
 
 def _gradients_are_recorded() -> bool:
-    """``torch.is_grad_enabled()`` may be True in inference mode."""
+    """Whether autograd records: in inference mode, too, ``torch.is_grad_enabled()`` may be True."""
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -6,10 +6,11 @@ to the bias, and what it cuts off the vocabulary is cut off the weight.
 
 import math
 import operator
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from typing_extensions import assert_never
 
 from ..graph import Emitter, size_of, tensor_of
 from ..logits import (

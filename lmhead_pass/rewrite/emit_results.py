@@ -1,10 +1,11 @@
 """Makes of a call's results what each consumer had: its number, shape and dtype."""
 
 import operator
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch.fx import Node
+from typing_extensions import assert_never
 
 from ..graph import Emitter, mutation, size_of, tensor_of
 from ..logits import Cast, Consumer, ConsumerKind, Logits, RowStep, TargetUse, row_order
