@@ -1,4 +1,4 @@
-"""Every way to write an operation, mapped to one name. What is not here is not understood."""
+"""Maps every spelling of an operation to one name. The pass understands no others."""
 
 import builtins
 import operator
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from ..compat import TRANSPOSING_ATTRIBUTES
+from ..compat.graphs import MAKE_DUAL
+from ..compat.versions import TRANSPOSING_ATTRIBUTES
 
 _NAMES = {
     # Heads.
@@ -37,7 +38,10 @@ _NAMES = {
     "narrow": ["narrow"],
     "expand": ["expand", "expand_as", "broadcast_to"],
     "broadcast_tensors": ["broadcast_tensors"],
-    "pieces": ["chunk", "split", "split_with_sizes", "tensor_split"],
+    "chunk": ["chunk"],
+    "split": ["split"],
+    "split_with_sizes": ["split_with_sizes"],
+    "tensor_split": ["tensor_split"],
     "unbind": ["unbind"],
     # What becomes of each value.
     "mul": ["mul", "multiply", "__mul__", "__rmul__"],
@@ -78,7 +82,11 @@ _NAMES = {
     "topk": ["topk"],
     "nll_loss": ["nll_loss"],
     "cross_entropy": ["cross_entropy"],
+    # What a graph is not rewritten for.
+    "detach_in_place": ["detach_"],
 }
+PIECES = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
+"""The operations that cut a tensor into several. Each is the name of a method, too."""
 _NAMESPACES = (torch, F, torch.Tensor, torch.special, operator)
 _METHODS = {name: operation for operation, names in _NAMES.items() for name in names}
 # ``x.div_(2)`` and ``x /= 2``: the same, written to the first argument.
@@ -103,13 +111,17 @@ def _functions(methods: dict[str, str]) -> dict[object, str]:
     }
 
 
-_FUNCTIONS = _functions(_METHODS) | dict.fromkeys(TRANSPOSING_ATTRIBUTES, "permute")
+_FUNCTIONS = {
+    **_functions(_METHODS),
+    **dict.fromkeys(TRANSPOSING_ATTRIBUTES, "permute"),
+    **dict.fromkeys(MAKE_DUAL, "make_dual"),
+}
 _WRITING_FUNCTIONS = _functions(_IN_PLACE)
 _ATTRIBUTES = {"T": "permute", "mT": "permute"}
 
 
 def canonical_op(node: Node) -> str | None:
-    """The name of what ``node`` does, or None."""
+    """Return the name of the operation that ``node`` does; None if it is not in the table."""
     if node.op == "call_method":
         return _METHODS.get(node.target) or _IN_PLACE.get(node.target)
     if node.op == "call_function":
@@ -121,18 +133,18 @@ def canonical_op(node: Node) -> str | None:
 
 def is_pieces(node: Node) -> bool:
     """Whether ``node`` cuts a tensor into several."""
-    return canonical_op(node) in ("pieces", "unbind")
+    return canonical_op(node) in PIECES
 
 
 def is_in_place(node: Node) -> bool:
-    """Whether ``canonical_op(node)`` is written to the node's first argument."""
+    """Whether ``node`` writes what ``canonical_op(node)`` gives to its first argument."""
     if node.op == "call_method":
         return node.target in _IN_PLACE
     return node.op == "call_function" and node.target in _WRITING_FUNCTIONS
 
 
 def arguments(node: Node, signature: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
-    """Bind ``node``'s arguments, positional or keyword; None if they do not fit.
+    """Return the arguments of ``node`` by name; None if they do not fit ``signature``.
 
     ``signature`` is a function with the operation's parameters that returns its ``locals()``.
     """
@@ -143,7 +155,7 @@ def arguments(node: Node, signature: Callable[..., dict[str, Any]]) -> dict[str,
 
 
 def describe(node: Node) -> str:
-    """``node`` as a user would name it: ``cross_entropy``, ``input 'x'``."""
+    """Name ``node`` in a message, as a user would: ``cross_entropy``, ``input 'x'``."""
     if node.op == "placeholder":
         return f"input {node.target!r}"
     if node.op == "output":

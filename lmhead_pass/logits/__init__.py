@@ -1,8 +1,8 @@
 """What becomes of a head's logits: the analysis.
 
-From a linear layer (``heads``) forward through the graph (``dataflow``): what each node holds of the
-logits (``types``), by what was done to their shape (``rows``), their values (``values``) and their
-softmax (``softmaxes``), down to whoever takes single numbers out of each row (``consumers``,
+From a linear layer (``heads``) forward through the graph (``dataflow``): what each node holds of
+the logits (``types``), by what was done to their shape (``rows``), their values (``values``) and
+their softmax (``softmaxes``), down to whoever takes single numbers out of each row (``consumers``,
 ``losses``). ``emit_inputs`` does to hidden states, weight and bias what was done to the logits.
 """
 

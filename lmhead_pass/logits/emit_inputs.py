@@ -6,8 +6,8 @@ import operator
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves
 
+from ..compat.graphs import tree_leaves
 from ..graph import Emitter, size_of, tensor_of
 from .types import Logits, MetadataUse, RowStep
 

@@ -10,9 +10,19 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..graph import Refused, arguments, canonical_op, describe, product, same, tensor_of, value_of
+from ..compat.graphs import is_known_true
+from ..graph import (
+    PIECES,
+    Refused,
+    arguments,
+    canonical_op,
+    describe,
+    product,
+    same,
+    tensor_of,
+    value_of,
+)
 from .types import AliasRegion, Logits, RowStep
 from .values import cut_words
 
@@ -37,8 +47,8 @@ def follow_pieces(logits: Logits, node: Node) -> list[Logits]:
     if dim == logits.vocab_dim:
         raise Refused(f"{describe(node)} cuts the logits along the vocabulary")
     row = dim - (dim > logits.vocab_dim)
-    drops = canonical_op(node) == "unbind"
-    method = "unbind" if drops else describe(node)
+    method = canonical_op(node)
+    drops = method == "unbind"
     sizes = () if drops else (call["sizes"],)
     vocab_dim = logits.vocab_dim - (drops and dim < logits.vocab_dim)
     return [
@@ -71,7 +81,10 @@ def _pieces(
     return {"input": input, "sizes": named[0], "dim": dim}
 
 
-_PIECES: dict[str | None, Callable[..., dict[str, Any]]] = {"pieces": _pieces, "unbind": _unbind}
+_PIECES: dict[str | None, Callable[..., dict[str, Any]]] = {
+    **dict.fromkeys(PIECES, _pieces),
+    "unbind": _unbind,
+}
 
 
 def _rows(shape: Any, vocab_dim: int) -> list[Any]:
@@ -263,7 +276,7 @@ def _takes_all(words: Any, vocab: Any) -> bool:
     if not isinstance(words, slice) or words.step not in (None, 1) or words.start not in (None, 0):
         return False
     return words.stop is None or (
-        isinstance(words.stop, int) and statically_known_true(words.stop >= vocab)
+        isinstance(words.stop, int) and is_known_true(words.stop >= vocab)
     )
 
 

@@ -36,8 +36,8 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from ..compat.kernels import below_autograd, is_forward_mode
 from .kernels import dispatch, measures
 from .problem import Gradients, Problem, held_dtype
 
@@ -240,7 +240,7 @@ def _function(problem: tuple) -> type[torch.autograd.Function] | None:
     wanted = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in problem[:3]
     )
-    if not wanted and forward_ad._current_level < 0:
+    if not wanted and not is_forward_mode():
         return None
     return _GradientsInBackward if problem[_TENSORS] == "none" else _GradientsInForward
 
@@ -248,14 +248,14 @@ def _function(problem: tuple) -> type[torch.autograd.Function] | None:
 def _differentiable(*problem):
     if function := _function(problem):
         return function.apply(*problem, [])[0]
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _ops.linear_cross_entropy(*problem)
 
 
 def _differentiable_with_measures(*arguments):
     if function := _function(arguments[:-1]):
         return list(function.apply(*arguments))
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _ops.linear_cross_entropy_and_measures(*arguments)
 
 

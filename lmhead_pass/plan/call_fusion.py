@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
+from ..compat.graphs import tree_leaves
 from ..graph import (
     AUTOCAST_SWITCHES,
     ENTER_AUTOCAST,
+    PIECES,
     canonical_op,
     gradients_are_recorded,
     memory_of,
@@ -207,7 +208,7 @@ def _enters_autocast(group: list[Match], last: Node) -> bool:
 
 
 # What is understood, and is no tensor itself.
-_NO_TENSORS = ("setitem", "pieces", "unbind")
+_NO_TENSORS = ("setitem", *PIECES)
 
 
 def _users_until(

@@ -113,9 +113,9 @@ def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
 def _check_derivatives(graph: Graph) -> None:
     """Refused if ``graph`` takes a derivative that the op does not have, or hides one."""
     for node in graph.nodes:
-        if describe(node) == "detach_":
+        if canonical_op(node) == "detach_in_place":
             raise Refused(f"{describe(node)}{at(node)} hides what had a gradient before")
-        if describe(node) == "_make_dual":
+        if canonical_op(node) == "make_dual":
             raise Refused(f"{describe(node)}{at(node)} differentiates in forward mode")
         if node.target is torch.autograd.grad and (
             node.kwargs.get("create_graph") or any(node.args[4:5])

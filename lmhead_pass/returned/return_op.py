@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
+from ..compat.lazy_tensors import is_fake, make_wrapper, no_torch_function
 from .fingerprint import fingerprint
 from .lazy_logits import LazyLogits
 from .recipe import Recipe
@@ -36,7 +36,7 @@ class _TracedLogits(Tensor):
     @staticmethod
     def __new__(cls, recipe: Recipe, sources: Sequence[Tensor]) -> "_TracedLogits":
         like = recipe.like()
-        self = Tensor._make_wrapper_subclass(
+        self = make_wrapper(
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=recipe.hidden.device
         )
         self.recipe, self.sources = recipe, sources
@@ -61,7 +61,7 @@ class _TracedLogits(Tensor):
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]

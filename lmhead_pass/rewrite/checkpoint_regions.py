@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..compat.graphs import EXAMPLE_VALUE, checkpointed_call, namespace_of
 from ..graph import Refusal, mutation, value_of
 from ..logits import follow_logits
 from ..plan import Rewrite, find, heads
@@ -67,7 +68,7 @@ def _roots(region: Node, body: GraphModule) -> set[Node]:
 
 
 def _is_call(node: Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "namespace", "") == "lmhead_pass"
+    return node.op == "call_function" and namespace_of(node.target) == "lmhead_pass"
 
 
 @dataclass
@@ -106,7 +107,7 @@ class LiftedRegion:
                 result.graph.erase_node(result)
         results = (*kept, *self.needed)
         self.body.graph.output_node().args = (results,)
-        self.region.meta["example_value"] = tuple(map(value_of, results))
+        self.region.meta[EXAMPLE_VALUE] = tuple(map(value_of, results))
         for node in reversed(self.copies):
             self.body.graph.erase_node(node)
         placeholders = self.body.graph.find_nodes(op="placeholder")
@@ -173,9 +174,8 @@ def _lift(region: Node, body: GraphModule, roots: set[Node]) -> LiftedRegion | N
 
 def _regions(graph: Graph) -> Iterator[Node]:
     """The calls of checkpointed bodies in ``graph``."""
-    yield from graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint
-    )
+    if (target := checkpointed_call()) is not None:
+        yield from graph.find_nodes(op="call_function", target=target)
 
 
 def _body_of(region: Node) -> GraphModule | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ..compat.graphs import EXAMPLE_VALUE, SET_GRAD_ENABLED
 from ..graph import Emitter, gradients_are_recorded, mutation, size_of, tensor_of
 from ..logits import (
     NOTHING_IGNORED,
@@ -118,9 +119,9 @@ def _move_behind(emit: Emitter, nodes: Iterable[Node]) -> None:
             emit.place.prepend(node)
             continue
         with emit.graph.inserting_before(emit.place):
-            emit.graph.call_function(torch._C._set_grad_enabled, (False,))
+            emit.graph.call_function(SET_GRAD_ENABLED, (False,))
             emit.place.prepend(node)
-            emit.graph.call_function(torch._C._set_grad_enabled, (True,))
+            emit.graph.call_function(SET_GRAD_ENABLED, (True,))
 
 
 def emit_root(graph: Graph, root: Node, results: Sequence[Node]) -> Node:
@@ -340,7 +341,7 @@ def emit_value(
     later = mutation.nodes_between(consumer.node, emit.graph.output_node())
     if any(mutation.writers(later, of=[consumer.node])):
         value = emit("clone", value)  # other consumers may share its memory
-    value.meta["example_value"] = before
+    value.meta[EXAMPLE_VALUE] = before
     return value
 
 

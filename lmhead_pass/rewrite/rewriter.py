@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from .. import config
+from ..compat.graphs import why_not_rewritten
 from ..graph import Refusal
 from ..logits import emit_metadata_use
 from ..plan import Match, Rewrite, join
@@ -55,6 +56,8 @@ def rewrite_graph(graph: Graph) -> None:
 
     A failure inside leaves the graph as it was; it is reported, or raised if ``config.strict``.
     """
+    if why_not_rewritten(graph) is not None:
+        return
     known = dict.fromkeys(graph.nodes)
     lifted: list[LiftedRegion] = []
     try:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...compat.kernels import check_on_device
 from ..chunking import gpu_rows
 from ..problem import Gradients, Problem, held_dtype
 from .measures import Measures
@@ -139,7 +140,7 @@ class _Rows:
         """``[N]``."""
         counted = self.target != problem.ignore_index
         in_range = (self.target >= 0) & (self.target < vocab)
-        torch._assert_async((in_range | ~counted).all(), "a target is out of bounds")
+        check_on_device((in_range | ~counted).all(), "a target is out of bounds")
 
         class_weight = problem.class_weight
         self._target_weight = counted.to(dtype)
