@@ -11,6 +11,9 @@ from .lookup import NO_LAZY_LOGITS, find, report_missing
 _CompileContext = find("torch._guards.CompileContext.try_get", NO_LAZY_LOGITS)
 _TracingContext = find("torch._guards.TracingContext.try_get", NO_LAZY_LOGITS)
 
+# Where what torch.compile returns has what it was given: a module, a function.
+_UNCOMPILED = ("_orig_mod", "_torchdynamo_orig_callable")
+
 Counters = dict[str, Counter[str]]
 
 
@@ -76,7 +79,7 @@ def keep_artifact(name: str, text: str) -> None:
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """What ``torch.compile`` was given, if it gave ``function``; otherwise ``function``."""
-    for name in ("_orig_mod", "_torchdynamo_orig_callable"):
+    for name in _UNCOMPILED:
         function = getattr(function, name, function)
     code = getattr(function, "__code__", None)
     without = "explain takes a compiled function or module as it is"

@@ -4,6 +4,8 @@ import warnings
 
 import torch
 
+from .lookup import find_any
+
 _OLDEST, _NEWEST = "2.11", "2.15"
 
 
@@ -19,7 +21,9 @@ TAKES_SEVERAL_PASSES = _release("2.12") <= _THIS
 # subclass instead. Torch 2.15 fails on that (2.14 was not tried).
 DDP_PARTS_RETURN_SUBCLASSES = _release("2.14") > _THIS
 # What ``x.T`` and ``x.mT`` are in a graph: a getattr or, in torch 2.15, one of these.
-TRANSPOSING_ATTRIBUTES = (torch.ops.aten.numpy_T, torch.ops.aten.mT)
+TRANSPOSING_ATTRIBUTES = find_any(
+    ("torch.ops.aten.numpy_T", "torch.ops.aten.mT"), "logits times the T of a weight are left alone"
+)
 
 
 def warn_of_unknown_version() -> None:

@@ -110,7 +110,7 @@ def writes(node: Node) -> bool:
 def _is_known(node: Node) -> bool:
     """Whether ``node`` calls torch or Python, not a higher-order op or other people's code."""
     if node.op != "call_function":
-        return node.op != "call_module"
+        return bool(node.op != "call_module")
     target = node.target
     if is_torch_op(target):
         return True
