@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import lmhead_pass
+from lmhead_pass import compat
 from lmhead_pass.compat import compiling, graphs, kernels, lookup, settings
 from lmhead_pass.compat.lookup import NO_LAZY_LOGITS, NO_REWRITE
 from lmhead_pass.graph_pass import the_pass
 from lmhead_pass.returned.lazy_logits import LazyLogits
 
+from .backend import rewrite
 from .process import output_of
 from .test_compat import captured
 
@@ -72,7 +74,6 @@ STILL_REWRITES = {
     "torch._inductor.custom_graph_pass.CustomGraphPass": "Inductor caches no graph",
     "torch._dynamo.utils.counters": "nothing is counted",
     "torch._logging.trace_structured": "tlparse shows no graphs",
-    "torch.fx.experimental.symbolic_shapes.statically_known_true": "count as different",
     "torch.ops.higher_order.tag_activation_checkpoint": "another checkpointed region",
 }
 RUN_WITHOUT = """
@@ -256,7 +257,16 @@ def test_without_size_hints(monkeypatch, caplog):
     assert "has no SymInt.node.hint: heads with a dynamic vocabulary are left alone" in line
 
 
-def test_without_the_mark_of_ddp(caplog):
+def test_without_known_conditions(take, caplog):
+    (module,) = captured(lambda x: x * 2, torch.ones(7, 3), dynamic=True)
+    *_, x = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+    take("torch.fx.experimental.symbolic_shapes.statically_known_true")
+    assert not graphs.is_known_true(x.size(0) == x.size(0) * 1)
+    assert graphs.is_known_true(x.size(0) is not None)
+    assert "dynamic sizes count as different" in caplog.text
+
+
+def test_without_the_mark_of_ddp(caplog, monkeypatch):
     def take_away(module):
         context = torch._guards.TracingContext.get()
         del context.fakify_first_call
@@ -264,6 +274,7 @@ def test_without_the_mark_of_ddp(caplog):
         stack.callback(setattr, context, "fakify_first_call", False)
         return stack
 
+    monkeypatch.setattr(compat, "DDP_PARTS_RETURN_SUBCLASSES", False)
     assert not run_with(take_away)
     assert f"has no torch._guards.TracingContext.fakify_first_call: {NO_LAZY_LOGITS}" in "".join(
         warnings_in(caplog)
@@ -336,10 +347,12 @@ def test_without_assertions_on_devices(take, caplog):
 
 
 def test_without_levels_of_forward_mode(monkeypatch, caplog):
+    hidden, weight, target = inputs()
+    compiled = rewrite(step)
+    compiled(hidden, weight.detach(), target)
     monkeypatch.delattr(forward_ad, "_current_level")
-    assert kernels.is_forward_mode()
-    with torch.no_grad():
-        run_with(lambda module: None)
+    loss, _ = compiled(hidden, weight.detach(), target)
+    torch.testing.assert_close(loss, step(hidden, weight, target)[0].detach())
     assert "calls of the op that need no gradient go through autograd" in caplog.text
 
 

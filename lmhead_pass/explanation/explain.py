@@ -18,7 +18,7 @@ from ..compat.lookup import NO_REWRITE
 from ..graph import Place, Refusal, describe, hint, place_of, tensor_of
 from ..logits import class_count, is_head, is_loss
 from ..plan import Rewrite, has_no_head, is_whole, unread_heads
-from ..rewrite import find_across_regions, summary
+from ..rewrite import GraphEdit, find_across_regions, summary
 from .graph_breaks import TOPICS, Break, break_after, take_untraced
 
 _TOGETHER = (
@@ -125,15 +125,15 @@ class _Captured:
             return
         for part in module.modules():
             if isinstance(part, GraphModule):
-                found, lifted = find_across_regions(part.graph)
+                edit = GraphEdit(part.graph)
+                found = find_across_regions(edit)
                 for item in found:
                     if isinstance(item, Rewrite):
                         explanation.rewritten += map(summary, item.matches)
                     else:
                         explanation.refused.append(summary(item))
                 self._look(part.graph, found)
-                for copied in reversed(lifted):
-                    copied.undo()
+                edit.roll_back()
 
     def _look(self, graph: Graph, found: Iterable[Rewrite | Refusal]) -> None:
         for item in found:

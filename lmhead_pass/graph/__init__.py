@@ -7,7 +7,7 @@ the user's line, and ``Emitter`` inserts nodes. What cannot be said raises ``Ref
 
 from ..compat.graphs import ENTER_AUTOCAST, ENTER_INFERENCE, EXIT_INFERENCE
 from . import mutation
-from .canonical_ops import PIECES, arguments, canonical_op, describe, is_in_place, is_pieces
+from .canonical_ops import arguments, canonical_op, describe, is_in_place, is_pieces
 from .emitter import Emitter, size_of
 from .refusal import Refusal, Refused
 from .stack_trace import Place, at, place_in, place_of
@@ -34,7 +34,6 @@ __all__ = [
     "ENTER_AUTOCAST",
     "ENTER_INFERENCE",
     "EXIT_INFERENCE",
-    "PIECES",
     "Emitter",
     "Place",
     "Refusal",

@@ -12,6 +12,9 @@ from torch.fx import Node
 from ..compat.graphs import MAKE_DUAL
 from ..compat.versions import TRANSPOSING_ATTRIBUTES
 
+# What cuts a tensor into several.
+_CUTS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
+
 _NAMES = {
     # Heads.
     "linear": ["linear", "inner"],
@@ -38,11 +41,7 @@ _NAMES = {
     "narrow": ["narrow"],
     "expand": ["expand", "expand_as", "broadcast_to"],
     "broadcast_tensors": ["broadcast_tensors"],
-    "chunk": ["chunk"],
-    "split": ["split"],
-    "split_with_sizes": ["split_with_sizes"],
-    "tensor_split": ["tensor_split"],
-    "unbind": ["unbind"],
+    **{name: [name] for name in _CUTS},
     # What becomes of each value.
     "mul": ["mul", "multiply", "__mul__", "__rmul__"],
     "div": ["div", "divide", "true_divide", "truediv", "__truediv__"],
@@ -80,13 +79,11 @@ _NAMES = {
     "amax": ["amax"],
     "max": ["max"],
     "topk": ["topk"],
+    # What changes which derivatives there are.
+    "detach_": ["detach_"],
     "nll_loss": ["nll_loss"],
     "cross_entropy": ["cross_entropy"],
-    # What a graph is not rewritten for.
-    "detach_in_place": ["detach_"],
 }
-PIECES = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
-"""The operations that cut a tensor into several. Each is the name of a method, too."""
 _NAMESPACES = (torch, F, torch.Tensor, torch.special, operator)
 _METHODS = {name: operation for operation, names in _NAMES.items() for name in names}
 # ``x.div_(2)`` and ``x /= 2``: the same, written to the first argument.
@@ -133,7 +130,7 @@ def canonical_op(node: Node) -> str | None:
 
 def is_pieces(node: Node) -> bool:
     """Whether ``node`` cuts a tensor into several."""
-    return canonical_op(node) in PIECES
+    return canonical_op(node) in _CUTS
 
 
 def is_in_place(node: Node) -> bool:

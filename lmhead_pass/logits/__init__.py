@@ -1,48 +1,75 @@
 """What becomes of a head's logits: the analysis.
 
-From a linear layer (``heads``) forward through the graph (``dataflow``): what each node holds of
-the logits (``types``), by what was done to their shape (``rows``), their values (``values``) and
-their softmax (``softmaxes``), down to whoever takes single numbers out of each row (``consumers``,
-``losses``). ``emit_inputs`` does to hidden states, weight and bias what was done to the logits.
+From a linear layer (``heads``) the logits are followed forward through the graph (``dataflow``).
+What a node holds of them (``types``) follows from what was done to their shape (``rows``,
+``row_steps``), to their values (``values``, by ``value_steps``) and to their softmax
+(``softmaxes``). Whoever takes single numbers out of each row is a consumer (``consumers``,
+``losses``).
 """
 
 from .dataflow import Flow, follow_logits
-from .emit_inputs import (
-    emit_bias,
-    emit_hidden,
-    emit_metadata_use,
-    emit_weight,
-    input_nodes,
-    on_numbers,
-    on_rows,
-)
-from .heads import is_head, read_head
+from .heads import is_head, large_heads, read_head
 from .losses import class_count, is_loss
+from .row_steps import Index, Permute, Piece, Reshape, RowStep, ScaleRows, row_order
 from .softmaxes import summed_dims
-from .types import NOTHING_IGNORED, Consumer, Head, Logits, Loss, MetadataUse, RowStep, row_order
-from .values import fill_behind
+from .types import (
+    NOTHING_IGNORED,
+    CastLike,
+    Consumer,
+    ConsumerKind,
+    ExpandLike,
+    Logits,
+    MetadataUse,
+    SizeOf,
+    Stage,
+    TargetUse,
+)
+from .value_steps import (
+    AddNumber,
+    AddTensor,
+    Bias,
+    Cast,
+    FillMasked,
+    FillTail,
+    KeepWords,
+    Scale,
+    Sigmoid,
+    Tanh,
+)
 
 __all__ = [
     "NOTHING_IGNORED",
+    "AddNumber",
+    "AddTensor",
+    "Bias",
+    "Cast",
+    "CastLike",
     "Consumer",
+    "ConsumerKind",
+    "ExpandLike",
+    "FillMasked",
+    "FillTail",
     "Flow",
-    "Head",
+    "Index",
+    "KeepWords",
     "Logits",
-    "Loss",
     "MetadataUse",
+    "Permute",
+    "Piece",
+    "Reshape",
     "RowStep",
+    "Scale",
+    "ScaleRows",
+    "Sigmoid",
+    "SizeOf",
+    "Stage",
+    "Tanh",
+    "TargetUse",
     "class_count",
-    "emit_bias",
-    "emit_hidden",
-    "emit_metadata_use",
-    "emit_weight",
-    "fill_behind",
     "follow_logits",
-    "input_nodes",
     "is_head",
     "is_loss",
-    "on_numbers",
-    "on_rows",
+    "large_heads",
     "read_head",
     "row_order",
     "summed_dims",

@@ -9,10 +9,13 @@ from torch.fx import Node
 from ..graph import Refused, arguments, canonical_op, describe, same, tensor_of, value_of
 from .losses import check_fits, is_loss, read_loss
 from .softmaxes import origin, summed_dims
-from .types import Consumer, Logits
+from .types import Consumer, ConsumerKind, Logits, Stage, TargetUse
 
 # What has no gradient in the op.
-_MEASURES = ("argmax", "max", "entropy", "expected_logit")
+_MEASURES = (
+    *(ConsumerKind.ARGMAX, ConsumerKind.MAX),
+    *(ConsumerKind.ENTROPY, ConsumerKind.EXPECTED_LOGIT),
+)
 
 
 def read(logits: Logits, node: Node) -> Consumer | None:
@@ -22,7 +25,7 @@ def read(logits: Logits, node: Node) -> Consumer | None:
         if loss.logits is not logits.node:
             raise Refused("the logits are no logits to the loss")
         check_fits(loss, logits)
-        return Consumer(node, logits, "loss", loss=loss)
+        return Consumer(node, logits, ConsumerKind.LOSS, loss.target_use, loss.reduction)
     if canonical_op(node) not in _CONSUMERS:
         return None
     consumer = _CONSUMERS[canonical_op(node)](logits, node)
@@ -59,16 +62,14 @@ def _word_along(logits: Logits, node: Node, call: dict[str, Any] | None) -> Cons
 def _word(logits: Logits, node: Node, target: Node, **options: Any) -> Consumer:
     if tensor_of(target).dtype != torch.int64:
         raise Refused(f"words are picked with {tensor_of(target).dtype}, not torch.int64")
-    kinds = {
-        "logits": "logit",
-        "log_probabilities": "log_probability",
-        "selected": "log_probability",
-        "selected_logits": "logit",
-    }
-    if logits.stage not in kinds:
-        raise Refused(f"{describe(node)} reads {logits.stage.replace('_', '-')}")
-    kind = kinds[logits.stage]
-    return Consumer(node, logits, kind, target=target, factor=logits.factor, **options)
+    match logits.stage:
+        case Stage.LOGITS | Stage.TARGET_LOGITS:
+            kind = ConsumerKind.LOGIT
+        case Stage.LOG_PROBABILITIES | Stage.TARGET_LOG_PROBABILITIES:
+            kind = ConsumerKind.LOG_PROBABILITY
+        case stage:
+            raise Refused(f"{describe(node)} reads {stage.value}")
+    return Consumer(node, logits, kind, TargetUse(target), factor=logits.factor, **options)
 
 
 def _getitem(logits: Logits, node: Node) -> Consumer | None:
@@ -123,10 +124,9 @@ def _only_adds_dims(index: Any) -> bool:
 
 
 def _sum(logits: Logits, node: Node) -> Consumer | None:
-    kinds = {"p_log_p": "entropy", "p_z": "expected_logit"}
     summed = summed_dims(node)
-    is_selected = logits.stage in ("selected", "selected_logits")
-    if summed is None or not (is_selected or logits.stage in kinds):
+    of_target = logits.stage in (Stage.TARGET_LOGITS, Stage.TARGET_LOG_PROBABILITIES)
+    if summed is None or not (of_target or logits.stage in (Stage.P_LOG_P, Stage.P_LOGIT)):
         return None
     dim, keeps_dim = summed
     if dim is not None and (
@@ -134,14 +134,15 @@ def _sum(logits: Logits, node: Node) -> Consumer | None:
     ):
         raise Refused(f"{describe(node)} sums over rows")
     options: dict[str, Any] = {"keeps_dim": keeps_dim, "is_summed": dim is None}
-    if is_selected:
+    if of_target:
         assert logits.index is not None
         return _word(logits, node, logits.index, **options)
-    factor = -logits.factor if logits.stage == "p_log_p" else logits.factor
-    return Consumer(node, logits, kinds[logits.stage], factor=factor, **options)
+    if logits.stage is Stage.P_LOG_P:
+        return Consumer(node, logits, ConsumerKind.ENTROPY, factor=-logits.factor, **options)
+    return Consumer(node, logits, ConsumerKind.EXPECTED_LOGIT, factor=logits.factor, **options)
 
 
-def _over_words(kind: str) -> Callable[[Logits, Node], Consumer | None]:
+def _over_words(kind: ConsumerKind) -> Callable[[Logits, Node], Consumer | None]:
     def read_over_words(logits: Logits, node: Node) -> Consumer:
         call = arguments(
             node, lambda input, dim=None, keepdim=False, *, axis=None, keepdims=False: locals()
@@ -153,13 +154,11 @@ def _over_words(kind: str) -> Callable[[Logits, Node], Consumer | None]:
             raise Refused(f"{describe(node)} is taken over more than the vocabulary")
         if dim % tensor_of(logits.node).dim() != logits.vocab_dim:
             raise Refused(f"{describe(node)} is not taken over the vocabulary")
-        if kind == "argmax":
-            if logits.stage not in ("logits", "log_probabilities", "probabilities") or (
-                logits.factor <= 0
-            ):
-                raise Refused(f"{describe(node)} is taken of {logits.stage.replace('_', '-')}")
-        elif logits.stage != "logits":
-            raise Refused(f"{describe(node)} is taken of {logits.stage.replace('_', '-')}")
+        # The largest of all of these is in the same place.
+        alike = (Stage.LOGITS, Stage.LOG_PROBABILITIES, Stage.PROBABILITIES)
+        is_argmax = kind is ConsumerKind.ARGMAX and logits.stage in alike and logits.factor > 0
+        if not is_argmax and logits.stage is not Stage.LOGITS:
+            raise Refused(f"{describe(node)} is taken of {logits.stage.value}")
         return Consumer(node, logits, kind, keeps_dim=call["keepdim"] or call["keepdims"])
 
     return read_over_words
@@ -170,9 +169,9 @@ _CONSUMERS: dict[str | None, Callable[[Logits, Node], Consumer | None]] = {
     "take_along_dim": _take_along_dim,
     "getitem": _getitem,
     "sum": _sum,
-    "logsumexp": _over_words("logsumexp"),
-    "argmax": _over_words("argmax"),
-    "amax": _over_words("max"),
+    "logsumexp": _over_words(ConsumerKind.LOGSUMEXP),
+    "argmax": _over_words(ConsumerKind.ARGMAX),
+    "amax": _over_words(ConsumerKind.MAX),
 }
 
 
@@ -184,7 +183,7 @@ def consumers_of_largest(logits: Logits, node: Node) -> list[Consumer] | None:
         raise Refused(f"{describe(node)} needs a gradient, and has one only if all logits are kept")
     if canonical_op(node) == "topk":
         return _topk(logits, node)
-    pair = [_over_words(kind)(logits, node) for kind in ("max", "argmax")]
+    pair = [_over_words(kind)(logits, node) for kind in (ConsumerKind.MAX, ConsumerKind.ARGMAX)]
     return [consumer for consumer in pair if consumer is not None]
 
 
@@ -195,8 +194,7 @@ def _topk(logits: Logits, node: Node) -> list[Consumer]:
         raise Refused(f"{describe(node)} is called with arguments that are not understood")
     if call["dim"] % dims != logits.vocab_dim or logits.vocab_dim != dims - 1:
         raise Refused(f"{describe(node)} is not taken over a vocabulary that comes last")
-    if logits.stage != "logits" or (
-        logits.vocab_slice and call["k"] > logits.vocab_slice[1] - logits.vocab_slice[0]
-    ):
+    kept, kinds = logits.values.vocab_slice, (ConsumerKind.TOPK_VALUES, ConsumerKind.TOPK_INDICES)
+    if logits.stage is not Stage.LOGITS or (kept and call["k"] > kept[1] - kept[0]):
         raise Refused(f"{describe(node)} is taken of other than logits, or of more than there are")
-    return [Consumer(node, logits, f"topk_{part}:{call['k']}") for part in ("values", "indices")]
+    return [Consumer(node, logits, kind, k=call["k"]) for kind in kinds]

@@ -32,8 +32,18 @@ from ..graph import (
 from .consumers import consumers_of_largest, read
 from .rows import follow_pieces, follow_rows, is_row_step
 from .softmaxes import follow_softmax, is_softmax_step, less_logsumexp, times, times_one_hot
-from .types import AliasRegion, Bias, Consumer, Head, Logits, MetadataUse, Values
-from .values import fill_words, follow_values, is_value_step, words_filled
+from .types import (
+    CastLike,
+    Consumer,
+    ExpandLike,
+    Head,
+    Logits,
+    MetadataUse,
+    SizeOf,
+    Stage,
+)
+from .value_steps import Cast
+from .values import fill_tail, filled_tail, follow_values, is_value_step
 
 
 @dataclass(frozen=True)
@@ -62,18 +72,16 @@ class Flow:
 
 def follow_logits(head: Head) -> Flow:
     """Follow what ``head`` computes through its graph."""
-    return _Walk(head).run()
+    return _LogitsTracker(head).run()
 
 
-class _Walk:
+class _LogitsTracker:
     def __init__(self, head: Head):
         inputs = [node for node in (head.hidden, head.weight, head.bias) if node is not None]
         self.logits = Logits(
             node=head.node,
             head=head,
             vocab_dim=head.vocab_dim,
-            alias_region=AliasRegion(),
-            values=Values(biases=() if head.bias is None else (Bias(head.bias),)),
             is_detached=not tensor_of(head.node).requires_grad
             and any(tensor_of(node).requires_grad for node in inputs),
         )
@@ -157,10 +165,11 @@ class _Walk:
             return times(*(self.holds[source] for source in inputs))
         if (chain := less_logsumexp(logits, node)) is not None:
             self.absorbed.update(chain)
-            return replace(logits, stage="log_probabilities")
+            return replace(logits, stage=Stage.LOG_PROBABILITIES)
         if (hot := times_one_hot(logits, node)) is not None:
             self.absorbed.update(hot[1])
-            stage = "selected" if logits.stage == "log_probabilities" else "selected_logits"
+            of_logits = logits.stage is Stage.LOGITS
+            stage = Stage.TARGET_LOGITS if of_logits else Stage.TARGET_LOG_PROBABILITIES
             return replace(logits, stage=stage, index=hot[0])
         if len(inputs) > 1:
             raise Refused(f"{describe(node)} puts logits together")
@@ -186,10 +195,9 @@ class _Walk:
         if before.is_detached and new.requires_grad:
             raise Refused(f"{describe(node)} brings a gradient into detached logits")
         is_detached = before.is_detached or (old.requires_grad and not new.requires_grad)
-        history = after.history
-        if old.dtype != new.dtype and history[-1:] != (("cast", new.dtype),):
-            history = (*history, ("cast", new.dtype))  # by promotion
-        return replace(after, node=node, is_detached=is_detached, history=history)
+        if old.dtype != new.dtype and after.history[-1:] != (Cast(new.dtype),):
+            after = after.then(Cast(new.dtype))  # by promotion
+        return replace(after, node=node, is_detached=is_detached)
 
     def _hold(self, node: Node, held: Any) -> None:
         self.holds[node] = held
@@ -211,9 +219,7 @@ class _Walk:
         self._hold(node, [logits if number == place else None for number in range(len(node.args))])
         for user in node.users:
             if user.args[1] != place:
-                self.flow.metadata_uses[user] = MetadataUse(
-                    logits, "expand", node.args[user.args[1]]
-                )
+                self.flow.metadata_uses[user] = ExpandLike(logits, node.args[user.args[1]])
 
     def _metadata_use(self, logits: Logits, node: Node) -> MetadataUse | None:
         """What ``node`` looks up of the logits besides their values; None if it reads them."""
@@ -221,11 +227,11 @@ class _Walk:
             node.op == "call_method" and node.target == "size"
         )
         if is_size and type(node.args[-1]) is int:
-            return MetadataUse(logits, "size", node.args[1])
+            return SizeOf(logits, node.args[1])
         if node.op == "call_method" and node.target in ("type_as", "to") and len(node.args) == 2:
             source, like = node.args
             if like is logits.node and source not in self.holds and not node.kwargs:
-                return MetadataUse(logits, "to", source)
+                return CastLike(logits, source)
         return None
 
     def _leave(self, inputs: list[Node]) -> None:
@@ -268,18 +274,16 @@ class _Walk:
 
         Refused if it is not even clear for ``written`` itself.
         """
-        if written.stage != "logits":
-            raise Refused(f"{describe(node)} writes to {written.stage.replace('_', '-')} in place")
+        if written.stage is not Stage.LOGITS:
+            raise Refused(f"{describe(node)} writes to {written.stage.value} in place")
         if canonical_op(node) == "setitem":
-            start, fill = words_filled(written, node)
-            return lambda held: (
-                fill_words(held, start, fill) if _words_agree(held, written) else None
-            )
+            step = filled_tail(written, node)
+            return lambda held: fill_tail(held, step) if _words_agree(held, written) else None
         follow_values(written, node)
         by_number = len(node.all_input_nodes) == 1
 
         def change(held: Logits) -> Logits | None:
-            if held.stage != "logits" or not (by_number or _look_alike(held, written)):
+            if held.stage is not Stage.LOGITS or not (by_number or _look_alike(held, written)):
                 return None
             return follow_values(held, node)
 
@@ -313,7 +317,7 @@ def _from(node: Node) -> Iterator[Node]:
 
 def _words_agree(a: Logits, b: Logits) -> bool:
     """Whether word 0 of both is the same."""
-    return (a.vocab_slice or (0, 0))[0] == (b.vocab_slice or (0, 0))[0]
+    return (a.values.vocab_slice or (0, 0))[0] == (b.values.vocab_slice or (0, 0))[0]
 
 
 def _look_alike(a: Logits, b: Logits) -> bool:
@@ -321,7 +325,7 @@ def _look_alike(a: Logits, b: Logits) -> bool:
     return (
         a.alias_region is b.alias_region
         and a.vocab_dim == b.vocab_dim
-        and a.vocab_slice == b.vocab_slice
+        and a.values.vocab_slice == b.values.vocab_slice
         and a.steps == b.steps
         and same_shape(a.node, b.node)
     )

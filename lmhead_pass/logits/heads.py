@@ -1,11 +1,25 @@
 """Reads a linear layer, however it is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from ..graph import Refused, arguments, canonical_op, tensor_of
+from .. import config
+from ..graph import Refused, arguments, canonical_op, hint, tensor_of
 from .types import Head
+
+
+def large_heads(graph: Graph) -> Iterator[Head]:
+    """The linear layers in ``graph`` with at least ``config.min_vocab_size`` words."""
+    for node in graph.nodes:
+        if is_head(node):
+            try:
+                head = read_head(node)
+                vocab_size = hint(head.vocab_size)
+            except Refused:
+                continue  # a loss that it feeds tells why
+            if vocab_size >= config.min_vocab_size:
+                yield head
 
 
 def is_head(node: Node) -> bool:

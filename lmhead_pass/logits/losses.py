@@ -1,6 +1,7 @@
 """Reads a cross entropy over class indices, however it is written."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,30 +9,41 @@ from torch.fx import Node
 
 from ..compat.graphs import reduction_of
 from ..graph import Refused, arguments, canonical_op, number_of, tensor_of
-from .types import Logits, Loss
+from .types import Logits, Stage, TargetUse
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A cross entropy of logits and class indices."""
+
+    logits: Node
+    target_use: TargetUse
+    reduction: str
+    wants_log_probabilities: bool
+    """Whether it is ``nll_loss``, which takes what ``log_softmax`` gives."""
 
 
 def _cross_entropy(
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
+    label_smoothing: Any = 0.0,
 ) -> dict[str, Any]:
     return locals()
 
 
 def _nll_loss(
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
 ) -> dict[str, Any]:
     return {**locals(), "label_smoothing": 0.0}
 
@@ -77,11 +89,13 @@ def read_loss(node: Node) -> Loss:
         _check_class_weight(call["weight"], logits, node)
     return Loss(
         logits=call["input"],
-        target=call["target"],
-        class_weight=call["weight"],
+        target_use=TargetUse(
+            target=call["target"],
+            class_weight=call["weight"],
+            ignore_index=int(ignore_index),
+            label_smoothing=float(label_smoothing),
+        ),
         reduction=reduction,
-        ignore_index=int(ignore_index),
-        label_smoothing=float(label_smoothing),
         wants_log_probabilities=name == "nll_loss",
     )
 
@@ -98,11 +112,11 @@ def check_fits(loss: Loss, logits: Logits) -> None:
     """Refused unless ``loss`` takes its softmax over the vocabulary of ``logits``."""
     if _class_dim(tensor_of(logits.node).dim()) != logits.vocab_dim:
         raise Refused("the loss takes its classes from another dimension than the vocabulary's")
-    if loss.wants_log_probabilities and logits.stage != "log_probabilities":
+    if loss.wants_log_probabilities and logits.stage is not Stage.LOG_PROBABILITIES:
         raise Refused("nll_loss is taken of logits that went through no log_softmax")
-    if logits.stage not in ("logits", "log_probabilities") or logits.factor != 1:
+    if logits.stage not in (Stage.LOGITS, Stage.LOG_PROBABILITIES) or logits.factor != 1:
         raise Refused("the loss is taken of what is made of the softmax, not of logits")
-    if loss.label_smoothing and logits.is_masked:
+    if loss.target_use.label_smoothing and logits.is_masked:
         raise Refused("label_smoothing counts words of the vocabulary that are masked")
 
 

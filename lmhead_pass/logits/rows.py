@@ -12,19 +12,11 @@ import torch
 from torch.fx import Node
 
 from ..compat.graphs import is_known_true
-from ..graph import (
-    PIECES,
-    Refused,
-    arguments,
-    canonical_op,
-    describe,
-    product,
-    same,
-    tensor_of,
-    value_of,
-)
-from .types import AliasRegion, Logits, RowStep
-from .values import cut_words
+from ..graph import Refused, arguments, canonical_op, describe, product, same, tensor_of, value_of
+from .row_steps import Index, Permute, Piece, Reshape, RowStep
+from .types import AliasRegion, Logits, Stage
+from .value_steps import Cast
+from .values import keep_words
 
 
 def is_row_step(node: Node) -> bool:
@@ -39,7 +31,7 @@ def follow_rows(logits: Logits, node: Node) -> Logits:
 def follow_pieces(logits: Logits, node: Node) -> list[Logits]:
     """What the parts hold that ``node`` cuts ``logits`` into."""
     value = value_of(node)
-    call = arguments(node, _PIECES[canonical_op(node)])
+    call = arguments(node, _unbind if canonical_op(node) == "unbind" else _pieces)
     if call is None or not isinstance(value, tuple | list) or not isinstance(call["dim"], int):
         raise Refused(f"{describe(node)} is called with arguments that are not understood")
     dims = tensor_of(logits.node).dim()
@@ -47,29 +39,29 @@ def follow_pieces(logits: Logits, node: Node) -> list[Logits]:
     if dim == logits.vocab_dim:
         raise Refused(f"{describe(node)} cuts the logits along the vocabulary")
     row = dim - (dim > logits.vocab_dim)
-    method = canonical_op(node)
+    method = str(canonical_op(node))
     drops = method == "unbind"
     sizes = () if drops else (call["sizes"],)
     vocab_dim = logits.vocab_dim - (drops and dim < logits.vocab_dim)
     return [
-        _add(logits, vocab_dim, RowStep("piece", (method, sizes, row, number)), takes_all=False)
+        _add(logits, vocab_dim, Piece(method, sizes, row, number), takes_all=False)
         for number in range(len(value))
     ]
 
 
-def _unbind(input, dim=0) -> dict[str, Any]:
+def _unbind(input: Any, dim: Any = 0) -> dict[str, Any]:
     return locals()
 
 
 def _pieces(
-    input,
-    sizes=None,
-    dim=0,
+    input: Any,
+    sizes: Any = None,
+    dim: Any = 0,
     *,
-    chunks=None,
-    split_size=None,
-    split_size_or_sections=None,
-    indices_or_sections=None,
+    chunks: Any = None,
+    split_size: Any = None,
+    split_size_or_sections: Any = None,
+    indices_or_sections: Any = None,
 ) -> dict[str, Any]:
     named = [
         given
@@ -81,19 +73,13 @@ def _pieces(
     return {"input": input, "sizes": named[0], "dim": dim}
 
 
-_PIECES: dict[str | None, Callable[..., dict[str, Any]]] = {
-    **dict.fromkeys(PIECES, _pieces),
-    "unbind": _unbind,
-}
-
-
 def _rows(shape: Any, vocab_dim: int) -> list[Any]:
     return [size for dim, size in enumerate(shape) if dim != vocab_dim]
 
 
 def _add(logits: Logits, vocab_dim: int, step: RowStep | None, takes_all: bool = True) -> Logits:
     """``step`` after those of ``logits``; ``takes_all`` says whether it leaves out no row."""
-    if step is None or (step.method == "getitem" and all(map(_is_full, step.args))):
+    if step is None or (isinstance(step, Index) and all(map(_is_full, step.index))):
         return replace(logits, vocab_dim=vocab_dim)
     alias_region = logits.alias_region if takes_all else AliasRegion(logits.alias_region)
     return replace(
@@ -111,7 +97,7 @@ def _cast(logits: Logits, node: Node) -> Logits:
         raise Refused(f"{describe(node)} changes the shape of the logits")
     if after.dtype == before.dtype:
         return logits
-    return replace(logits, history=(*logits.history, ("cast", after.dtype)))
+    return logits.then(Cast(after.dtype))
 
 
 def _reshape(logits: Logits, node: Node) -> Logits:
@@ -128,7 +114,7 @@ def _reshape(logits: Logits, node: Node) -> Logits:
     )
 
 
-def _as_index(before: list[Any], after: list[Any]) -> RowStep | None:
+def _as_index(before: list[Any], after: list[Any]) -> Index | None:
     """A reshape that only adds and drops dimensions of size 1, as an index; else None."""
     index: list[Any] = []
     left = list(after)
@@ -144,16 +130,16 @@ def _as_index(before: list[Any], after: list[Any]) -> RowStep | None:
         index.append(slice(None))
     if not all(same(size, 1) for size in left):
         return None
-    return RowStep("getitem", (*index, *[None] * len(left)))
+    return Index((*index, *[None] * len(left)))
 
 
-def _as_sizes(sizes: list[Any], node: Node) -> RowStep:
+def _as_sizes(sizes: list[Any], node: Node) -> Reshape:
     """A reshape to numbers, or to nodes where sizes are dynamic."""
     given = {str(value_of(arg)): arg for arg in _flat(node.args[1:]) if isinstance(arg, Node)}
     named = [size if isinstance(size, int) else given.get(str(size)) for size in sizes]
     if named.count(None) > 1:
         raise Refused(f"{describe(node)} has several dynamic sizes that are not in the graph")
-    return RowStep("reshape", tuple(-1 if size is None else size for size in named))
+    return Reshape(tuple(-1 if size is None else size for size in named))
 
 
 def _flat(args: Any) -> list[Any]:
@@ -166,14 +152,14 @@ def _permute(logits: Logits, node: Node) -> Logits:
     dims = tensor_of(logits.node).dim()
     # Sizes that tell the dimensions apart show where each one goes.
     probe = torch.empty(tuple(range(2, 2 + dims)), device="meta")
-    moved = _call(node, probe)
+    moved: torch.Tensor = _call(node, probe)
     order = [size - 2 for size in moved.shape]
     rows = [dim - (dim > logits.vocab_dim) for dim in order if dim != logits.vocab_dim]
-    step = None if rows == sorted(rows) else RowStep("permute", tuple(rows))
+    step = None if rows == sorted(rows) else Permute(tuple(rows))
     return _add(logits, order.index(logits.vocab_dim), step)
 
 
-def _call(node: Node, value: torch.Tensor) -> torch.Tensor:
+def _call(node: Node, value: torch.Tensor) -> Any:
     """Apply ``node`` to ``value`` in place of its first argument."""
     target: Callable[..., Any] = node.target
     if node.op == "call_method":
@@ -253,7 +239,7 @@ def _indexed(logits: Logits, index: tuple[Any, ...]) -> Logits:
         dim += _dims_taken(part)
     kept = all(part is None or _is_full(part) for part in rows)
     cut = _cut_along(logits, words, shape[logits.vocab_dim])
-    return _add(cut, vocab_dim, RowStep("getitem", tuple(rows)) if rows else None, takes_all=kept)
+    return _add(cut, vocab_dim, Index(tuple(rows)) if rows else None, takes_all=kept)
 
 
 def _cut_along(logits: Logits, words: Any, vocab: Any) -> Logits:
@@ -264,12 +250,11 @@ def _cut_along(logits: Logits, words: Any, vocab: Any) -> Logits:
         raise Refused("the logits are indexed along the vocabulary")
     if not all(part is None or isinstance(part, int) for part in (words.start, words.stop)):
         raise Refused("the logits are cut along the vocabulary to a dynamic size")
-    if logits.stage != "logits":
+    if logits.stage is not Stage.LOGITS:
         raise Refused("some words are cut out behind the softmax")
     start, stop, _ = words.indices(vocab)
-    cut = cut_words(logits, start, stop)
-    history = (*logits.history, ("words", start, stop))
-    return replace(cut, alias_region=AliasRegion(logits.alias_region), history=history)
+    kept = keep_words(logits, start, stop)
+    return replace(kept, alias_region=AliasRegion(logits.alias_region))
 
 
 def _takes_all(words: Any, vocab: Any) -> bool:

@@ -7,10 +7,12 @@ from typing import Any
 from torch.fx import Node
 
 from ..graph import Refused, arguments, canonical_op, same, same_shape, tensor_of
-from .types import Logits
+from .types import Logits, Stage
 
 # How a node that a tensor was reshaped or cast from is found again.
 _SHAPED = ("reshape", "cast", "expand")
+# What a softmax of is the same.
+_WITH_SOFTMAX = (Stage.LOGITS, Stage.LOG_PROBABILITIES)
 
 
 def is_softmax_step(node: Node) -> bool:
@@ -24,22 +26,22 @@ def follow_softmax(logits: Logits, node: Node) -> Logits:
 
 def _log_softmax(logits: Logits, node: Node) -> Logits:
     _check_dim(logits, node)
-    if logits.stage not in ("logits", "log_probabilities") or logits.factor != 1:
-        raise Refused(f"log_softmax is taken of {logits.stage.replace('_', '-')}")
-    return replace(logits, stage="log_probabilities")
+    if logits.stage not in _WITH_SOFTMAX or logits.factor != 1:
+        raise Refused(f"log_softmax is taken of {logits.stage.value}")
+    return replace(logits, stage=Stage.LOG_PROBABILITIES)
 
 
 def _softmax(logits: Logits, node: Node) -> Logits:
     _check_dim(logits, node)
-    if logits.stage != "logits":
-        raise Refused(f"softmax is taken of {logits.stage.replace('_', '-')}")
-    return replace(logits, stage="probabilities")
+    if logits.stage is not Stage.LOGITS:
+        raise Refused(f"softmax is taken of {logits.stage.value}")
+    return replace(logits, stage=Stage.PROBABILITIES)
 
 
 def _log(logits: Logits, node: Node) -> Logits:
-    if logits.stage != "probabilities" or logits.factor != 1:
-        raise Refused(f"log is taken of {logits.stage.replace('_', '-')}")
-    return replace(logits, stage="log_probabilities")
+    if logits.stage is not Stage.PROBABILITIES or logits.factor != 1:
+        raise Refused(f"log is taken of {logits.stage.value}")
+    return replace(logits, stage=Stage.LOG_PROBABILITIES)
 
 
 def _check_dim(logits: Logits, node: Node) -> None:
@@ -81,7 +83,7 @@ def times_one_hot(logits: Logits, node: Node) -> tuple[Node, list[Node]] | None:
     call = arguments(node, lambda input, other: locals())
     if canonical_op(node) != "mul" or call is None:
         return None
-    if logits.stage not in ("logits", "log_probabilities"):
+    if logits.stage not in _WITH_SOFTMAX:
         return None
     other = call["other"] if call["input"] is logits.node else call["input"]
     if not isinstance(other, Node):
@@ -124,16 +126,17 @@ def summed_dims(node: Node) -> tuple[Any, bool] | None:
 
 def times(first: Logits, second: Logits) -> Logits:
     """The product of probabilities and their logs, or of probabilities and logits."""
-    stages = {first.stage: first, second.stage: second}
-    if (
-        "probabilities" not in stages
-        or not first.same_values(second)
-        or (first.vocab_dim != second.vocab_dim)
-    ):
+    if not first.same_values(second) or first.vocab_dim != second.vocab_dim:
         raise Refused("logits are multiplied by logits")
-    probabilities = stages.pop("probabilities")
-    (stage, other), *_ = (*stages.items(), (None, first))
-    if stage not in ("logits", "log_probabilities"):
-        raise Refused("probabilities are multiplied by probabilities")
-    made = "p_z" if stage == "logits" else "p_log_p"
-    return replace(probabilities, stage=made, factor=probabilities.factor * other.factor)
+    if first.stage is not Stage.PROBABILITIES:
+        first, second = second, first
+    if first.stage is not Stage.PROBABILITIES:
+        raise Refused("logits are multiplied by logits")
+    match second.stage:
+        case Stage.LOGITS:
+            made = Stage.P_LOGIT
+        case Stage.LOG_PROBABILITIES:
+            made = Stage.P_LOG_P
+        case _:
+            raise Refused("probabilities are multiplied by probabilities")
+    return replace(first, stage=made, factor=first.factor * second.factor)

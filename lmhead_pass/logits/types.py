@@ -1,11 +1,17 @@
 """What is known of a head's logits: how they were made, what a node holds of them, who reads them."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+import enum
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch.fx import Node
 
-# The ignore_index of consumers that ignore nothing: the target of no row, but of one that has none.
+from ..graph import tensor_of
+from .row_steps import RowStep, ScaleRows, row_order
+from .value_steps import FillMasked, FillTail, Values, ValueStep, values_after
+
+# The ignore_index of consumers that ignore nothing: no row has this target, except those of calls
+# that have no target at all.
 NOTHING_IGNORED = -(1 << 63)
 
 
@@ -26,48 +32,36 @@ class Head:
     """Which dimension of the logits is the vocabulary; the others are ``rows``, in order."""
     hidden_dim: int = -1
 
-
-@dataclass(frozen=True)
-class RowStep:
-    """An operation on the rows of the logits, as it is to be done on the hidden states instead.
-
-    ``method`` is ``"reshape"`` (args: the row sizes), ``"permute"`` (args: the order of the row
-    dimensions), ``"getitem"`` (args: an index for each row dimension), ``"piece"`` (args: a method
-    that gives a tuple, its arguments, the dimension, and which piece is taken) or ``"mul"``,
-    ``"div"`` (args: a factor or divisor that is one number, or one for each row with a 1 for the
-    vocabulary). The hidden dimension comes after the rows, and is left as it is.
-    """
-
-    method: str
-    args: tuple[Any, ...]
+    @property
+    def vocab_size(self) -> int:
+        """A SymInt if it is dynamic."""
+        return tensor_of(self.node).size(self.vocab_dim)
 
 
-@dataclass(frozen=True)
-class Bias:
-    """A number for each word, added to the logits."""
+class Stage(enum.Enum):
+    """What a node holds: logits, or what was made of them before a single word is read."""
 
-    node: Node
-    """``[V]``, perhaps with dimensions of size 1 around it; a mask if there is a ``fill``."""
-    factor: float = 1.0
-    fill: float | None = None
-    """What is added where the mask ``node`` is True; 0 elsewhere."""
-    vocab_slice: tuple[int, int] | None = None
-    """The part of ``node`` that is added; None: all of it."""
+    LOGITS = "logits"
+    PROBABILITIES = "probabilities"
+    LOG_PROBABILITIES = "log-probabilities"
+    TARGET_LOGITS = "logits times a one-hot"
+    TARGET_LOG_PROBABILITIES = "log-probabilities times a one-hot"
+    P_LOG_P = "probabilities times their logs"
+    P_LOGIT = "probabilities times logits"
 
 
-@dataclass(frozen=True)
-class Values:
-    """What becomes of each of the head's logits ``x`` (without the head's own bias):
+class AliasRegion:
+    """Which elements of the head's logits a node holds: the same object for the same elements."""
 
-    z = scale x + biases + shift                    or, with a cap,
-    z = cap tanh(scale x + biases + inner) + shift
-    """
+    def __init__(self, parent: "AliasRegion | None" = None):
+        """``parent`` holds these elements, and more."""
+        self.parent = parent
 
-    scale: float = 1.0
-    biases: tuple[Bias, ...] = ()
-    inner: float = 0.0
-    cap: float | None = None
-    shift: float = 0.0
+    def is_within(self, other: "AliasRegion") -> bool:
+        region: AliasRegion | None = self
+        while region is not None and region is not other:
+            region = region.parent
+        return region is other
 
 
 @dataclass(frozen=True)
@@ -77,31 +71,39 @@ class Logits:
     node: Node
     head: Head
     vocab_dim: int
-    alias_region: "AliasRegion"
-    values: Values
+    alias_region: AliasRegion = field(default_factory=AliasRegion)
     steps: tuple[RowStep, ...] = ()
     """From the head's rows to this node's."""
-    vocab_slice: tuple[int, int] | None = None
-    """The part of the vocabulary that counts; None: all of it. Behind it may be words so unlikely
-    that they count for nothing."""
-    stage: str = "logits"
-    """``logits``; what a softmax makes of them: ``probabilities``, ``log_probabilities``; and the
-    products ``selected`` and ``selected_logits`` (of log-probabilities or logits and a one-hot
-    ``index``), ``p_log_p``, ``p_z``."""
+    history: tuple[ValueStep, ...] = ()
+    """What was done to the values, from the head's on."""
+    stage: Stage = Stage.LOGITS
     factor: float = 1.0
-    """By which what ``stage`` names is multiplied, beyond ``logits``."""
+    """What is held is ``stage`` times this. It is 1 for ``Stage.LOGITS``."""
     index: Node | None = None
+    """Of the one-hot, for the stages that have one."""
     is_detached: bool = False
     """Whether the gradient that would have come back ends on the way to this node."""
-    history: tuple[tuple[Any, ...], ...] = ()
-    """What was done to the values, in order, from the head's on: an operation and its operand."""
+
+    @cached_property
+    def values(self) -> Values:
+        """What ``history`` comes down to."""
+        return values_after(self.history, self.head.bias, self.head.vocab_size)
+
+    def then(self, *steps: ValueStep) -> "Logits":
+        """These logits after ``steps``."""
+        return replace(self, history=(*self.history, *steps))
+
+    @property
+    def inputs(self) -> set[Node]:
+        """What they are computed from: the op reads it later than the head did."""
+        biases = [bias.node for bias in self.values.biases]
+        operands = [node for step in self.steps for node in step.nodes]
+        return {self.head.hidden, self.head.weight, *biases, *operands}
 
     @property
     def is_masked(self) -> bool:
         """Whether some words are so unlikely that they count for nothing."""
-        return any(bias.fill is not None for bias in self.values.biases) or any(
-            step[0] == "fill" for step in self.history
-        )
+        return any(isinstance(step, FillMasked | FillTail) for step in self.history)
 
     def same_values(self, other: "Logits") -> bool:
         """Whether both hold the same function of the same logits, row by row."""
@@ -113,47 +115,50 @@ class Logits:
         return (
             self._made_alike(other)
             and other.steps[: len(steps)] == steps
-            and not any(step.method in ("mul", "div") for step in other.steps[len(steps) :])
+            and not any(isinstance(step, ScaleRows) for step in other.steps[len(steps) :])
         )
 
     def _made_alike(self, other: "Logits") -> bool:
-        return (self.head.node, self.values, self.vocab_slice) == (
-            *(other.head.node, other.values, other.vocab_slice),
-        )
-
-
-class AliasRegion:
-    """Which elements of the head's logits a node holds: all nodes of one alias_region hold the same."""
-
-    def __init__(self, parent: "AliasRegion | None" = None):
-        self.parent = parent
-
-    def is_within(self, other: "AliasRegion") -> bool:
-        alias_region: AliasRegion | None = self
-        while alias_region is not None and alias_region is not other:
-            alias_region = alias_region.parent
-        return alias_region is other
-
-
-def row_order(steps: tuple[RowStep, ...]) -> tuple[RowStep, ...]:
-    """``steps`` without those that change the shape of the rows alone, not which come when."""
-    while steps and steps[-1].method == "reshape":
-        steps = steps[:-1]
-    return steps
+        return self.head.node is other.head.node and self.values == other.values
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A cross entropy of logits and class indices."""
+class TargetUse:
+    """What a consumer wants to know of a target, and how it counts."""
 
-    logits: Node
     target: Node
-    class_weight: Node | None
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    wants_log_probabilities: bool
-    """Whether it is ``nll_loss``, which takes what ``log_softmax`` gives."""
+    """int64, one for each row."""
+    class_weight: Node | None = None
+    """``[V]``"""
+    ignore_index: int = NOTHING_IGNORED
+    label_smoothing: float = 0.0
+
+    @property
+    def nodes(self) -> set[Node]:
+        return {self.target} if self.class_weight is None else {self.target, self.class_weight}
+
+
+class ConsumerKind(enum.Enum):
+    """What is read: one number of each row, if nothing else is said."""
+
+    LOSS = "loss"
+    """A cross entropy, which may be reduced."""
+    LOG_PROBABILITY = "log_probability"
+    """Of the word that is the target."""
+    LOGIT = "logit"
+    """The same."""
+    LOGSUMEXP = "logsumexp"
+    ARGMAX = "argmax"
+    MAX = "max"
+    ENTROPY = "entropy"
+    EXPECTED_LOGIT = "expected_logit"
+    """The sum of probabilities times logits."""
+    TOPK_VALUES = "topk_values"
+    """``k`` numbers of each row."""
+    TOPK_INDICES = "topk_indices"
+    """The same."""
+    RETURNED = "returned"
+    """All of the logits, which leave the graph."""
 
 
 @dataclass(frozen=True)
@@ -162,14 +167,15 @@ class Consumer:
 
     node: Node
     logits: Logits
-    kind: str
-    """``loss``: a Loss. ``log_probability``, ``logit``: those of the words ``target``.
-    ``logsumexp``, ``argmax``, ``max``, ``entropy``, ``expected_logit``: one number for each row.
-    ``topk_values:k``, ``topk_indices:k``: k of them.
-    ``returned``: the logits leave the graph."""
-    loss: Loss | None = None
-    target: Node | None = None
+    kind: ConsumerKind
+    target_use: TargetUse | None = None
+    """None if it looks at no target."""
+    reduction: str = "none"
+    """Of a loss: "mean", "sum" or "none"."""
     factor: float = 1.0
+    """What is read is multiplied by this."""
+    k: int = 0
+    """Of a top-k."""
     keeps_dim: bool = False
     """Whether the vocabulary's dimension is kept, with a size of 1."""
     is_summed: bool = False
@@ -177,15 +183,28 @@ class Consumer:
 
 
 @dataclass(frozen=True)
-class MetadataUse:
-    """What a node takes from logits that can be known without their values."""
+class SizeOf:
+    """A node that asks for the size of one dimension."""
 
     logits: Logits
-    kind: str
-    """``size``: that of the dimension ``operand``. ``to``: the dtype, for the tensor ``operand``.
-    ``expand``: the shape, for the tensor ``operand``."""
-    operand: Any
+    dim: int
 
 
-def with_values(logits: Logits, **changes: Any) -> Logits:
-    return replace(logits, values=replace(logits.values, **changes))
+@dataclass(frozen=True)
+class CastLike:
+    """A node that casts another tensor to the logits' dtype."""
+
+    logits: Logits
+    tensor: Node
+
+
+@dataclass(frozen=True)
+class ExpandLike:
+    """A node that expands another tensor to the logits' shape."""
+
+    logits: Logits
+    tensor: Node
+
+
+# What a node takes from logits that can be known without their values.
+MetadataUse = SizeOf | CastLike | ExpandLike

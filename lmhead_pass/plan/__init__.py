@@ -6,8 +6,8 @@ sum; ``returned_plan`` whether logits that leave the graph can be computed later
 here.
 """
 
-from .call_fusion import FusedCall, join
-from .matcher import find, has_no_head, heads, unread_heads
+from .call_fusion import FusedCall, plan_fused_calls
+from .matcher import find, has_no_head, unread_heads
 from .returned_plan import is_whole, recipe_of, sources_of
 from .types import Match, Rewrite
 
@@ -17,9 +17,8 @@ __all__ = [
     "Rewrite",
     "find",
     "has_no_head",
-    "heads",
     "is_whole",
-    "join",
+    "plan_fused_calls",
     "recipe_of",
     "sources_of",
     "unread_heads",

@@ -18,9 +18,9 @@ from ..compat.graphs import tree_leaves
 from ..graph import (
     AUTOCAST_SWITCHES,
     ENTER_AUTOCAST,
-    PIECES,
     canonical_op,
     gradients_are_recorded,
+    is_pieces,
     memory_of,
     mutation,
     same_shape,
@@ -28,7 +28,7 @@ from ..graph import (
     value_of,
     wraps_none,
 )
-from ..logits import NOTHING_IGNORED, Consumer, input_nodes, row_order
+from ..logits import NOTHING_IGNORED, Consumer, ConsumerKind, row_order
 from ..sums import LinearReduction, can_be_made_behind, sums
 from .types import Match, Rewrite
 
@@ -54,7 +54,7 @@ class FusedCall:
         return self.linear_reduction.sum
 
 
-def join(rewrites: list[Rewrite]) -> Iterator[FusedCall]:
+def plan_fused_calls(rewrites: list[Rewrite]) -> Iterator[FusedCall]:
     """Which of the matches of ``rewrites`` a call computes with the gradient of a sum.
 
     Each is found in the graph as the call for the one before has left it.
@@ -63,7 +63,7 @@ def join(rewrites: list[Rewrite]) -> Iterator[FusedCall]:
     alike: list[list[Match]] = []
     for rewrite in rewrites:
         for match in rewrite.matches:
-            if not _wanting(match):
+            if not match.wanting:
                 continue
             group = next((group for group in alike if _key(group[0]) == _key(match)), None)
             if group is None:
@@ -72,12 +72,12 @@ def join(rewrites: list[Rewrite]) -> Iterator[FusedCall]:
     for group in alike:
         known = [match for match in group if next(_sums([match]), None) is not None]
         groups = (group, known) if len(known) > 1 else (group,)
-        together = (_join(matches, places) for matches in groups if len(matches) > 1)
+        together = (_fused_call(matches, places) for matches in groups if len(matches) > 1)
         if (fused := next(filter(None, together), None)) is not None:
             yield fused
             known = [match for match in known if match not in fused.matches]
         for match in known:
-            alone = _join([match], places)
+            alone = _fused_call([match], places)
             # Others have their gradients in the forward as they are.
             if alone is not None and (
                 match.reduction == "none" or alone.linear_reduction.is_scaled
@@ -88,59 +88,59 @@ def join(rewrites: list[Rewrite]) -> Iterator[FusedCall]:
 def _sums(group: list[Match]) -> Iterator[LinearReduction]:
     """The sums that all gradients of ``group`` come from."""
     consumers = [consumer for match in group for consumer in match.consumers]
-    if any(consumer.kind == "returned" or consumer.is_summed for consumer in consumers):
+    if any(c.kind is ConsumerKind.RETURNED or c.is_summed for c in consumers):
         return
-    wanting = [(match, consumer) for match in group for consumer in _wanting(match)]
+    wanting = [(match, consumer) for match in group for consumer in match.wanting]
     if all(_is_of_all_rows(match, consumer) for match, consumer in wanting):
         # The op has no other squares.
-        squarable = [consumer.node for _, consumer in wanting if consumer.kind == "logsumexp"]
+        squarable = [
+            consumer.node for _, consumer in wanting if consumer.kind is ConsumerKind.LOGSUMEXP
+        ]
         yield from sums([consumer.node for _, consumer in wanting], squarable)
 
 
-def _wanting(match: Match) -> list[Consumer]:
-    """Those of its consumers that have a gradient."""
-    return [consumer for consumer in match.consumers if tensor_of(consumer.node).requires_grad]
-
-
 def _is_of_all_rows(match: Match, consumer: Consumer) -> bool:
-    """Whether what the consumer has is one number, or one for each row of the call in their order."""
-    if consumer.loss is not None and consumer.loss.reduction != "none":
+    """Whether the consumer has a single number, or one for each row of the call in their order."""
+    if consumer.reduction != "none":
         return True
     return row_order(consumer.logits.steps) == row_order(match.logits.steps)
 
 
 def _key(match: Match) -> tuple[Any, ...]:
     """What has to be the same for matches to share a call."""
-    logits, loss = match.logits, match.consumers[0].loss
-    asked = (None, NOTHING_IGNORED, 0.0)
-    if loss is not None:
-        asked = (loss.class_weight, loss.ignore_index, loss.label_smoothing)
+    logits, use = match.logits, match.target_use
+    # Without a target, the call has one that is ignored in each row.
+    counted = (
+        (None, NOTHING_IGNORED, 0.0)
+        if use is None
+        else (use.class_weight, use.ignore_index, use.label_smoothing)
+    )
     return (
-        *(logits.head.weight, logits.head.weight_is_transposed, logits.values, logits.vocab_slice),
-        *(match.compute_dtype, asked),
+        *(logits.head.weight, logits.head.weight_is_transposed, logits.values),
+        *(match.compute_dtype, counted),
     )
 
 
-def _join(group: list[Match], places: set[Node]) -> FusedCall | None:
+def _fused_call(group: list[Match], places: set[Node]) -> FusedCall | None:
     """All of ``group`` in one call, with the last sum of them all: it has the most factors.
 
     A gradient that is multiplied with a factor afterwards is rounded twice.
     """
     others = places - {match.place for match in group}
     joins = (
-        _join_at(linear_reduction, group, others)
+        _fused_call_in(linear_reduction, group, others)
         for linear_reduction in reversed(list(_sums(group)))
     )
     return next((fused for fused in joins if fused is not None), None)
 
 
-def _join_at(
+def _fused_call_in(
     linear_reduction: LinearReduction, group: list[Match], others: set[Node]
 ) -> FusedCall | None:
     """``group`` fused in a sum, if possible; ``others`` are where other calls will be."""
     root = linear_reduction.sum
     consumers = {consumer.node for match in group for consumer in match.consumers}
-    wanting = {consumer.node for match in group for consumer in _wanting(match)}
+    wanting = {consumer.node for match in group for consumer in match.wanting}
     asked = {node for match in group for node in _inputs(match)}
     inputs = asked | linear_reduction.reads
     # What makes weights in place is done with them before they are used.
@@ -207,10 +207,6 @@ def _enters_autocast(group: list[Match], last: Node) -> bool:
     return any(node.target is ENTER_AUTOCAST for node in mutation.nodes_between(first, last))
 
 
-# What is understood, and is no tensor itself.
-_NO_TENSORS = ("setitem", *PIECES)
-
-
 def _users_until(
     last: Node, consumers: set[Node]
 ) -> tuple[tuple[Node, ...], dict[Node, Node]] | None:
@@ -229,9 +225,8 @@ def _users_until(
                     looking[user] = node
                     continue
                 is_tensor = isinstance(value_of(user), torch.Tensor)
-                if canonical_op(user) is None or not (
-                    is_tensor or canonical_op(user) in _NO_TENSORS
-                ):
+                is_known = is_tensor or is_pieces(user) or canonical_op(user) == "setitem"
+                if canonical_op(user) is None or not is_known:
                     return None
                 users.add(user)
                 pending.append(user)
@@ -279,9 +274,8 @@ def _has_gradient(node: Node) -> bool:
 
 def _inputs(match: Match) -> set[Node]:
     """What a call for ``match`` is made of, but for weights."""
-    inputs = input_nodes(match.logits)
+    inputs = match.logits.inputs
     for consumer in match.consumers:
-        loss = consumer.loss
-        asked = (consumer.target,) if loss is None else (loss.target, loss.class_weight)
-        inputs.update(node for node in asked if node is not None)
+        if consumer.target_use is not None:
+            inputs |= consumer.target_use.nodes
     return inputs

@@ -1,43 +1,44 @@
 """Plans the calls of the op that serve a head's consumers: who shares one, and where it stands."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from ..graph import Refused, at, describe, hint, mutation, product, tensor_of, value_of
-from ..logits import NOTHING_IGNORED, Consumer, input_nodes
+from ..logits import Consumer, ConsumerKind, ScaleRows, TargetUse
 from ..op import plan_rows
 from ..sums import LinearReduction, can_be_made_behind, weighted_sum
 from .types import Match
+
+LOSS, RETURNED = ConsumerKind.LOSS, ConsumerKind.RETURNED
 
 
 @dataclass
 class _Call:
     """A call in the making."""
 
-    asked: tuple[Any, ...] | None
-    """What its loss is: target and options; None if no consumer looks at a target."""
+    target_use: TargetUse | None
+    """None if no consumer looks at a target."""
     consumers: list[Consumer] = field(default_factory=list)
 
     def takes(self, consumer: Consumer, order: dict[Node, int]) -> bool:
         """Whether the call can serve ``consumer`` too."""
-        first, asked = self.consumers[0].logits, _asked(consumer)
-        if asked is None:
+        first = self.consumers[0].logits
+        if consumer.target_use is None:
             return first.holds_all_of(consumer.logits) and self._has_place_with(consumer, order)
         # Of several losses with one target, each has a reduction, and so a call, of its own.
-        if consumer.kind == "loss" and any(other.kind == "loss" for other in self.consumers):
+        if consumer.kind is LOSS and any(other.kind is LOSS for other in self.consumers):
             return False
         return (
-            self.asked == asked
+            self.target_use == consumer.target_use
             and first.same_values(consumer.logits)
             and self._has_place_with(consumer, order)
         )
 
     def _has_place_with(self, consumer: Consumer, order: dict[Node, int]) -> bool:
         place = _place([*self.consumers, consumer], order)
-        return place is not None and _late_inputs(self.asked, place, order) is not None
+        return place is not None and _late_inputs(self.target_use, place, order) is not None
 
 
 def plan_calls(consumers: list[Consumer], returns_logits: bool) -> tuple[Match, ...]:
@@ -46,20 +47,20 @@ def plan_calls(consumers: list[Consumer], returns_logits: bool) -> tuple[Match, 
     order = {node: number for number, node in enumerate(graph.nodes)}
     calls: list[_Call] = []
     # Who asks for a target comes first: others can join at any place.
-    for consumer in sorted(
-        consumers, key=lambda consumer: (_asked(consumer) is None, order[consumer.node])
-    ):
+    for consumer in sorted(consumers, key=lambda c: (c.target_use is None, order[c.node])):
         call = next((call for call in calls if call.takes(consumer, order)), None)
         if call is None:
-            calls.append(call := _Call(asked=_asked(consumer)))
+            calls.append(call := _Call(consumer.target_use))
         call.consumers.append(consumer)
     return tuple(_match(call, order, returns_logits) for call in calls)
 
 
 def _place(consumers: list[Consumer], order: dict[Node, int]) -> Node | None:
     """Before which node a call can serve all of ``consumers``; None if there is no such place."""
-    consumers = [consumer for consumer in consumers if consumer.kind != "returned"] or consumers[:1]
-    if consumers[0].kind == "returned":
+    consumers = [consumer for consumer in consumers if consumer.kind is not RETURNED] or consumers[
+        :1
+    ]
+    if consumers[0].kind is RETURNED:
         return consumers[0].node.graph.output_node()
     users = [user for consumer in consumers for user in consumer.node.users]
     if not {consumer.node for consumer in consumers}.isdisjoint(users):
@@ -72,14 +73,14 @@ def _place(consumers: list[Consumer], order: dict[Node, int]) -> Node | None:
 
 
 def _late_inputs(
-    asked: tuple[Any, ...] | None, place: Node, order: dict[Node, int]
+    target_use: TargetUse | None, place: Node, order: dict[Node, int]
 ) -> tuple[Node, ...] | None:
     """What has to be moved before ``place`` for target and class weights to be there.
 
     None if something cannot be: it is made of other than targets, or reads what is written before.
     """
     late: set[Node] = set()
-    pending = [part for part in asked or () if isinstance(part, Node)]
+    pending = [] if target_use is None else list(target_use.nodes)
     while pending:
         node = pending.pop()
         if order[node] < order[place] or node in late:
@@ -104,36 +105,28 @@ def _is_of_integers(node: Node) -> bool:
     )
 
 
-def _asked(consumer: Consumer) -> tuple[Any, ...] | None:
-    """The target that ``consumer`` wants to see, and how; None if it looks at no target."""
-    if consumer.loss is not None:
-        loss = consumer.loss
-        return loss.target, loss.class_weight, loss.ignore_index, loss.label_smoothing
-    return None if consumer.target is None else (consumer.target, None, NOTHING_IGNORED, 0.0)
-
-
 def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
     # A loss comes first: it gives the call its name and its options.
-    consumers = sorted(call.consumers, key=lambda consumer: consumer.kind != "loss")
+    consumers = sorted(call.consumers, key=lambda consumer: consumer.kind is not LOSS)
     only = consumers[0] if len(consumers) == 1 else None
     linear_reduction = None if only is None else _linear_reduction(only)
     place = _place(consumers, order)
     assert place is not None, "a call with no place was never begun"
-    moved = _late_inputs(call.asked, place, order) or ()
+    moved = _late_inputs(call.target_use, place, order) or ()
     if linear_reduction is not None:
         place, moved = linear_reduction.sum, ()
     reduction = _reduction(consumers, linear_reduction)
     differentiable = any(tensor_of(consumer.node).requires_grad for consumer in consumers)
     # What is needed in the backward is read again: where gradients are computed there, and where
     # hidden states are multiplied by a tensor.
-    is_scaled = any(step.method in ("mul", "div") for step in consumers[0].logits.steps)
+    is_scaled = any(isinstance(step, ScaleRows) for step in consumers[0].logits.steps)
     is_read_again = differentiable and (reduction == "none" or is_scaled)
     last = place.graph.output_node() if is_read_again else place
     _check_writers(call, place, last, order)
 
     head, logits = consumers[0].logits.head, consumers[0].logits
     computed, weight = tensor_of(head.node), tensor_of(head.weight)
-    start, stop = logits.vocab_slice or (0, computed.size(head.vocab_dim))
+    start, stop = logits.values.vocab_slice or (0, head.vocab_size)
     shape = tensor_of(logits.node).shape
     tokens = product(size for dim, size in enumerate(shape) if dim != logits.vocab_dim)
     return Match(
@@ -160,8 +153,9 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
 
 
 def _linear_reduction(consumer: Consumer) -> LinearReduction | None:
-    reduces = consumer.loss is not None and consumer.loss.reduction != "none"
-    if consumer.kind not in ("loss", "log_probability") or reduces or consumer.is_summed:
+    if consumer.kind not in (LOSS, ConsumerKind.LOG_PROBABILITY):
+        return None
+    if consumer.reduction != "none" or consumer.is_summed:
         return None
     found = weighted_sum(consumer.node) if tensor_of(consumer.node).requires_grad else None
     is_clear = found is not None and can_be_made_behind(found.sum.prev, found)
@@ -174,11 +168,11 @@ def _check_writers(call: _Call, place: Node, last: Node, order: dict[Node, int])
     The call is at ``place``; it and its backward read until ``last``.
     """
     logits = call.consumers[0].logits
-    asked = {part for part in call.asked or () if isinstance(part, Node)}
+    asked = set() if call.target_use is None else call.target_use.nodes
     first = min((place, *(consumer.node for consumer in call.consumers)), key=order.__getitem__)
     latest = max((last, *(consumer.node for consumer in call.consumers)), key=order.__getitem__)
     for what, of, since, until in (
-        ("the head's input, weight or bias", input_nodes(logits), logits.head.node, last),
+        ("the head's input, weight or bias", logits.inputs, logits.head.node, last),
         ("the target or class weights of the loss", asked, first, latest),
     ):
         for writer in mutation.writers(mutation.nodes_between(since, until), of=of):
@@ -190,13 +184,13 @@ def _check_writers(call: _Call, place: Node, last: Node, order: dict[Node, int])
 
 def _reduction(consumers: list[Consumer], linear_reduction: LinearReduction | None) -> str:
     only = consumers[0] if len(consumers) == 1 else None
-    if linear_reduction or (only and only.kind == "log_probability" and only.is_summed):
+    if linear_reduction or (only and only.kind is ConsumerKind.LOG_PROBABILITY and only.is_summed):
         return "sum"
     # The gradient of a measure, and a second reading of the losses, take each row's own.
     by_row = any(
-        consumer.kind in ("log_probability", "logit")
-        or (consumer.kind == "logsumexp" and tensor_of(consumer.node).requires_grad)
+        consumer.kind in (ConsumerKind.LOG_PROBABILITY, ConsumerKind.LOGIT)
+        or (consumer.kind is ConsumerKind.LOGSUMEXP and tensor_of(consumer.node).requires_grad)
         for consumer in consumers
     )
-    loss = consumers[0].loss
-    return "none" if loss is None or by_row else loss.reduction
+    # Of a call with a loss, that is the first consumer.
+    return "none" if by_row else consumers[0].reduction

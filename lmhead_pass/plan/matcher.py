@@ -1,8 +1,7 @@
 """Finds every loss over logits in a pre-grad graph: what to rewrite, or a refusal with its reason.
 
-From each linear layer forward, to everybody who reads what it computes (``flow.py``). If the op can
-serve them all, the logits are not needed; if there is a user among them, they are, and all is
-left as it was.
+It follows the logits of each large linear layer forward, to everybody who reads them. If the op can
+compute what all of these read, the logits are not needed. Otherwise all is left as it was.
 """
 
 from collections import Counter
@@ -13,14 +12,24 @@ from torch.fx import Graph, Node
 
 from .. import config
 from ..graph import Refusal, Refused, at, canonical_op, describe, hint, is_inference, tensor_of
-from ..logits import Consumer, Flow, Head, class_count, follow_logits, is_head, is_loss, read_head
+from ..logits import (
+    Consumer,
+    ConsumerKind,
+    Flow,
+    class_count,
+    follow_logits,
+    is_head,
+    is_loss,
+    large_heads,
+    read_head,
+)
 from .call_planning import plan_calls
 from .returned_plan import check_returned, is_whole
 from .types import Rewrite
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Consumers that make a loss. Others alone are no reason to rewrite a head.
-_OF_A_LOSS = ("loss", "log_probability", "logsumexp")
+_OF_A_LOSS = (ConsumerKind.LOSS, ConsumerKind.LOG_PROBABILITY, ConsumerKind.LOGSUMEXP)
 _INPUT = (
     "the logits are an input of this graph: their head was compiled in another one, or not at all. "
     "Compile head and loss together, without a graph break between them (lmhead_pass.explain names "
@@ -30,7 +39,7 @@ _INPUT = (
 
 def find(graph: Graph) -> list[Rewrite | Refusal]:
     """Everything in ``graph`` that computes a loss over logits, in the order of the heads."""
-    flows = [follow_logits(head) for head in heads(graph)]
+    flows = [follow_logits(head) for head in large_heads(graph)]
     claims = Counter(node for flow in flows for node in _claimed(flow))
     found: list[Rewrite | Refusal] = []
     for flow in flows:
@@ -45,7 +54,9 @@ def find(graph: Graph) -> list[Rewrite | Refusal]:
         except Refused as refused:
             if flow.returned and not is_whole(graph):
                 continue  # who calls this part of a graph tells what becomes of its logits
-            named = [consumer for consumer in losses if consumer.kind == "loss"] or losses[:1]
+            named = [
+                consumer for consumer in losses if consumer.kind is ConsumerKind.LOSS
+            ] or losses[:1]
             found += (Refusal(consumer.node, str(refused)) for consumer in named)
     served = {consumer.node for flow in flows for consumer in flow.consumers}
     unsupported = {node: why for flow in flows for node, why in flow.unsupported.items()}
@@ -64,7 +75,7 @@ def has_no_head(refusal: Refusal) -> bool:
 
 def unread_heads(graph: Graph) -> Iterator[Flow]:
     """What becomes of the large linear layers in ``graph`` that no loss reads."""
-    for head in heads(graph):
+    for head in large_heads(graph):
         flow = follow_logits(head)
         if not any(consumer.kind in _OF_A_LOSS for consumer in flow.consumers):
             yield flow
@@ -72,19 +83,6 @@ def unread_heads(graph: Graph) -> Iterator[Flow]:
 
 def _claimed(flow: Flow) -> set[Node]:
     return flow.nodes | {consumer.node for consumer in flow.consumers}
-
-
-def heads(graph: Graph) -> Iterator[Head]:
-    """The linear layers in ``graph`` that are large enough."""
-    for node in graph.nodes:
-        if is_head(node):
-            try:
-                head = read_head(node)
-                vocab = hint(tensor_of(node).size(head.vocab_dim))
-            except Refused:
-                continue  # a loss that it feeds tells why
-            if vocab >= config.min_vocab_size:
-                yield head
 
 
 def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
@@ -113,7 +111,7 @@ def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
 def _check_derivatives(graph: Graph) -> None:
     """Refused if ``graph`` takes a derivative that the op does not have, or hides one."""
     for node in graph.nodes:
-        if canonical_op(node) == "detach_in_place":
+        if canonical_op(node) == "detach_":
             raise Refused(f"{describe(node)}{at(node)} hides what had a gradient before")
         if canonical_op(node) == "make_dual":
             raise Refused(f"{describe(node)}{at(node)} differentiates in forward mode")
@@ -126,14 +124,12 @@ def _check_derivatives(graph: Graph) -> None:
 def _rewrite(flow: Flow) -> Rewrite:
     nodes = tuple(node for node in flow.head.node.graph.nodes if node in flow.nodes)
     returned = tuple(check_returned(logits) for logits in flow.returned)
-    if config.returned_logits == "lazy":
-        return Rewrite(
-            plan_calls(flow.consumers, bool(returned)), returned, nodes, flow.metadata_uses
-        )
-    computed = [Consumer(logits.node, logits, "returned") for logits in returned]
-    return Rewrite(
-        plan_calls([*flow.consumers, *computed], bool(returned)), (), nodes, flow.metadata_uses
-    )
+    consumers, lazily = flow.consumers, returned
+    if config.returned_logits == "detach":
+        computed = [Consumer(logits.node, logits, ConsumerKind.RETURNED) for logits in returned]
+        consumers, lazily = [*consumers, *computed], ()
+    calls = plan_calls(consumers, returns_logits=bool(returned))
+    return Rewrite(calls, lazily, nodes, flow.metadata_uses)
 
 
 def _unread_log_softmaxes(flow: Flow) -> Iterator[Refusal]:

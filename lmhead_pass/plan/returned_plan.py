@@ -2,7 +2,7 @@
 stands for them."""
 
 from dataclasses import replace
-from typing import Any
+from typing import assert_never
 
 import torch
 from torch.fx import Graph, Node
@@ -23,14 +23,26 @@ from ..graph import (
     value_of,
     wraps_none,
 )
-from ..logits import Logits, input_nodes
+from ..logits import (
+    AddNumber,
+    AddTensor,
+    Cast,
+    FillMasked,
+    FillTail,
+    KeepWords,
+    Logits,
+    Scale,
+    Sigmoid,
+    Stage,
+    Tanh,
+)
 
 _INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
 
 
 def check_returned(logits: Logits) -> Logits:
     """``logits``, ready to be emitted; Refused if what stands for them cannot be computed."""
-    if logits.stage != "logits":
+    if logits.stage is not Stage.LOGITS:
         raise Refused("the compiled function returns log-probabilities. Return the loss alone")
     if config.returned_logits == "detach":
         if tensor_of(logits.node).requires_grad and _ends_in_a_break(logits.node.graph):
@@ -50,7 +62,7 @@ def check_returned(logits: Logits) -> Logits:
         )
     logits = _for_later(logits)
     later = mutation.nodes_between(logits.head.node, logits.head.node.graph.output_node())
-    for writer in mutation.writers(later, of=input_nodes(logits)):
+    for writer in mutation.writers(later, of=logits.inputs):
         raise Refused(
             f"the logits are returned, and {describe(writer)} may change the head's input, weight "
             f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
@@ -139,21 +151,38 @@ def _ends_in_a_break(graph: Graph) -> bool:
 def recipe_of(logits: Logits) -> tuple[Node | None, list[str]]:
     """The bias, and the steps of a ``Recipe`` from the product on."""
     bias = logits.head.bias
-    steps = [("cast", tensor_of(logits.head.node).dtype)]
-    for name, *operands in logits.history:
-        if name == "add_tensor" and bias is None and operands[1] == 1:
-            bias, operands = operands[0], []
-        if any(isinstance(operand, Node) for operand in operands):
-            raise Refused(
-                "the logits are returned after a second bias or a mask of the vocabulary, and "
-                f"cannot be computed afterwards. {_INSTEAD}"
-            )
-        steps.append((name, *operands))
-    return bias, [" ".join(map(_word, step)) for step in steps]
+    steps = [_cast(tensor_of(logits.head.node).dtype)]
+    for step in logits.history:
+        match step:
+            case Cast(dtype):
+                steps.append(_cast(dtype))
+            case Scale(number, divides):
+                steps.append(f"{'div' if divides else 'mul'} {number}")
+            case AddNumber(number):
+                steps.append(f"add {number}")
+            case AddTensor(tensor, 1) if bias is None:
+                bias = tensor
+                steps.append("add_tensor")
+            case Tanh():
+                steps.append("tanh")
+            case Sigmoid():
+                steps.append("sigmoid")
+            case FillTail(start, fill):
+                steps.append(f"fill {start} {fill}")
+            case KeepWords(start, stop):
+                steps.append(f"words {start} {stop}")
+            case AddTensor() | FillMasked():
+                raise Refused(
+                    "the logits are returned after a second bias or a mask of the vocabulary, and "
+                    f"cannot be computed afterwards. {_INSTEAD}"
+                )
+            case _:
+                assert_never(step)
+    return bias, steps
 
 
-def _word(part: Any) -> str:
-    return str(part).removeprefix("torch.")
+def _cast(dtype: torch.dtype) -> str:
+    return f"cast {str(dtype).removeprefix('torch.')}"
 
 
 def _input_weight(logits: Logits) -> tuple[Node, bool]:

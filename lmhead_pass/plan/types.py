@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from ..logits import Consumer, Logits, MetadataUse
+from ..graph import tensor_of
+from ..logits import Consumer, Logits, MetadataUse, TargetUse
 from ..sums import LinearReduction
 
 
@@ -33,6 +34,17 @@ class Match:
     @property
     def logits(self) -> Logits:
         return self.consumers[0].logits
+
+    @property
+    def target_use(self) -> TargetUse | None:
+        """The same for all consumers that have one; None if no consumer looks at a target."""
+        uses = (consumer.target_use for consumer in self.consumers)
+        return next((use for use in uses if use is not None), None)
+
+    @property
+    def wanting(self) -> tuple[Consumer, ...]:
+        """The consumers that have a gradient."""
+        return tuple(c for c in self.consumers if tensor_of(c.node).requires_grad)
 
     @property
     def node(self) -> Node:

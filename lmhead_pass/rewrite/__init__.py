@@ -1,11 +1,15 @@
 """Carries the plans out: emits what is new, checks it, and only then takes away what is old.
 
-``rewriter`` is the whole of it. ``checkpoint_regions`` brings heads and losses out of checkpointed
-regions before, ``emit_calls`` and ``emit_returned`` insert, ``report`` tells.
+``rewriter`` goes through all phases. ``checkpoint_regions`` first brings heads and losses out of
+checkpointed regions. ``edit`` holds the changes to a graph until they are committed or rolled back;
+``emit_calls`` inserts calls of the op, from what ``emit_inputs``, ``emit_coefficients`` and
+``emit_results`` insert around them, and ``emit_returned`` what stands for logits that leave the
+graph. ``report`` tells what was done.
 """
 
 from .checkpoint_regions import find_across_regions
+from .edit import GraphEdit
 from .report import summary
 from .rewriter import rewrite_graph
 
-__all__ = ["find_across_regions", "rewrite_graph", "summary"]
+__all__ = ["GraphEdit", "find_across_regions", "rewrite_graph", "summary"]

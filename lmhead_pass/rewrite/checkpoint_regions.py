@@ -8,15 +8,16 @@ hidden states.
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..compat.graphs import EXAMPLE_VALUE, checkpointed_call, namespace_of
+from ..compat.graphs import checkpointed_call
 from ..graph import Refusal, mutation, value_of
-from ..logits import follow_logits
-from ..plan import Rewrite, find, heads
+from ..logits import follow_logits, large_heads
+from ..plan import Rewrite, find
+from .edit import GraphEdit
+from .lifted_region import LiftedRegion, is_call
 
 _STUCK = (
     "head and loss are not in the same checkpointed region, and what the region does besides (a "
@@ -24,24 +25,22 @@ _STUCK = (
 )
 
 
-def find_across_regions(graph: Graph) -> "tuple[list[Rewrite | Refusal], list[LiftedRegion]]":
-    """What ``find`` finds once heads and losses are lifted out of the regions in ``graph``.
+def find_across_regions(edit: GraphEdit) -> list[Rewrite | Refusal]:
+    """What ``find`` finds once heads and losses are lifted out of the regions in the graph.
 
-    Copies that are no use are gone again; of the others, the caller has to ``keep`` or ``undo``
-    each, before any other change to the graph.
+    What was lifted for nothing is put back; the rest becomes part of ``edit``.
     """
-    lifted: list[LiftedRegion] = []
     stuck: list[Refusal] = []
-    for region in list(_regions(graph)):
+    for region in list(_regions(edit.graph)):
         body = _body_of(region)
         roots = set() if body is None else _roots(region, body)
         if body is not None and roots:
-            copied = _lift(region, body, roots)
-            if copied is not None:
-                lifted.append(copied)
-            else:
+            lifted = _lift(region, body, roots)
+            if lifted is None:
                 stuck.append(Refusal(region, _STUCK))
-    found = find(graph)
+            else:
+                edit.regions.append(lifted)
+    found = find(edit.graph)
     rewritten: set[Node] = set()
     for item in found:
         if isinstance(item, Rewrite):
@@ -49,88 +48,23 @@ def find_across_regions(graph: Graph) -> "tuple[list[Rewrite | Refusal], list[Li
             rewritten.update(
                 consumer.node for match in item.matches for consumer in match.consumers
             )
-    useless = [part for part in lifted if not part.is_useful(rewritten)]
-    for part in reversed(useless):
-        part.undo()
-    return [*found, *stuck], [part for part in lifted if part not in useless]
+    useful = [lifted for lifted in edit.regions if lifted.is_useful(rewritten)]
+    for lifted in reversed([lifted for lifted in edit.regions if lifted not in useful]):
+        lifted.undo()
+    edit.regions = useful
+    return [*found, *stuck]
 
 
 def _roots(region: Node, body: GraphModule) -> set[Node]:
     """Heads and calls of the op in ``body``, and what of its inputs are logits."""
-    roots = {head.node for head in heads(body.graph)}
-    roots.update(node for node in body.graph.nodes if _is_call(node))
-    for head in heads(region.graph):
+    roots = {head.node for head in large_heads(body.graph)}
+    roots.update(node for node in body.graph.nodes if is_call(node))
+    for head in large_heads(region.graph):
         flow = follow_logits(head)
         if region in flow.unsupported:
             inputs = zip(body.graph.find_nodes(op="placeholder"), region.args[1:], strict=True)
             roots.update(inner for inner, outer in inputs if outer in flow.nodes)
     return roots
-
-
-def _is_call(node: Node) -> bool:
-    return node.op == "call_function" and namespace_of(node.target) == "lmhead_pass"
-
-
-@dataclass
-class LiftedRegion:
-    """The end of a region, copied behind it. The region itself is unchanged until ``keep``."""
-
-    region: Node
-    """The call of the checkpointed body."""
-    body: GraphModule
-    copies: dict[Node, Node]
-    """Nodes of the body that depend on logits, and their copies behind the region."""
-    needed: list[Node]
-    """What of the body, besides its inputs, the copies read."""
-    inputs: list[Node] = field(default_factory=list)
-    """The copies' ``needed``, as results of the region."""
-    taken: dict[Node, Node] = field(default_factory=dict)
-    """The results of the region, and the copies that are used instead of them for now."""
-    withheld: dict[int, Node] = field(default_factory=dict)
-    """Logits that were arguments of the region: the copies read them now."""
-
-    def is_useful(self, rewritten: set[Node]) -> bool:
-        """Whether some of it is rewritten, or was before."""
-        return any(map(_is_call, self.copies)) or not rewritten.isdisjoint(self.copies.values())
-
-    def keep(self) -> None:
-        """Let the region return what the copies read, and not compute them itself."""
-        outputs = list(self.body.graph.output_node().args[0])
-        kept = [value for value in outputs if value not in self.copies]
-        places = {old: kept.index(value) for old, value in enumerate(outputs) if value in kept}
-        for result in list(self.region.users):
-            if result in self.inputs:
-                result.args = (self.region, len(kept) + self.inputs.index(result))
-            elif result.args[1] in places:
-                result.args = (self.region, places[result.args[1]])
-            else:
-                result.graph.erase_node(result)
-        results = (*kept, *self.needed)
-        self.body.graph.output_node().args = (results,)
-        self.region.meta[EXAMPLE_VALUE] = tuple(map(value_of, results))
-        for node in reversed(self.copies):
-            self.body.graph.erase_node(node)
-        placeholders = self.body.graph.find_nodes(op="placeholder")
-        for number in self.withheld:
-            self.body.graph.erase_node(placeholders[number - 1])
-        arguments = enumerate(self.region.args)
-        self.region.args = tuple(arg for number, arg in arguments if number not in self.withheld)
-        self.body.recompile()
-        if not results:
-            self.region.graph.erase_node(self.region)
-
-    def let_go(self) -> None:
-        """Let the results of the region be used again."""
-        for result, copy in self.taken.items():
-            copy.replace_all_uses_with(result)
-        for number, logits in self.withheld.items():
-            self.region.update_arg(number, logits)
-
-    def undo(self) -> None:
-        """Take the copies away again."""
-        self.let_go()
-        for node in reversed([*self.inputs, *self.copies.values()]):
-            self.region.graph.erase_node(node)
 
 
 def _lift(region: Node, body: GraphModule, roots: set[Node]) -> LiftedRegion | None:

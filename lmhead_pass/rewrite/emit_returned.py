@@ -7,8 +7,9 @@ import torch
 from torch.fx import Graph, Node
 
 from ..graph import Emitter, tensor_of, value_of
-from ..logits import Logits, emit_hidden
+from ..logits import Logits
 from ..plan import recipe_of, sources_of
+from .emit_inputs import emit_hidden
 
 
 def emit_lazily(graph: Graph, logits: Logits) -> Node:
@@ -16,10 +17,7 @@ def emit_lazily(graph: Graph, logits: Logits) -> Node:
     emit = Emitter(graph, graph.output_node())
     # Nothing of the model's graph is kept for a gradient.
     constant = replace(logits.head, hidden=emit("detach", logits.head.hidden))
-    steps = tuple(
-        replace(step, args=torch.fx.map_arg(step.args, partial(_constant, emit)))
-        for step in logits.steps
-    )
+    steps = tuple(step.with_nodes(partial(_constant, emit)) for step in logits.steps)
     hidden = emit_hidden(emit, replace(logits, head=constant), steps)
     head, value = logits.head, tensor_of(logits.node)
     bias, recipe = recipe_of(logits)

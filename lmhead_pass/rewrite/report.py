@@ -37,7 +37,7 @@ def summary(item: Match | Refusal) -> str:
 def _how(match: Match) -> str:
     if match.linear_reduction is not None:
         return "reduction a weighted sum"
-    return f"reduction {match.consumers[0].loss.reduction if match.consumers[0].loss else 'none'}"
+    return f"reduction {match.consumers[0].reduction}"
 
 
 def rewritten(match: Match, inserted: Iterable[Node]) -> None:

@@ -1,0 +1,137 @@
+"""Inserts what a call of the op takes of a head: hidden states, weight, bias.
+
+What the model does to rows of the logits is done to the hidden states here, what it adds to each word
+to the bias, and what it cuts off the vocabulary is cut off the weight.
+"""
+
+import math
+import operator
+from typing import Any, assert_never
+
+import torch
+from torch.fx import Graph, Node
+
+from ..graph import Emitter, size_of, tensor_of
+from ..logits import (
+    Bias,
+    CastLike,
+    ExpandLike,
+    Index,
+    Logits,
+    MetadataUse,
+    Permute,
+    Piece,
+    Reshape,
+    RowStep,
+    ScaleRows,
+    SizeOf,
+)
+
+
+def emit_hidden(emit: Emitter, logits: Logits, steps: tuple[RowStep, ...]) -> Node:
+    """``[*rows, H]``: the hidden states of the head's rows after ``steps``."""
+    hidden, dim = logits.head.hidden, logits.head.hidden_dim
+    if dim != -1:
+        hidden = emit("movedim", hidden, dim, -1)
+    for step in steps:
+        hidden = on_rows(emit, hidden, step)
+    return hidden
+
+
+def on_rows(emit: Emitter, tensor: Node, step: RowStep) -> Node:
+    """Do to ``[*rows, H]`` what ``step`` does to ``[*rows]``."""
+    match step:
+        case Permute(order):
+            return emit("permute", tensor, *order, len(order))
+        case Reshape(sizes):
+            return emit("reshape", tensor, *sizes, size_of(emit, tensor, -1))
+        case _:
+            return on_numbers(emit, tensor, step)
+
+
+def on_numbers(emit: Emitter, tensor: Node, step: RowStep) -> Node:
+    """Do ``step`` to ``[*rows]``, a number for each row."""
+    match step:
+        case Permute(order):
+            return emit("permute", tensor, *order)
+        case Reshape(sizes):
+            return emit("reshape", tensor, *sizes)
+        case Index(index):
+            return emit(operator.getitem, tensor, index)
+        case Piece(method, sizes, dim, number):
+            return emit(operator.getitem, emit(method, tensor, *sizes, dim), number)
+        case ScaleRows(factor, divides):
+            return emit("div" if divides else "mul", tensor, factor)
+        case _:
+            assert_never(step)
+
+
+def emit_weight(emit: Emitter, logits: Logits) -> Node:
+    """``[V, H]``: the part of the head's weight that counts."""
+    weight = logits.head.weight
+    if logits.head.weight_is_transposed:
+        weight = emit("t", weight)
+    if tensor_of(weight).dim() > 2:
+        weight = emit("flatten", weight, 1)
+    return _part(emit, weight, logits.values.vocab_slice)
+
+
+def emit_bias(emit: Emitter, logits: Logits) -> Node | None:
+    """``[V]``: what is added to the product, before it is scaled; None if nothing is."""
+    values, wide = logits.values, _wide(logits)
+    total: Node | None = None
+    for bias in values.biases:
+        term = _emit_term(emit, bias, bias.factor / values.scale, wide)
+        total = term if total is None else emit("add", emit("to", total, wide), term)
+    if not values.inner:
+        return total
+    inner = values.inner / values.scale
+    if total is not None:
+        return emit("add", emit("to", total, wide), inner)
+    first, last = values.vocab_slice or (0, logits.head.vocab_size)
+    return emit("new_full", logits.head.weight, (last - first,), inner, dtype=wide)
+
+
+def _emit_term(emit: Emitter, bias: Bias, factor: float, wide: torch.dtype) -> Node:
+    """``[V]``: ``bias`` times ``factor``."""
+    term = bias.node
+    if tensor_of(term).dim() != 1:
+        term = emit("reshape", term, -1)
+    term = _part(emit, term, bias.vocab_slice)
+    if bias.fill is not None:
+        limits, fill = torch.finfo(wide), bias.fill * factor
+        fill = fill if limits.min <= fill <= limits.max else math.copysign(math.inf, fill)
+        zeros = emit("new_zeros", term, tensor_of(term).shape, dtype=wide)
+        return emit("masked_fill", zeros, term, fill)
+    return term if factor == 1 else emit("mul", emit("to", term, wide), factor)
+
+
+def _wide(logits: Logits) -> torch.dtype:
+    return torch.promote_types(tensor_of(logits.head.node).dtype, torch.float32)
+
+
+def _part(emit: Emitter, tensor: Node, vocab_slice: tuple[Any, Any] | None) -> Node:
+    if vocab_slice is None or vocab_slice == (0, tensor_of(tensor).size(0)):
+        return tensor
+    return emit(operator.getitem, tensor, slice(*vocab_slice))
+
+
+def emit_metadata_use(graph: Graph, node: Node, use: MetadataUse) -> Node:
+    """The value of ``node``, from what is known without the logits."""
+    emit, logits = Emitter(graph, node), use.logits
+    value = tensor_of(logits.node)
+    match use:
+        case CastLike(_, tensor):
+            return emit("to", tensor, value.dtype)
+        case ExpandLike(_, tensor):
+            sizes = [-1] * value.dim()
+            sizes[logits.vocab_dim] = value.size(logits.vocab_dim)
+            return emit("expand", tensor, sizes)
+        case SizeOf(_, dim):
+            dim %= value.dim()
+            if dim == logits.vocab_dim:
+                return emit("size", emit_weight(emit, logits), 0)
+            rows = emit_hidden(emit, logits, logits.steps)
+            return emit("size", rows, dim - (dim > logits.vocab_dim))
+        case _:
+            assert_never(use)
