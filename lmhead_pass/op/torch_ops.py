@@ -39,8 +39,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from ..compat.kernels import below_autograd, is_forward_mode
 from .kernels.dispatch import loop_of
 from .kernels.measures import allocate, parse_measures
 from .library import add_fake_kernel, add_kernel, define
@@ -262,7 +262,7 @@ def _function(problem: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]] | Non
     wanted = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in problem[:3]
     )
-    if not wanted and forward_ad._current_level < 0:
+    if not wanted and not is_forward_mode():
         return None
     return (_GradientsInBackward if problem[_TENSORS] == "none" else _GradientsInForward).apply
 
@@ -270,14 +270,14 @@ def _function(problem: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]] | Non
 def _differentiable(*problem: Any) -> Tensor:
     if function := _function(problem):
         return function(*problem, [])[0]
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return cast(Tensor, _ops.linear_cross_entropy(*problem))
 
 
 def _differentiable_with_measures(*arguments: Any) -> list[Tensor]:
     if function := _function(arguments[:-1]):
         return list(function(*arguments))
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return cast(list[Tensor], _ops.linear_cross_entropy_and_measures(*arguments))
 
 

@@ -11,11 +11,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._guards import CompileContext
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ..compat import lazy_tensors as compat
+from ..compat.compiling import is_compiling
 from .gradient_refusal import SETTING, refuse_gradient
 from .recipe import Recipe
 
@@ -29,6 +27,7 @@ _METADATA = {
             *("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta"),
             *("is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"),
         )
+        if hasattr(Tensor, name)
     ),
     *(
         getattr(namespace, name)
@@ -60,8 +59,8 @@ _DERIVING = {
 }
 # To autograd unread logits are a view of another tensor. Callers are not to see that.
 _ANSWERS = {
-    Tensor._is_view: False,
-    Tensor._base.__get__: None,  # type: ignore[union-attr]
+    compat.is_view: False,
+    getattr(compat.view_base, "__get__", None): None,
 }
 _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
@@ -119,11 +118,7 @@ class _Cell:
             while isinstance(first.source, _Derived):
                 first = first.source.base
             # The value may be read again elsewhere, so no mode or transform of this reader applies.
-            with (
-                _disable_current_modes(),
-                temporarily_clear_interpreter_stack(),
-                torch.inference_mode(False),
-            ):
+            with compat.outside_of_modes(), torch.inference_mode(False):
                 first._compute()
         assert self.value is not None
         return self.value
@@ -163,7 +158,7 @@ class LazyLogits(Tensor):
 
         ``history`` is a tensor that a gradient would flow to; None if none is required.
         """
-        self = Tensor._make_wrapper_subclass(
+        self: LazyLogits = compat.make_wrapper(
             cls,
             like.size(),
             strides=like.stride(),
@@ -172,14 +167,14 @@ class LazyLogits(Tensor):
             device=device,
         )
         # It has no memory: code that takes its address is to fail.
-        torch._C._set_throw_on_mutable_data_ptr(self)
+        compat.forbid_address(self)
         self._cell = cell
         self._like = like
         self._history = history
         if history is None:
             return self
         # Autograd detaches the results of a compiled function that are no views.
-        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        with torch.enable_grad(), compat.without_torch_function():
             refuse_gradient(self, [history])
             return cast(LazyLogits, torch.ops.aten.alias(self))
 
@@ -202,7 +197,7 @@ class LazyLogits(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if CompileContext.try_get() is not None:
+        if is_compiling():
             return _as_input(func, args, kwargs)
         known = _without_reading(func, args, kwargs)
         return _on_values(func, args, kwargs) if known is NotImplemented else known
@@ -247,19 +242,19 @@ def _as_input(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return _ANSWERS[func]
     if func is Tensor.__repr__:
         return f"{type(args[0]).__qualname__}(...)"
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.without_torch_function():
         return func(*args, **kwargs)
 
 
 def _on_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call ``func`` with the values of the lazy logits among its arguments."""
-    lazy = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)]
+    lazy = [leaf for leaf in compat.tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)]
     values = {id(logits): logits._cell.read() for logits in lazy}
-    args, kwargs = tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
+    args, kwargs = compat.tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
     result = func(*args, **kwargs)
     # A function that writes to its argument returns it: the caller gets its own tensor back.
     owners = {id(values[id(logits)]): logits for logits in lazy}
-    return tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
+    return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 
 
 def _without_reading(
@@ -269,12 +264,12 @@ def _without_reading(
     logits, *others = args or (None,)
     if not isinstance(logits, LazyLogits) or logits._cell.value is not None:
         return NotImplemented
-    if any(isinstance(leaf, Tensor) for leaf in tree_leaves((others, kwargs))):
+    if any(isinstance(leaf, Tensor) for leaf in compat.tree_leaves((others, kwargs))):
         return NotImplemented
     if func in _ANSWERS:
         return _ANSWERS[func]
     if func in _METADATA:
-        with torch._C.DisableTorchFunctionSubclass():
+        with compat.without_torch_function():
             return func(*args, **kwargs)
     if func in _DERIVING:
         return _derive(logits, func, others, kwargs)
@@ -286,13 +281,14 @@ def _derive(
 ) -> Any:
     """A view, cast or alias of unread ``logits``; NotImplemented if it is on another device."""
     like = logits._like
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.without_torch_function():
         device = logits.device
     if func is Tensor.to:
         options = {name: value for name, value in kwargs.items() if name != "copy"}
-        target, dtype, _, memory_format = torch._C._nn._parse_to(*others, **options)
-        if target not in (None, device):
+        read = compat.read_to(*others, **options)
+        if read is None or read[0] not in (None, device):
             return NotImplemented
+        _, dtype, _, memory_format = read
         others = []
         kwargs = {**kwargs, "dtype": dtype or like.dtype, "memory_format": memory_format}
         kwargs.pop("device", None)

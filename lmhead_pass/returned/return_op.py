@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
+from ..compat.lazy_tensors import is_fake, make_wrapper, no_torch_function
 from ..op.library import define
 from .lazy_logits import LazyLogits
 from .recipe import Recipe, fingerprint
@@ -38,7 +38,7 @@ class _TracedLogits(Tensor):
     @staticmethod
     def __new__(cls, recipe: Recipe, sources: Sequence[Tensor]) -> "_TracedLogits":
         like = recipe.like()
-        self = Tensor._make_wrapper_subclass(
+        self: _TracedLogits = make_wrapper(
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=recipe.hidden.device
         )
         self.recipe, self.sources = recipe, sources
@@ -65,7 +65,7 @@ class _TracedLogits(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...compat.kernels import check_on_device
 from ..chunking import gpu_rows
 from ..problem import Gradients, Problem, held_dtype
 from .measures import Measure, Measures
@@ -134,7 +135,7 @@ class _Rows(RowTerms):
         """``[N]``."""
         self._ignored = self.target == problem.ignore_index
         in_range = (self.target >= 0) & (self.target < vocab)
-        torch._assert_async((in_range | self._ignored).all(), "a target is out of bounds")
+        check_on_device((in_range | self._ignored).all(), "a target is out of bounds")
 
         class_weight, smoothing = problem.class_weight, problem.label_smoothing
         smoothing_coef_sum: Tensor | float = smoothing

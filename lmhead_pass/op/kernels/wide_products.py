@@ -10,6 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
+from ...compat.kernels import has_kernel
+
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
     """``out = a @ b``, or ``out += a @ b`` if ``add``.
@@ -35,5 +37,4 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 @functools.cache
 def _widens(device_type: str) -> bool:
-    key = torch._C._dispatch_key_for_device(device_type)
-    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::addmm.dtype_out", key)
+    return has_kernel("aten::addmm.dtype_out", device_type)
