@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lmhead_pass
+from lmhead_pass.op.kernels import aten
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +37,22 @@ def _own_cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Which functions of the chunk loop run, one after the other."""
+    names = []
+
+    def recorded(name):
+        function = getattr(aten, name)
+
+        def run(*arguments):
+            names.append(name)
+            return function(*arguments)
+
+        return run
+
+    for name in ("forward", "forward_and_gradients", "backward"):
+        monkeypatch.setattr(aten, name, recorded(name))
+    return names

@@ -11,9 +11,8 @@ import lmhead_pass
 from lmhead_pass import compat
 from lmhead_pass.graph_pass import the_pass
 
-from .forms import flat
+from .forms import flat, inputs
 from .process import output_of, run_python
-from .test_rewriting import inputs
 
 
 def registered():
