@@ -33,7 +33,6 @@ def log_of(setting):
     done = run_python(
         TRAIN,
         TORCH_LOGS=setting,
-        TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
         LMHEAD_PASS_RETURNED_LOGITS="keep",
     )
     assert done.returncode == 0, done.stderr
