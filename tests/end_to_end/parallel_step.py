@@ -1,6 +1,6 @@
 """A training step of a tiny language model in two processes: what test_parallel.py compares.
 
-python -m tests.end_to_end.parallel_step RANK FOLDER CASE
+``main`` takes from the command line: RANK FOLDER CASE.
 """
 
 import copy
@@ -192,7 +192,3 @@ def main() -> None:
     print("rewritten", counters["lmhead_pass"]["rewritten"], flush=True)
     dist.barrier()
     os._exit(0)  # gloo's threads may abort a process that ends in the usual way
-
-
-if __name__ == "__main__":
-    main()

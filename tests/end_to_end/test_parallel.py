@@ -1,13 +1,12 @@
 """Two processes: gradients are those of one process with the whole batch."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from lmhead_pass import compat
+
+from ..process import interpreter
 
 # What the log says of the loss, and how many are rewritten.
 _NO_HEAD = "the logits are an input of this graph"  # Dynamo cuts between head and loss
@@ -31,27 +30,15 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_two_processes(case, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.end_to_end.parallel_step",
-                str(rank),
-                str(tmp_path),
-                case,
-            ],
-            cwd=Path(__file__).parents[2],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
+    script = tmp_path / "script.py"
+    script.write_text("from tests.end_to_end.parallel_step import main\nmain()\n")
+    done = interpreter("tests.end_to_end.parallel_step").run(
+        *([str(script), str(rank), str(tmp_path), case] for rank in range(2)),
+        environment=environment,
+    )
+    reason, count = CASES[case]
+    for process in done:
+        output = process.stdout + process.stderr
         assert process.returncode == 0, output
-        reason, count = CASES[case]
         assert reason in output, output
         assert f"rewritten {count}" in output, output

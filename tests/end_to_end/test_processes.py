@@ -159,9 +159,8 @@ def test_workers(start):
 
     Once a process has compiled, torch.compile hangs in what it forks, with or without lmhead_pass.
     """
-    assert (
-        output_of(WORKERS.replace("START", repr(start)), OMP_NUM_THREADS="1").split() == ["1"] * 3
-    )
+    code = WORKERS.replace("START", repr(start))
+    assert output_of(code, is_fresh=True, OMP_NUM_THREADS="1").split() == ["1"] * 3
 
 
 SETTINGS = """

@@ -32,6 +32,7 @@ TRAIN = """
 def log_of(setting):
     done = run_python(
         TRAIN,
+        is_fresh=True,  # torch reads this when it is imported
         TORCH_LOGS=setting,
         LMHEAD_PASS_RETURNED_LOGITS="keep",
     )
