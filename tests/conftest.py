@@ -2,8 +2,16 @@
 
 import os
 
-# No graph comes from a cache: on a hit the pass would not be called. Torch reads this on import.
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+# Read by torch when it is imported, here and in the processes that tests start.
+os.environ.update(
+    # No graph comes from a cache: on a hit the pass would not be called. Compiled kernels may.
+    TORCHINDUCTOR_FX_GRAPH_CACHE="0",
+    TORCHINDUCTOR_AUTOGRAD_CACHE="0",
+    TORCH_DYNAMO_AUTOMATIC_DYNAMIC_LOCAL_PGO="0",
+    # Each core has a process of pytest's already.
+    TORCHINDUCTOR_COMPILE_THREADS="1",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from . import device  # isort: skip  # noqa: F401  before what imports Triton
 
@@ -11,6 +19,7 @@ import pytest
 import torch
 
 import lmhead_pass
+from lmhead_pass.op.kernels import aten_loop as aten
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +41,29 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_folder(tmp_path_factory):
-    """Compiled kernels of this session stay apart from the user's."""
+    """Compiled kernels of this session stay apart from the user's; workers share them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
         yield
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Which functions of the chunk loop run, one after the other."""
+    names = []
+
+    def recorded(name):
+        function = getattr(aten, name)
+
+        def run(*arguments):
+            names.append(name)
+            return function(*arguments)
+
+        return run
+
+    for name in ("forward", "forward_and_gradients", "backward"):
+        monkeypatch.setattr(aten, name, recorded(name))
+    return names

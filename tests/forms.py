@@ -12,6 +12,13 @@ import torch.nn.functional as F
 V = 97
 
 
+def inputs(dtype=torch.float32, batch=3, length=7, hidden=16):
+    """Leaves hidden, weight, bias, and a target."""
+    shapes = ((batch, length, hidden), (V, hidden), (V,))
+    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    return *leaves, torch.randint(V, (batch, length))
+
+
 def flat(logits, target, loss=F.cross_entropy, **options):
     return loss(logits.reshape(-1, logits.size(-1)), target.reshape(-1), **options)
 

@@ -69,6 +69,13 @@ def leaf(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | No
     return copy.requires_grad_(tensor.requires_grad and copy.is_floating_point())
 
 
+def doubles(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Copies in FP64 that gather gradients of their own; targets stay what they are."""
+    return [
+        leaf(t, torch.float64 if t is not None and t.is_floating_point() else None) for t in tensors
+    ]
+
+
 def run(
     function: Callable[..., Tensor],
     tensors: Sequence[Tensor | None],

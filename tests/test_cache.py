@@ -92,6 +92,27 @@ def test_key_moves_with_every_file(tmp_path, monkeypatch):
     assert _hash_of_package.__wrapped__() == original == _hash_of_package()
 
 
+def test_key_moves_with_a_file_that_is_moved(tmp_path, monkeypatch):
+    """Same bytes in another folder: what an older layout has cached is not found again."""
+    package = Path(lmhead_pass.__file__).parent
+    copy = shutil.copytree(package, tmp_path / "package")
+    monkeypatch.setattr("lmhead_pass.graph_pass.__file__", str(copy / "graph_pass.py"))
+    monkeypatch.setattr("lmhead_pass.graph_pass._hash_of_package", _hash_of_package.__wrapped__)
+    original = the_pass().uuid()
+    files = sorted(file for file in copy.rglob("*.py") if file.parent != copy)
+    assert len(files) > 10
+    for file in files:
+        for folder in (copy, copy / "elsewhere"):
+            folder.mkdir(exist_ok=True)
+            moved = folder / f"moved_{file.name}"
+            for target in (moved, folder / file.name):
+                if not target.exists():
+                    file.rename(target)
+                    assert the_pass().uuid() != original, target
+                    target.rename(file)
+    assert the_pass().uuid() == original
+
+
 def test_key_is_a_constant_of_the_process():
     assert the_pass().uuid() == the_pass().uuid()
     assert torch._inductor.custom_graph_pass.CustomGraphPass in type(the_pass()).__mro__

@@ -11,9 +11,8 @@ import lmhead_pass
 from lmhead_pass import compat
 from lmhead_pass.graph_pass import the_pass
 
-from .forms import flat
+from .forms import flat, inputs
 from .process import output_of, run_python
-from .test_rewriting import inputs
 
 
 def registered():
@@ -95,11 +94,12 @@ def test_other_threads_have_the_pass_too():
     ],
 )
 def test_in_any_order_of_imports(imports):
-    assert "LMHeadPass" in output_of(f"""
+    code = f"""
         {imports}
         import torch._inductor.config
         print(torch._inductor.config.pre_grad_custom_pass)
-    """)
+    """
+    assert "LMHeadPass" in output_of(code, is_fresh=True)
 
 
 def test_unregister_before_inductor_is_imported():
@@ -131,6 +131,6 @@ def test_import_is_light():
 
 def test_logs_can_be_asked_for_without_importing():
     """TORCH_LOGS makes torch import the package while torch itself is still importing."""
-    done = run_python("import torch; print('done')", TORCH_LOGS="+lmhead_pass")
+    done = run_python("import torch; print('done')", is_fresh=True, TORCH_LOGS="+lmhead_pass")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "done"

@@ -41,9 +41,9 @@ import torch
 from torch import Tensor
 
 from ..compat.kernels import below_autograd, is_forward_mode
+from ..compat.library import add_fake_kernel, add_kernel, define
 from .kernels.dispatch import loop_of
 from .kernels.measures import allocate, parse_measures
-from .library import add_fake_kernel, add_kernel, define
 from .problem import Gradients, Problem, held_dtype
 
 _PROBLEM = (

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import assert_never
 
-from ..op.library import add_fake_kernel, define
+from ..compat.library import add_fake_kernel, define
 from .gradient_refusal import SETTING
 
 

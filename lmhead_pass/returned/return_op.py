@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..compat.lazy_tensors import is_fake, make_wrapper, no_torch_function
-from ..op.library import define
+from ..compat.library import define
 from .lazy_logits import LazyLogits
 from .recipe import Recipe, fingerprint
 

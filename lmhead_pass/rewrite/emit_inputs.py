@@ -1,7 +1,7 @@
 """Inserts what a call of the op takes of a head: hidden states, weight, bias.
 
-What the model does to rows of the logits is done to the hidden states here, what it adds to each word
-to the bias, and what it cuts off the vocabulary is cut off the weight.
+What the model does to rows of the logits is done to the hidden states here. What it adds to each
+word is added to the bias, and what it cuts off the vocabulary is cut off the weight.
 """
 
 import math

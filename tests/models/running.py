@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from lmhead_pass.logits.typeser import find
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
@@ -17,6 +16,7 @@ from torch.fx import GraphModule
 import lmhead_pass
 from lmhead_pass.graph import Refusal, describe, place_in
 from lmhead_pass.graph_pass import the_pass
+from lmhead_pass.plan import find
 
 from . import table
 from .configurations import configurations

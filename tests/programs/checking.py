@@ -7,8 +7,8 @@ program: it is measured, by running the program with a little noise after each o
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 
 import lmhead_pass
 
+from .mistakes import Rewritten
 from .program import Inputs, Program
 from .running import Captured, Outcome, noise, run
 
@@ -62,24 +63,56 @@ class Verdict:
 
 def check(program: Program) -> Verdict:
     """Run ``program`` with the pass and without; ``Wrong`` if they differ."""
-    verdict = Verdict()
-    torch._dynamo.reset()
-    counters.clear()
-    captured = Captured(program.function(), dynamic=program.more_inputs is not None)
-    settings = lmhead_pass.config.patch(
-        strict=True,
-        min_vocab_size=2,
-        returned_logits=program.returned_logits,
-        batch_chunk_size=program.batch_chunk_size,
-    )
-    dynamo = torch._dynamo.config.patch(
-        capture_dynamic_output_shape_ops=program.captures_dynamic_rows
-    )
-    with settings, dynamo, _refusals(verdict.refusals):
-        for inputs in (program.inputs, program.more_inputs):
-            if inputs is not None:
-                _check_call(captured, program, inputs, verdict)
-    return verdict
+    return Trial(program).verdict
+
+
+class Trial:
+    """A program in which the pass was not wrong; a mistake may be planted, and run at once."""
+
+    def __init__(self, program: Program):
+        self.verdict = Verdict()
+        torch._dynamo.reset()
+        counters.clear()
+        self._captured = Captured(program.function(), dynamic=program.more_inputs is not None)
+        self._program = program
+        self._calls: list[_Call] = []
+        with self._settings(), _refusals(self.verdict.refusals):
+            for inputs in (program.inputs, program.more_inputs):
+                if inputs is not None:
+                    call = _Call(self._captured, program, inputs)
+                    call.check(self.verdict)
+                    self._calls.append(call)
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        settings = lmhead_pass.config.patch(
+            strict=True,
+            min_vocab_size=2,
+            returned_logits=self._program.returned_logits,
+            batch_chunk_size=self._program.batch_chunk_size,
+        )
+        dynamo = torch._dynamo.config.patch(
+            capture_dynamic_output_shape_ops=self._program.captures_dynamic_rows
+        )
+        with settings, dynamo:
+            yield
+
+    def check_with(
+        self,
+        op: Callable[[], Any] = nullcontext,
+        graph: Callable[[Rewritten], None] | None = None,
+    ) -> None:
+        """``Wrong`` if a mistake in the op or in the rewritten graph changes what is to be seen."""
+        if not self.verdict.rewritten or (graph and not self._captured.changes(graph)):
+            return
+        self._captured.edit = graph
+        verdict = replace(self.verdict)
+        try:
+            with self._settings():
+                for call in self._calls:
+                    call.check(verdict, op)
+        finally:
+            self._captured.edit = None
 
 
 @contextmanager
@@ -110,45 +143,57 @@ def _general(reason: str) -> str:
     return re.sub(r"\[[^]]*\]|\d+|'\w+'", "_", reason)
 
 
-def _check_call(captured: Captured, program: Program, inputs: Inputs, verdict: Verdict) -> None:
-    captured.rewritten = False
-    without = run(captured, program, inputs, inputs.dtype)
-    captured.rewritten = True
-    with_pass = run(captured, program, inputs, inputs.dtype)
-    verdict.rewritten = counters["lmhead_pass"]["rewritten"]
-    verdict.raised = verdict.raised or without.error
-    if captured.failure is not None:
-        kind = type(captured.failure).__name__
-        raise Wrong(f"{kind} in the pass", str(captured.failure)) from captured.failure
-    if with_pass.message.startswith(_REFUSED_LATER):
-        verdict.raised = "RuntimeError for a gradient into lazy logits"
-        return
-    if without.error != with_pass.error and re.match(_MASKED_TARGET, with_pass.message):
-        verdict.raised = "IndexError for a target that is masked"
-        return
-    if with_pass.error != without.error:
-        # A head that is not there any more does not mind that its input is written to.
-        if with_pass.error is not None or not any(text in without.message for text in _LOST):
-            raise Wrong(
-                f"raised {with_pass.error} instead of {without.error}",
-                with_pass.message or without.message,
-            )
-        if without.error.endswith("forward"):
+class _Call:
+    """One call of a program: what it gives without the pass, and how far rounding moves that."""
+
+    def __init__(self, captured: Captured, program: Program, inputs: Inputs):
+        self._captured, self._program, self._inputs = captured, program, inputs
+        captured.rewritten = False
+        self._without = run(captured, program, inputs, inputs.dtype)
+        self._measures: dict[tuple[int, ...], _Measure] = {}
+
+    def check(self, verdict: Verdict, around: Callable[[], Any] = nullcontext) -> None:
+        """``Wrong`` if the rewritten program, run ``around`` something, gives something else."""
+        captured, program, inputs = self._captured, self._program, self._inputs
+        without = replace(self._without, values=dict(self._without.values))
+        captured.rewritten = True
+        with_pass = run(captured, program, inputs, inputs.dtype, around)
+        verdict.rewritten = counters["lmhead_pass"]["rewritten"]
+        verdict.raised = verdict.raised or without.error
+        if captured.failure is not None:
+            kind = type(captured.failure).__name__
+            raise Wrong(f"{kind} in the pass", str(captured.failure)) from captured.failure
+        if with_pass.message.startswith(_REFUSED_LATER):
+            verdict.raised = "RuntimeError for a gradient into lazy logits"
             return
-        _forget_gradients(with_pass, without)
-        program = replace(program, gradient_of=())
-    elif with_pass.error is not None and verdict.rewritten:
-        return  # how far it got before that is not the same
-    if _saves_what_it_writes(program.source) or _picks_masked_words(without):
-        _forget_gradients(with_pass, without)
-    _check_form(with_pass, without, program)
-    if not verdict.rewritten:
-        _check_same(with_pass, without)
-        return
-    measure = _Measure(program, inputs, without)
-    for name in without.values:
-        _check_value(name, with_pass.values[name], measure)
-    verdict.blunt |= measure.is_blunt("output 0")
+        if without.error != with_pass.error and re.match(_MASKED_TARGET, with_pass.message):
+            verdict.raised = "IndexError for a target that is masked"
+            return
+        if with_pass.error != without.error:
+            # A head that is not there any more does not mind that its input is written to.
+            if with_pass.error is not None or not any(text in without.message for text in _LOST):
+                raise Wrong(
+                    f"raised {with_pass.error} instead of {without.error}",
+                    with_pass.message or without.message,
+                )
+            if without.error.endswith("forward"):
+                return
+            _forget_gradients(with_pass, without)
+            program = replace(program, gradient_of=())
+        elif with_pass.error is not None and verdict.rewritten:
+            return  # how far it got before that is not the same
+        if _saves_what_it_writes(program.source) or _picks_masked_words(without):
+            _forget_gradients(with_pass, without)
+        _check_form(with_pass, without, program)
+        if not verdict.rewritten:
+            _check_same(with_pass, without)
+            return
+        if program.gradient_of not in self._measures:
+            self._measures[program.gradient_of] = _Measure(program, inputs, self._without)
+        measure = self._measures[program.gradient_of]
+        for name in without.values:
+            _check_value(name, with_pass.values[name], measure)
+        verdict.blunt |= measure.is_blunt("output 0")
 
 
 def _picks_masked_words(outcome: Outcome) -> bool:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from lmhead_pass.graph_pass import the_pass
 
+from .mistakes import Rewritten
 from .program import ARGUMENTS, Inputs, Program
 
 
@@ -31,27 +32,51 @@ class Outcome:
 
 
 class Captured:
-    """A function captured once by Dynamo, to be run as it is and rewritten."""
+    """A function captured once by Dynamo, to be run as it is, rewritten, and rewritten wrongly."""
 
     def __init__(self, function: Callable[..., Any], dynamic: bool):
         self.rewritten = False
-        """Which of the two a call runs."""
+        """Whether a call runs what was rewritten, or what was captured."""
+        self.edit: Callable[[Rewritten], None] | None = None
+        """What is done to a copy of each rewritten graph before it is run."""
         self.failure: Exception | None = None
         """What the pass raised. To the program it would look as if it failed without the pass."""
         self.function = torch.compile(function, backend=self._backend, dynamic=dynamic)
+        self._graphs: list[tuple[GraphModule, set[str]]] = []
+
+    def changes(self, edit: Callable[[Rewritten], None]) -> bool:
+        """Whether ``edit`` changes any of the rewritten graphs."""
+        return sum(_edited(*graph, edit).edits for graph in self._graphs) > 0
 
     def _backend(self, module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         original = _duplicate(module)
+        old = {node.name for node in module.graph.nodes}
         try:
             _rewrite(module)
         except Exception as error:
             self.failure = error
             raise
-        # Not by calling them: a GraphModule prints what its code raises.
-        return lambda *inputs: (module if self.rewritten else original).forward(*inputs)
+        self._graphs.append((module, old))
+
+        def run(*inputs: Any) -> Any:
+            chosen = module if self.rewritten else original
+            if self.rewritten and self.edit is not None:
+                chosen = _edited(module, old, self.edit).module
+            # Not by calling it: a GraphModule prints what its code raises.
+            return chosen.forward(*inputs)
+
+        return run
 
     def __call__(self, *arguments: Any) -> Any:
         return self.function(*arguments)
+
+
+def _edited(module: GraphModule, old: set[str], edit: Callable[[Rewritten], None]) -> Rewritten:
+    copy = Rewritten(_duplicate(module), old)
+    edit(copy)
+    copy.graph.lint()
+    copy.module.recompile()
+    return copy
 
 
 def _duplicate(module: GraphModule) -> GraphModule:

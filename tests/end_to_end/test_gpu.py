@@ -1,0 +1,254 @@
+"""What only a GPU can show. ``python -m pytest -m gpu`` runs it, and skips it without one."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lmhead_pass
+from lmhead_pass.op.kernels.wide_products import multiply_into
+from lmhead_pass.op.problem import Problem
+
+from .. import reference
+
+triton_loop = pytest.importorskip("lmhead_pass.op.kernels.triton_loop")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CUDA = torch.device("cuda")
+MEASURES = [
+    *("logsumexp", "argmax", "max", "entropy", "logits", "losses"),
+    *("topk_values:3", "topk_indices:3"),
+]
+
+
+def _inputs(dtype=torch.bfloat16, tokens=1000, hidden=256, vocab=5003, device=CUDA):
+    target = torch.randint(vocab, (tokens,), device=device)
+    target[::7] = -100
+    leaves = (
+        torch.randn(tokens, hidden, device=device).to(dtype).requires_grad_(),
+        (torch.randn(vocab, hidden, device=device) / 16).to(dtype).requires_grad_(),
+    )
+    return *leaves, target
+
+
+def _head(hidden, weight, target, reduction="mean"):
+    return F.cross_entropy(F.linear(hidden, weight).float(), target, reduction=reduction)
+
+
+def _op(hidden, weight, target, reduction="mean", rows=256):
+    return torch.ops.lmhead_pass.linear_cross_entropy(
+        *(hidden, weight, None, target, *[None] * 4, reduction, -100, 0.0, 1.0, None),
+        *(hidden.dtype, rows),
+    )
+
+
+def _op_with_measures(hidden, weight, target, reduction="mean", rows=256):
+    loss, lse, *_ = torch.ops.lmhead_pass.linear_cross_entropy_and_measures(
+        *(hidden, weight, None, target, *[None] * 4, reduction, -100, 0.0, 0.5, 30.0),
+        *(hidden.dtype, rows, MEASURES),
+    )
+    return loss + lse if reduction == "none" else loss
+
+
+def _op_with_terms(hidden, weight, target, reduction="sum", rows=256):
+    """With a term of each row's log-sum-exp, and with a z-loss, which FP16 does not have."""
+    factors = hidden.new_full((2, len(target)), 0.01)
+    linear, square = factors if hidden.dtype != torch.float16 else (factors[0], None)
+    return torch.ops.lmhead_pass.linear_cross_entropy(
+        *(hidden, weight, None, target, None, None, linear, square),
+        *(reduction, -100, 0.0, 0.5, 30.0, hidden.dtype, rows),
+    )
+
+
+EVERY_PATH = [
+    *((function, how) for function in (_op, _op_with_measures) for how in ("mean", "none")),
+    (_op_with_terms, "sum"),
+]
+
+
+def _gradients(function, leaves, target, upstream, **options):
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    loss = function(*leaves, target, **options)
+    loss.backward(upstream.to(loss.dtype) if loss.dim() else None)
+    return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def _exact(leaves, target, upstream, **options):
+    def plain(hidden, weight, target, **options):
+        return reference.linear_cross_entropy(hidden, weight, None, target, **options)
+
+    return _gradients(plain, [leaf.double() for leaf in leaves], target, upstream, **options)
+
+
+@pytest.fixture
+def no_sync():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rows", [256, 4096])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients(dtype, reduction, rows):
+    *leaves, target = _inputs(dtype)
+    upstream = torch.randn(target.numel(), device=CUDA)
+    results = _gradients(_op, leaves, target, upstream, reduction=reduction, rows=rows)
+    unfused = _gradients(_head, leaves, target, upstream, reduction=reduction)
+    exact = _exact(leaves, target, upstream, reduction=reduction)
+    reference.assert_no_worse(results, unfused, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_into_fp32(dtype):
+    a, b = (torch.randn(64, 64, device=CUDA).to(dtype) for _ in range(2))
+    out = torch.full((64, 80), float("nan"), device=CUDA)[:, :64]
+    multiply_into(out, a, b)
+    exact = a.double() @ b.double()
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5 * exact.abs().max().item())
+    multiply_into(out, a, b, add=True)
+    torch.testing.assert_close(
+        out.double(), 2 * exact, rtol=0, atol=2e-5 * exact.abs().max().item()
+    )
+
+
+def test_fp32_products_follow_the_tf32_setting():
+    *leaves, target = _inputs(torch.float32)
+    losses = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            losses[precision] = _op(*leaves, target)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert losses["highest"] != losses["high"]
+
+
+@pytest.mark.parametrize(("function", "reduction"), EVERY_PATH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nothing_waits_for_the_device(dtype, reduction, function, no_sync):
+    *leaves, target = _inputs(dtype)
+    upstream = torch.ones(target.numel(), device=CUDA)
+    _gradients(function, leaves, target, upstream, reduction=reduction)
+
+
+@pytest.mark.parametrize(("function", "reduction"), EVERY_PATH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_captured_in_a_cuda_graph(dtype, reduction, function):
+    *leaves, target = _inputs(dtype)
+    upstream = torch.ones(target.numel(), device=CUDA)
+    expected = _gradients(function, leaves, target, upstream, reduction=reduction)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = _gradients(function, leaves, target, upstream, reduction=reduction)
+    graph.replay()
+    assert all(map(torch.equal, results, expected))
+    # Replayed for other tensors in the same memory, with another number of rows that count.
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.mul_(0.5)
+        target[:100] = -100
+    graph.replay()
+    for result, again in zip(
+        results, _gradients(function, leaves, target, upstream, reduction=reduction), strict=True
+    ):
+        assert torch.equal(result, again)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_model(mode):
+    *leaves, target = _inputs()
+    with lmhead_pass.config.patch(batch_chunk_size=256):
+        compiled = torch.compile(_head, mode=mode)
+        for _ in range(4):  # warm-up, capture, replays
+            torch.compiler.cudagraph_mark_step_begin()
+            results = _gradients(compiled, leaves, target, None)
+            results = [result.clone() for result in results]
+    counters = torch._dynamo.utils.counters
+    assert counters["lmhead_pass"]["rewritten"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    unfused = _gradients(_head, leaves, target, None)
+    reference.assert_no_worse(results, unfused, _exact(leaves, target, None), torch.bfloat16)
+
+
+def test_on_another_stream():
+    *leaves, target = _inputs()
+    expected = _gradients(_op, leaves, target, None)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # what runs on another stream would be done before this
+        late = [leaf.detach() * 1 for leaf in leaves]
+        results = _gradients(_op, late, target, None)
+    stream.synchronize()
+    assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_on_a_device_that_is_not_current():
+    *leaves, target = _inputs(device=torch.device("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    results = _gradients(_op, leaves, target, None)
+    unfused = _gradients(_head, leaves, target, None)
+    reference.assert_no_worse(results, unfused, _exact(leaves, target, None), torch.bfloat16)
+
+
+OUT_OF_RANGE = """
+import torch, lmhead_pass
+target = torch.zeros(8, dtype=torch.long, device="cuda")
+target[3] = {bad}
+loss = torch.ops.lmhead_pass.linear_cross_entropy(
+    torch.randn(8, 16, device="cuda"), torch.randn(100, 16, device="cuda"), None, target,
+    *[None] * 4, "mean", -100, 0.0, 1.0, None, torch.float32, 8,
+)
+print("a number:", loss.item())
+"""
+
+
+@pytest.mark.parametrize("bad", [-1, 100])
+def test_target_out_of_range_is_a_device_assert(bad):
+    program = [sys.executable, "-c", OUT_OF_RANGE.format(bad=bad)]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr
+    assert "a number" not in done.stdout
+
+
+def test_scratch_is_the_chunk_and_the_sum():
+    tokens, hidden, vocab, rows = 8192, 1024, 32000, 1024
+    *leaves, target = _inputs(tokens=tokens, hidden=hidden, vocab=vocab)
+    options = ("mean", -100, 0.0, 1.0, None, torch.bfloat16, rows)
+    problem = Problem(*leaves, None, target, *[None] * 4, *options)
+    with torch.no_grad():
+        triton_loop.forward_and_gradients(problem, [True, True, False], [])
+        torch.cuda.synchronize()
+        # Bytes asked for: the allocator gives up to a megabyte more for each tensor.
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        torch.cuda.reset_peak_memory_stats()
+        results = triton_loop.forward_and_gradients(problem, [True, True, False], [])
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    gradients = sum(result.nbytes for result in results)
+    chunk, total = 4 * rows * vocab, 4 * vocab * hidden
+    assert peak < gradients + chunk + total + (1 << 20)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 30e9,
+    reason="less than 30 GB",
+)
+def test_rows_times_vocabulary_past_32_bits():
+    """2^31 logits and more in one chunk: 9 GB of FP32."""
+    *leaves, target = _inputs(tokens=17000, hidden=16, vocab=128256)
+    upstream = torch.ones(target.numel(), device=CUDA)
+    results = _gradients(_op, leaves, target, upstream, reduction="none", rows=17000)
+    chunked = _gradients(_op, leaves, target, upstream, reduction="none", rows=1024)
+    torch.testing.assert_close(results[:2], chunked[:2])

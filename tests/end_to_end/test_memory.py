@@ -1,0 +1,89 @@
+"""The promise on memory, counted in bytes of tensor allocations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lmhead_pass
+
+from ..memory import peak_bytes
+
+
+def scratch(tokens, hidden_size, vocab, dtype=torch.float32):
+    """Peak bytes of a compiled forward and backward beyond inputs and gradients."""
+    hidden = torch.randn(tokens, hidden_size).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, hidden_size).to(dtype).requires_grad_()
+    target = torch.randint(vocab, (tokens,))
+    torch._dynamo.reset()
+    function = torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y))
+    function(hidden, weight, target).backward()
+    hidden.grad = weight.grad = None
+    peak = peak_bytes(lambda: function(hidden, weight, target).backward())
+    return peak - hidden.grad.nbytes - weight.grad.nbytes
+
+
+def test_training_step_holds_a_fraction_of_the_logits():
+    logits = 4096 * 32000 * 4
+    assert scratch(4096, 512, 32000) <= 0.15 * logits
+    with lmhead_pass.disabled():
+        assert scratch(4096, 512, 32000) >= 0.99 * logits
+
+
+def in_pieces(h, w, y):
+    """As torchtune and torchtitan take the loss: the logits of a piece at a time."""
+    pieces = zip(h.chunk(8), y.chunk(8), strict=True)
+    return sum(F.cross_entropy(F.linear(p, w), t, reduction="sum") for p, t in pieces) / len(y)
+
+
+def masked(h, w, y):
+    losses = F.cross_entropy(F.linear(h, w), y, reduction="none")
+    mask = (y > 9).float()
+    return (losses * mask).sum() / mask.sum()
+
+
+def z_loss(h, w, y):
+    logits = F.linear(h, w)
+    return F.cross_entropy(logits, y) + 1e-4 * logits.logsumexp(-1).square().mean()
+
+
+def log_probabilities(h, w, y):
+    logits = torch.tanh(F.linear(h, w) / 30) * 30
+    chosen = logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return (torch.exp(chosen - chosen.detach()) * (y > 9)).mean()
+
+
+@pytest.mark.parametrize(
+    "function", [in_pieces, masked, z_loss, log_probabilities], ids=lambda f: f.__name__
+)
+def test_every_form_holds_a_fraction_of_the_logits(function):
+    """And one gradient of the weight, which in eight would be as large as the logits."""
+    tokens, hidden_size, vocab = 2048, 256, 16384
+    logits, gradient = tokens * vocab * 4, vocab * hidden_size * 4
+    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, requires_grad=True)
+    target = torch.randint(vocab, (tokens,))
+    with lmhead_pass.config.patch(batch_chunk_size=64):
+        compiled = torch.compile(function)
+        compiled(hidden, weight, target).backward()
+    hidden.grad = weight.grad = None
+    peak = peak_bytes(lambda: compiled(hidden, weight, target).backward())
+    # The gradient of the weight, perhaps beside what it is scaled to, and hidden states twice.
+    allowed = 2 * gradient + 3 * hidden.nbytes + 0.15 * logits
+    assert allowed < 0.5 * logits
+    assert peak <= allowed
+
+
+def test_evaluation_holds_one_chunk():
+    hidden, weight = torch.randn(4096, 64), torch.randn(8192, 64)
+    target = torch.randint(8192, (4096,))
+    function = torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y))
+    with torch.no_grad(), lmhead_pass.config.patch(batch_chunk_size=128):
+        function(hidden, weight, target)
+        chunk = 128 * 8192 * 4
+        assert peak_bytes(lambda: function(hidden, weight, target)) <= 1.25 * chunk
+
+
+def test_memory_budget_is_kept():
+    with lmhead_pass.config.patch(memory_budget=2_000_000):
+        rows = 2_000_000 // (8192 * 4)
+        assert scratch(2048, 64, 8192) <= rows * 8192 * 4 + 2_000_000  # and what is left of hidden

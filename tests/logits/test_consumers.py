@@ -1,0 +1,188 @@
+"""Who reads the logits beside the loss, and is served in the same pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+
+from .. import forms, reference
+from ..backend import rewrite
+
+V = forms.V
+
+
+def with_loss(measure):
+    """The loss, and beside it what ``measure`` makes of the same logits under no_grad."""
+
+    def function(h, w, b, y):
+        z = F.linear(h, w, b) * 0.7
+        loss = forms.flat(z, y)
+        with torch.no_grad():
+            return loss, measure(z, y)
+
+    return function
+
+
+def entropy_from_logits(z, y):
+    """As TRL and verl have it."""
+    return torch.logsumexp(z, -1) - (torch.softmax(z, -1) * z).sum(-1)
+
+
+MEASURES = {
+    "accuracy": lambda z, y: (z.argmax(-1) == y).float().mean(),
+    "accuracy_of_flat": lambda z, y: (z.view(-1, V).argmax(dim=-1) == y.view(-1)).sum(),
+    "accuracy_shifted": lambda z, y: (z[:, :-1].argmax(-1) == y[:, 1:]).float().mean(),
+    "argmax_of_probabilities": lambda z, y: z.softmax(-1).argmax(-1, keepdim=True),
+    "max": lambda z, y: z.max(dim=-1),
+    "max_values": lambda z, y: (z + 3).max(-1)[0],
+    "max_indices": lambda z, y: z.max(-1).indices,
+    "amax": lambda z, y: z.amax(-1, keepdim=True),
+    "logsumexp": lambda z, y: z.logsumexp(-1),
+    "entropy": lambda z, y: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1),
+    "entropy_mean": lambda z, y: -(z.log_softmax(-1) * F.softmax(z, -1)).sum(-1).mean(),
+    "entropy_sum": lambda z, y: (z.log_softmax(-1) * F.softmax(z, -1)).sum(),
+    "entropy_from_logits": entropy_from_logits,
+    "log_probabilities": lambda z, y: F.log_softmax(z, -1).gather(-1, y[..., None]).squeeze(-1),
+    "target_logits": lambda z, y: z.gather(-1, y[..., None]).squeeze(-1),
+    "top_5": lambda z, y: (z.topk(5, dim=-1).indices == y[..., None]).any(-1).float().mean(),
+    "top_3_of_flat": lambda z, y: torch.topk(z.view(-1, V), 3),
+    "top_2_values": lambda z, y: (z + 3).topk(2)[0],
+    "top_of_slices": lambda z, y: z[:, 1:].topk(4),
+    "chosen_of_slices": lambda z, y: torch.stack([row.argmax(-1) for row in z]),
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_measures_beside_the_loss(name, dynamic):
+    function = with_loss(MEASURES[name])
+    tensors = forms.inputs()
+    exact = function(*reference.doubles(tensors))
+    leaves = [reference.leaf(t) for t in tensors]
+    expected = function(*leaves)
+    torch._dynamo.mark_static(tensors[1])
+    loss, measured = rewrite(function, dynamic=dynamic)(*tensors)
+    assert counters["lmhead_pass"]["refused"] == 0
+    assert 1 <= counters["lmhead_pass"]["rewritten"] <= 2
+    _assert_close(measured, expected[1], exact[1])
+    loss.backward()
+    expected[0].backward()
+    torch.testing.assert_close(loss, expected[0])
+    for ours, theirs in zip(tensors[:3], leaves[:3], strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def _assert_close(results, unfused, exact):
+    pairs = [(results, unfused, exact)]
+    if isinstance(exact, tuple):
+        pairs = list(zip(results, unfused, exact, strict=True))
+    for result, other, true in pairs:
+        assert (result.dtype, result.shape) == (other.dtype, other.shape)
+        assert not result.requires_grad
+        if result.is_floating_point():
+            reference.assert_no_worse([result], [other], [true.double()], torch.float32)
+        else:
+            assert torch.equal(result, true)
+
+
+def test_measures_share_one_call():
+    """Accuracy, entropy and log-sum-exp cost no second product."""
+
+    def measure(z, y):
+        return (z.argmax(-1) == y).sum(), entropy_from_logits(z, y), z.logsumexp(-1)
+
+    graphs = []
+    rewrite(with_loss(measure), graphs)(*forms.inputs())
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    assert graphs[1].count("torch.ops.lmhead_pass") == 1
+
+
+def test_a_measure_that_is_written_to_shares_no_memory():
+    def written(z, y):
+        first, second = z.argmax(-1), z.argmax(-1)
+        first[first > 40] = 0
+        return first, second
+
+    tensors, graphs = forms.inputs(), []
+    _, expected = with_loss(written)(*tensors)
+    _, results = rewrite(with_loss(written), graphs)(*tensors)
+    assert graphs[1].count("torch.ops.lmhead_pass") == 1
+    torch.testing.assert_close(results, expected)
+
+
+def test_a_measure_without_a_gradient_beside_losses_with_one():
+    def function(h, w, b, y):
+        z = F.linear(h, w, b)
+        losses = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
+        return losses, z.detach().logsumexp(-1)
+
+    tensors, graphs = forms.inputs(), []
+    results = rewrite(function, graphs)(*tensors)
+    assert graphs[1].count("torch.ops.lmhead_pass") == 1
+    assert [result.requires_grad for result in results] == [True, False]
+    torch.testing.assert_close(results, function(*tensors))
+
+
+Z_LOSSES = {
+    "after": lambda z, y: forms.flat(z, y) + 1e-2 * z.logsumexp(-1).pow(2).mean(),
+    "before": lambda z, y: 1e-2 * torch.logsumexp(z, -1).square().mean() + forms.flat(z, y),
+    "sum": lambda z, y: forms.flat(z, y, reduction="sum") + (z.logsumexp(-1) ** 2).sum(),
+    "masked": lambda z, y: (
+        forms.flat(z, y, ignore_index=3)
+        + (z.view(-1, V).logsumexp(-1).pow(2) * (y.view(-1) != 3)).mean()
+    ),
+    "softcapped": lambda z, y: (
+        forms.flat(9 * torch.tanh(z / 9) + 1, y)
+        + (9 * torch.tanh(z / 9) + 1).logsumexp(-1).square().mean()
+    ),
+    "none": lambda z, y: (
+        forms.flat(z, y, reduction="none") + z.view(-1, V).logsumexp(-1) ** 2
+    ).mean(),
+    "weighted": lambda z, y: (
+        forms.flat(z, y, weight=torch.linspace(0.5, 2, V, dtype=z.dtype))
+        + z.logsumexp(-1).square().mean()
+    ),
+    "smoothed": lambda z, y: (
+        forms.flat(z, y, label_smoothing=0.1) + z.logsumexp(-1).square().mean()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", Z_LOSSES)
+def test_z_loss(name):
+    tensors = forms.inputs()
+
+    def function(h, w, b, y):
+        return Z_LOSSES[name](F.linear(h, w, b), y)
+
+    exact = reference.run(function, reference.doubles(tensors))
+    eager = reference.run(function, list(map(reference.leaf, tensors)))
+    graphs = []
+    results = reference.run(rewrite(function, graphs), tensors)
+    assert counters["lmhead_pass"]["refused"] == 0
+    assert graphs[1].count("lmhead_pass.linear_cross_entropy") == 1
+    reference.assert_no_worse(results, eager, exact, torch.float32)
+
+
+def guess_where_unsure(z, y):
+    guess = z.argmax(-1)
+    return F.cross_entropy(z.flatten(0, 1), torch.where(y > 9, guess, y).flatten())
+
+
+def guess_of_flat(z, y):
+    z = z.flatten(0, 1)
+    return F.cross_entropy(z, z.argmax(-1))
+
+
+@pytest.mark.parametrize("loss", [guess_where_unsure, guess_of_flat])
+def test_logits_that_decide_the_target(loss):
+    """Self-training: the loss needs the argmax of its own logits first."""
+
+    def function(h, w, b, y):
+        return loss(F.linear(h, w, b), y)
+
+    tensors = forms.inputs()
+    expected = reference.run(function, list(map(reference.leaf, tensors)))
+    results = reference.run(rewrite(function), tensors)
+    assert counters["lmhead_pass"]["refused"] == 0
+    torch.testing.assert_close(results, expected)

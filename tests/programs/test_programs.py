@@ -1,0 +1,70 @@
+"""Generated programs: with the pass and without, all that the caller sees is the same."""
+
+from collections import Counter
+
+import hypothesis
+import pytest
+
+from .checking import Wrong, check
+from .fuzz import Statistics
+from .grammar import KINDS, programs
+from .many import COUNT, SEED, many_programs
+from .program import forget
+from .uniform import BACKEND
+
+
+@pytest.fixture(autouse=True)
+def _on_one_thread(one_thread):
+    yield
+    forget()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_hundred_programs():
+    """With the pass and without, all that the caller sees is the same but for rounding."""
+    statistics = Statistics()
+
+    @hypothesis.seed(SEED)
+    @hypothesis.settings(
+        max_examples=COUNT,
+        database=None,
+        deadline=None,
+        backend=BACKEND,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        suppress_health_check=list(hypothesis.HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @hypothesis.given(programs())
+    def right(program):
+        statistics.add(program, check(program))
+
+    right()
+    assert statistics.programs >= COUNT
+    assert statistics.rewritten > 0.3 * COUNT
+    assert sum(statistics.raised.values()) < 0.15 * COUNT
+    assert statistics.blunt < 0.05 * COUNT
+
+
+def test_every_part_of_the_grammar_occurs():
+    """Often enough to be met now and then."""
+    counts = Counter(kind for program in many_programs() for kind in program.kinds)
+    assert {kind: counts[kind] for kind in KINDS if counts[kind] < 3} == {}
+
+
+def test_a_failure_is_shown_as_a_script_that_runs():
+    program = many_programs()[-1]
+    names: dict[str, object] = {}
+    exec(program.script("why"), names)
+    assert names["SOURCE"] == program.source
+
+
+def test_a_failure_of_the_pass_is_no_failure_of_the_program(monkeypatch):
+    """The program would raise it in both runs, since it is compiled once."""
+
+    def fail(*_):
+        raise ArithmeticError("on purpose")
+
+    monkeypatch.setattr("lmhead_pass.rewrite.rewrite_graph", fail)
+    with pytest.raises(Wrong, match="ArithmeticError in the pass: on purpose"):
+        for program in many_programs()[:COUNT]:
+            check(program)

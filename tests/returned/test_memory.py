@@ -1,0 +1,94 @@
+"""What unread logits hold, and for how long."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import lmhead_pass
+
+from ..backend import rewrite
+from ..memory import peak_bytes
+from .model import Model, batch, is_unread
+
+
+class LossOnly(Model):
+    def forward(self, x, y):
+        return super().forward(x, y)[0]
+
+
+def peak_of_training_step(model, inputs):
+    compiled = torch.compile(model)
+    held = []
+
+    def step():
+        output = compiled(*inputs)
+        (output if isinstance(output, torch.Tensor) else output[0]).backward()
+        held.append(output)
+
+    step()
+    held.clear()
+    model.zero_grad()
+    return peak_bytes(step)
+
+
+def test_a_training_step_peaks_where_the_loss_alone_does():
+    sizes = {"hidden": 32, "vocab": 8192}
+    inputs = batch((1024,), **sizes)
+    logits = 1024 * 8192 * 4
+    with lmhead_pass.config.patch(batch_chunk_size=64):
+        alone = peak_of_training_step(LossOnly(**sizes), inputs)
+        assert alone < logits / 4
+        for returns in (lambda logits: logits, lambda logits: logits.float()[1:]):
+            assert peak_of_training_step(Model(returns, **sizes), inputs) <= 1.1 * alone
+        with lmhead_pass.disabled():
+            assert peak_of_training_step(Model(**sizes), inputs) >= 2 * logits
+
+
+@pytest.mark.parametrize("backend", [rewrite, torch.compile])
+def test_hidden_states_and_a_fingerprint_are_all_that_is_kept(model, backend):
+    _, logits = backend(model)(*batch())
+    recipe = logits._cell.source.recipe
+    assert recipe.weight is model.head.weight and recipe.bias is model.head.bias
+    assert recipe.hidden.shape == (2, 5, 16) and recipe.hidden.grad_fn is None
+    assert recipe.fingerprint.shape == (3, 2)
+    assert_history_is_of(logits, model.parameters(), between=0)
+    logits.sum()
+    assert logits._cell.source is None
+
+
+def assert_history_is_of(logits, leaves, between):
+    """Two nodes that raise, the view of one, and ``between`` of a graph before: no others."""
+    nodes, seen = [logits.grad_fn], []
+    while nodes:
+        seen.append(nodes.pop())
+        nodes += [node for node, _ in seen[-1].next_functions if node is not None]
+    found = [node.variable for node in seen if hasattr(node, "variable")]
+    assert {id(leaf) for leaf in found} == {id(leaf) for leaf in leaves}
+    assert len(seen) == len(found) + 3 + between
+
+
+@pytest.mark.parametrize("let_go", ["backward", "detach"])
+def test_what_a_graph_before_has_saved_is_let_go(model, let_go):
+    """By what lets go of it without lmhead_pass, too."""
+    before = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+    x, y = batch()
+    saved = []
+
+    def pack(tensor):
+        saved.append(weakref.ref(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x = before(x)
+    loss, logits = torch.compile(model)(x, y)
+    if let_go == "backward":
+        assert_history_is_of(logits, [*before.parameters(), *model.parameters()], between=8)
+        loss.backward()
+    else:
+        logits = logits.detach()
+    known = [id(tensor) for tensor in before.parameters()]
+    del loss, x
+    kept = [tensor for reference in saved if (tensor := reference()) is not None]
+    assert is_unread(logits) and all(id(tensor) in known for tensor in kept)

@@ -1,0 +1,107 @@
+"""What users see: log lines, counters and tlparse artifacts."""
+
+import logging
+import re
+
+import torch
+from torch._dynamo.utils import counters
+
+import lmhead_pass
+
+from ..backend import rewrite
+from ..forms import V, flat, inputs
+from ..process import run_python
+
+TRAIN = """
+    import torch, torch.nn.functional as F
+    import lmhead_pass
+
+    def train(hidden, weight, target):
+        return F.cross_entropy(hidden @ weight.t(), target)
+
+    def classify(hidden, weight, target):
+        logits = hidden @ weight.t()
+        return F.cross_entropy(logits, target), logits
+
+    hidden, weight = torch.randn(8, 16), torch.randn(5000, 16, requires_grad=True)
+    for function in (train, classify):
+        torch.compile(function)(hidden, weight, torch.arange(8))
+"""
+
+
+def log_of(setting):
+    done = run_python(
+        TRAIN,
+        is_fresh=True,  # torch reads this when it is imported
+        TORCH_LOGS=setting,
+        LMHEAD_PASS_RETURNED_LOGITS="keep",
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_info():
+    log = log_of("lmhead_pass")
+    assert re.search(
+        r"rewritten: cross_entropy at \S+script.py:\d+ `return F.cross.*`: hidden", log
+    ), log
+    for part in (
+        "hidden [8, 16] float32",
+        "weight [5000, 16] float32",
+        "rows per chunk",
+        "0.2 MB of float32 logits avoided",
+    ):
+        assert part in log
+    assert re.search(
+        r"left alone: cross_entropy at \S+script.py:\d+ `.*`: the compiled function", log
+    ), log
+    assert "returns the logits" in log
+    assert "before:" not in log
+
+
+def test_debug_adds_the_graph():
+    log = log_of("+lmhead_pass")
+    assert "before:" in log
+    assert "after:" in log
+    assert "torch.ops.lmhead_pass.linear_cross_entropy.default" in log
+
+
+def test_silent_by_default():
+    assert "lmhead_pass" not in log_of(None)
+
+
+def test_source_line_is_the_users(caplog):
+    model = torch.nn.Linear(16, V)
+    hidden, _, _, target = inputs()
+    with caplog.at_level(logging.INFO, logger="lmhead_pass"):
+        rewrite(lambda h, y: flat(model(h), y))(hidden, target)
+    (line,) = (r.getMessage() for r in caplog.records if r.name == "lmhead_pass")
+    assert "forms.py" in line
+    assert (
+        "`return loss(logits.reshape(-1, logits.size(-1)), target.reshape(-1), **options)`" in line
+    )
+
+
+def test_artifacts(monkeypatch):
+    artifacts = {}
+
+    def record(kind, metadata_fn, payload_fn):
+        artifacts[metadata_fn()["name"]] = payload_fn()
+
+    monkeypatch.setattr("lmhead_pass.rewrite.report.trace_structured", record)
+    hidden, weight, _, target = inputs()
+    rewrite(lambda h, w, y: flat(h @ w.t(), y))(hidden, weight, target)
+    assert "cross_entropy" in artifacts["lmhead_pass_before"]
+    assert "linear_cross_entropy" in artifacts["lmhead_pass_after"]
+
+
+def test_counters():
+    hidden, weight, _, target = inputs()
+
+    def function(h, w, y):
+        kept = h @ w.t()
+        return flat(h @ w.t(), y) + flat(h @ w.t(), y) + flat(kept, y), kept
+
+    with lmhead_pass.config.patch(returned_logits="keep"):
+        rewrite(function)(hidden, weight, target)
+    assert counters["lmhead_pass"] == {"rewritten": 2, "refused": 1}
