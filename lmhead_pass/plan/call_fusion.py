@@ -158,7 +158,7 @@ def _fused_call_in(
     while last < root and not gradients_are_recorded(last.next):
         last = last.next  # an input is made under no_grad
     users = _users_until(last, consumers)
-    if last >= root or users is None:
+    if last >= root or users is None or not consumers.isdisjoint(linear_reduction.reads):
         return None
     moved, looking = users
     likes = {node: (seen, _twin(node, seen)) for node, seen in looking.items()}

@@ -29,10 +29,12 @@ def emit_coefficients(
 ) -> Coefficients:
     """For the call that computes all of ``fused``: ``rows`` and ``targets`` are of its matches."""
     given = list(zip(fused.matches, rows, targets, strict=True))
+    shaped_by = fused.linear_reduction.shaped_by
     ones = {
-        consumer.node: partial(_ones, emit, match, consumer, of_match, target)
+        consumer.node: _ones(emit, match, consumer, of_match, target)
         for match, of_match, target in given
         for consumer in match.consumers
+        if consumer.node in shaped_by
     }
     weights = emit_weights(emit, fused.linear_reduction, ones)
     shares: dict[str, list[Node | None]] = {"of_losses": [None] * len(targets)}

@@ -1,15 +1,16 @@
-"""Recognises sums of numbers of each row, each times a weight that is known before these are.
+"""Recognises sums of per-row numbers in which each has a weight that is known before the numbers.
 
-``(losses * mask).sum() / mask.sum()``: what the backward will multiply each row's gradient by is,
-but for one number, ``mask / mask.sum()``. So the gradients can be computed in the forward. The same
-holds for the squares of log-sum-exps in a z-loss.
+In ``(losses * mask).sum() / mask.sum()`` the weights are ``mask / mask.sum()``. The backward will
+multiply each row's gradient by its weight and by one number for all, so the forward can compute the
+gradients. The same holds for the squares of log-sum-exps in a z-loss.
 
-The weights are the gradient of the sum with respect to the numbers, as autograd makes it of the
-part of the graph between them. They are known before if it does not depend on what the numbers are.
+The weights are the gradient of the sum with respect to the numbers, which autograd makes of the
+part of the graph between them. If it does not depend on the numbers' values, the sum is linear in
+them.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch.fx import Graph, Node, map_arg
 
 from ..compat.aten_trace import bind_unbacked, trace
-from ..compat.graphs import fake_mode_of, tree_leaves
+from ..compat.graphs import UNBACKED_BINDINGS, fake_mode_of, tree_leaves
 from ..compat.lazy_tensors import tree_map
 from ..graph import (
     Emitter,
@@ -38,29 +39,38 @@ from .meeting_points import meeting_points
 
 @dataclass(frozen=True)
 class LinearReduction:
-    """How a single number is a sum of others, each times a weight that does not depend on these."""
+    """A single number that is a weighted sum of others, and perhaps of something else besides."""
 
     sum: Node
     reads_of: dict[Node, frozenset[Node]]
-    """What is behind the numbers, up to the sum; and what the weights are made of that each reads."""
+    """For each node between the numbers and the sum: the inputs of the weights that it reads."""
     squared: frozenset[Node]
-    """What squares are taken of, and what that is made of."""
+    """The nodes that are squared, and those between them and the numbers."""
     graph: Graph
-    """Computes the weights; of ATen operations."""
+    """Computes the weights, in ATen operations."""
     given: tuple[tuple[Node, int | None], ...]
-    """What its placeholders stand for, or for which item of it: first the numbers, of which it reads
-    the shape, and may take them for ones."""
+    """For each placeholder of ``graph`` the node that it stands for, and which item of that node's
+    tuple. The numbers come first: only their shapes count, and any value will do."""
     weighted: tuple[tuple[Node, int], ...]
-    """What its outputs are the weights of: a number, and 1, or 2 for its square."""
+    """For each output of ``graph`` the number that it is the weight of, and the power: 1, or 2 for
+    the weight of the number's square."""
 
     @property
     def reads(self) -> set[Node]:
-        """What the weights are made of."""
+        """The inputs of the weights."""
         return set().union(*self.reads_of.values())
 
     @property
+    def shaped_by(self) -> set[Node]:
+        """The numbers whose shapes the weights take."""
+        numbers = {number for number, _ in self.weighted}
+        placeholders = self.graph.find_nodes(op="placeholder")
+        given = zip(placeholders, self.given, strict=True)
+        return {node for place, (node, _) in given if place.users and node in numbers}
+
+    @property
     def is_scaled(self) -> bool:
-        """Whether there are factors on the way."""
+        """Whether something on the way to the sum is multiplied or divided."""
         return any(node.target in _SCALING for node in self.graph.nodes)
 
 
@@ -69,10 +79,10 @@ _SCALING = (_ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN.neg.default, _ATEN.div.Sca
 
 
 def sums(numbers: Iterable[Node], squarable: Iterable[Node] = ()) -> Iterator[LinearReduction]:
-    """Each single number that all gradients of ``numbers`` come from, and how; the last one first.
+    """The weighted sums of ``numbers`` through which all their gradients pass, the last one first.
 
-    It is a weighted sum of them, of the squares of those that are ``squarable``, and of others.
-    Others may read any of them, if no gradient comes from there.
+    A sum may contain squares of those numbers that are ``squarable``, and other things. Whoever
+    else reads the numbers passes no gradient back to them.
     """
     numbers = sorted(numbers)
     for point in reversed(list(meeting_points(numbers))):
@@ -83,9 +93,9 @@ def sums(numbers: Iterable[Node], squarable: Iterable[Node] = ()) -> Iterator[Li
 
 
 def can_be_made_behind(place: Node, reduction: LinearReduction) -> bool:
-    """Whether what the weights are made of is behind ``place`` what the steps to the sum see.
+    """Whether the weights' inputs have the same values after ``place`` as on the way to the sum.
 
-    And stays so: of what is written to after them, autograd refuses the gradient.
+    Nor are they written to later: autograd would refuse the gradient of the sum.
     """
     end = place.graph.output_node()
     return not any(
@@ -95,7 +105,7 @@ def can_be_made_behind(place: Node, reduction: LinearReduction) -> bool:
 
 
 class _Tail:
-    """What a graph does to numbers until they are one."""
+    """The part of a graph between ``numbers`` and the single number ``end``."""
 
     def __init__(self, numbers: list[Node], squarable: set[Node], end: Node):
         self.numbers, self.end = numbers, end
@@ -108,7 +118,8 @@ class _Tail:
         self.squares, self.squared = self._squares(changing, squarable)
 
     def _changing(self) -> tuple[set[Node], set[int]]:
-        """What depends on the numbers, or lives in memory that such writes to; and this memory."""
+        """The nodes that depend on the numbers or share memory that such nodes write to, and that
+        memory."""
         changing, written = set(self.numbers), set[int]()
         before = 0
         while before < len(changing):
@@ -121,7 +132,7 @@ class _Tail:
         return changing, written
 
     def _steps(self, changing: set[Node]) -> list[Node]:
-        """What of it the sum depends on, in graph order."""
+        """Those nodes of ``changing`` that ``end`` depends on, in graph order."""
         steps, memory = {self.end}, memory_of(self.end)
         for node in sorted(changing.difference(self.numbers), reverse=True):
             if node in steps or not memory.isdisjoint(mutation.memory_written(node)):
@@ -137,9 +148,9 @@ class _Tail:
     def _squares(
         self, changing: set[Node], squarable: set[Node]
     ) -> tuple[dict[Node, Node], frozenset[Node]]:
-        """Squares of which each number is that of one that is ``squarable``, times what is known.
+        """Each node that squares a squarable number, perhaps times a known factor, with its root.
 
-        And of what; and all that this is made of.
+        And the roots, with all nodes between them and the numbers.
         """
         single, squares = dict.fromkeys(squarable, frozenset[Node]()), {}
         for node in self.steps:
@@ -147,7 +158,7 @@ class _Tail:
             source = next(iter(sources), None)
             if len(sources) != 1 or source not in single or mutation.may_write(node):
                 continue
-            if _is_square(source, node):
+            if _is_square(source, node) and tensor_of(node).requires_grad:
                 squares[node] = source
             elif _keeps_numbers_apart(source, node):
                 single[node] = single[source] | {source}
@@ -191,33 +202,34 @@ class _Tail:
             weighted=tuple(weighted),
         )
 
-    def _gradients(self, *values: Any) -> list[torch.Tensor]:
-        """Of the sum: by each number, by each square; by each number for the sake of its squares.
+    def _gradients(self, *values: Any) -> list[Any]:
+        """The sum's gradients by each number, then by each square, then by each number through its
+        squares.
 
-        The last for numbers that are 1: each square's gradient times what it is of goes back to
-        that single number, times the factor of that once more.
+        The last are for numbers that are 1. Each square's gradient is multiplied by what is
+        squared, and goes back to the single number that this is made of, which multiplies it by the
+        same factor once more.
         """
         numbers, given = values[: len(self.numbers)], values[len(self.numbers) :]
         inputs = dict(zip(self.given, map(_widened, given), strict=True))
-        total: torch.Tensor
 
-        def bases(*numbers: torch.Tensor) -> list[torch.Tensor]:
-            found = self._run(dict(zip(self.numbers, numbers, strict=True)) | inputs)
-            return [found[base] for base in self.squares.values()]
+        def roots(*numbers: torch.Tensor) -> list[Any]:
+            found = self._run(inputs | dict(zip(self.numbers, numbers, strict=True)))
+            return [found[root] for root in self.squares.values()]
 
-        def end(numbers: list[torch.Tensor], squares: list[torch.Tensor]) -> torch.Tensor:
-            given = dict(zip(self.numbers, numbers, strict=True))
-            return self._run(given | inputs | dict(zip(self.squares, squares, strict=True)))[
-                self.end
-            ]
+        def end(numbers: Sequence[torch.Tensor], squares: Sequence[torch.Tensor]) -> Any:
+            known = zip((*self.numbers, *self.squares), (*numbers, *squares), strict=True)
+            return self._run(inputs | dict(known))[self.end]
 
+        back: Any
+        back_to_numbers: Any
         if not self.squares:
-            total, back = torch.func.vjp(lambda *numbers: end(numbers, []), *numbers)
-            return list(back(torch.ones((), dtype=total.dtype, device=total.device)))
-        roots, back_to_numbers = torch.func.vjp(bases, *numbers)
-        total, back = torch.func.vjp(end, numbers, [root.square() for root in roots])
-        of_numbers, of_squares = back(torch.ones((), dtype=total.dtype, device=total.device))
-        of_roots = [of * root for of, root in zip(of_squares, roots, strict=True)]
+            total, back = torch.func.vjp(lambda *numbers: end(numbers, []), *numbers)[:2]
+            return list(back(torch.ones_like(total)))
+        squared, back_to_numbers = torch.func.vjp(roots, *numbers)[:2]
+        total, back = torch.func.vjp(end, numbers, [root.square() for root in squared])[:2]
+        of_numbers, of_squares = back(torch.ones_like(total))
+        of_roots = [of * root for of, root in zip(of_squares, squared, strict=True)]
         return [*of_numbers, *of_squares, *back_to_numbers(of_roots)]
 
     def _run(self, known: dict[Node, Any]) -> dict[Node, Any]:
@@ -263,7 +275,7 @@ def _check(node: Node) -> None:
 
 
 def _like(value: torch.Tensor) -> torch.Tensor:
-    """A fake tensor in the shape of ``value``, as the one that ``ones`` makes."""
+    """A contiguous fake tensor of the shape of ``value``, in FP32 or FP64."""
     with fake_mode_of([value]), torch.no_grad():
         return value.new_empty(value.shape, dtype=torch.promote_types(value.dtype, torch.float32))
 
@@ -276,19 +288,22 @@ def _value(node: Node) -> Any:
 
 
 def _pieces(nodes: Iterable[Node]) -> Iterator[tuple[Node, int | None]]:
-    """What ``trace`` has placeholders for."""
+    """For each placeholder of a trace: the node that it stands for, and the place in a tuple."""
     for node in nodes:
         value = value_of(node)
         yield from zip(repeat(node), range(len(value)) if isinstance(value, tuple) else [None])
 
 
 def _depending(graph: Graph, count: int) -> set[Node]:
-    """What in ``graph`` depends on the values of its first ``count`` inputs, and not just shapes."""
+    """The nodes of ``graph`` that depend on the values of its first ``count`` inputs."""
     depending = set(graph.find_nodes(op="placeholder")[:count])
     for node in graph.nodes:
         looks = getattr(node.target, "overloadpacket", None) in _LOOKING
-        if not looks and not depending.isdisjoint(node.all_input_nodes):
+        seen = {node.args[0]} if looks else set()
+        if not depending.isdisjoint(set(node.all_input_nodes) - seen):
             depending.add(node)
+            if UNBACKED_BINDINGS in node.meta:
+                raise Refused(f"sizes depend on {node}")
     return depending
 
 
@@ -323,25 +338,25 @@ def _keeps_numbers_apart(source: Node, node: Node) -> bool:
 
 
 def emit_weights(
-    emit: Emitter, reduction: LinearReduction, ones: Mapping[Node, Callable[[], Node]]
+    emit: Emitter, reduction: LinearReduction, like: Mapping[Node, Node]
 ) -> dict[tuple[Node, int], Node]:
-    """By what each number is multiplied in the sum, and the square of each (power 2), in its shape.
+    """The weight of each number, under power 1, and of its square, under 2, in the number's shape.
 
-    ``ones`` makes a tensor in the shape of each number. The weights are in FP32, or FP64.
+    ``like`` has a tensor of the shape of each number in ``reduction.shaped_by``. The weights are in
+    FP32, or FP64.
     """
     made: dict[Node, Any] = {}
-    placeholders = dict(
-        zip(reduction.graph.find_nodes(op="placeholder"), reduction.given, strict=True)
-    )
+    placeholders = reduction.graph.find_nodes(op="placeholder")
+    given = dict(zip(placeholders, reduction.given, strict=True))
     for node in reduction.graph.nodes:
         if node.op == "output":
             (results,) = map_arg(node.args, made.__getitem__)
             return dict(zip(reduction.weighted, results, strict=True))
-        source, piece = placeholders.get(node, (None, None))
+        source, piece = given.get(node, (None, None))
         if source is None:
             made[node] = emit.copied(node, made)
-        elif node.users and source in ones:
-            made[node] = emit("to", ones[source](), node.meta["val"].dtype)
+        elif node.users and source in like:
+            made[node] = emit("to", like[source], node.meta["val"].dtype)
         elif node.users:
             made[node] = source if piece is None else emit(operator.getitem, source, piece)
     raise AssertionError("a graph has an output")
