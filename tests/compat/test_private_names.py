@@ -412,6 +412,8 @@ def config_modules():
 def stable_hashes():
     from torch._functorch._aot_autograd import autograd_cache
 
+    if torch.__version__ < "2.13":
+        pytest.skip("not asked for by torch 2.11")
     assert LazyLogits._stable_hash_for_caching.__name__ in inspect.getsource(autograd_cache)
 
 
