@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .lookup import NO_LAZY_LOGITS, find, report_missing
+from .lookup import NO_LAZY_LOGITS, find, missing, report_missing
 
 _CompileContext = find("torch._guards.CompileContext.try_get", NO_LAZY_LOGITS)
 _TracingContext = find("torch._guards.TracingContext.try_get", NO_LAZY_LOGITS)
@@ -39,15 +39,15 @@ def attempt() -> tuple[object, int] | None:
 def is_part_of_ddp() -> bool:
     """Whether DDPOptimizer compiles a part into which it has cut Dynamo's graph."""
     context = None if _TracingContext is None else _TracingContext()
-    if context is None:
-        return False
-    if not hasattr(context, "fakify_first_call"):
-        report_missing(
-            "torch._guards.TracingContext.fakify_first_call",
-            NO_LAZY_LOGITS,
-        )
-        return True
-    return bool(context.fakify_first_call)
+    return bool(getattr(context, "fakify_first_call", False))
+
+
+def why_not_lazy() -> str | None:
+    """Name what torch lacks for logits to be computed later; None if it lacks nothing."""
+    context = None if _TracingContext is None else _TracingContext()
+    if context is not None and not hasattr(context, "fakify_first_call"):
+        report_missing("torch._guards.TracingContext.fakify_first_call", NO_LAZY_LOGITS)
+    return missing(NO_LAZY_LOGITS)
 
 
 def counters() -> Counters:

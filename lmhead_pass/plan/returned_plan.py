@@ -9,10 +9,9 @@ from typing_extensions import assert_never
 
 from .. import compat, config
 from ..compat import graphs
-from ..compat.compiling import is_part_of_ddp
+from ..compat.compiling import is_part_of_ddp, why_not_lazy
 from ..compat.graphs import tree_leaves
 from ..compat.lazy_tensors import version_of
-from ..compat.lookup import NO_LAZY_LOGITS, missing
 from ..graph import (
     Refused,
     canonical_op,
@@ -53,7 +52,7 @@ def check_returned(logits: Logits) -> Logits:
                 "(lmhead_pass.explain names it), or set it to 'lazy'"
             )
         return logits
-    if lacking := missing(NO_LAZY_LOGITS):
+    if lacking := why_not_lazy():
         raise Refused(f"the logits are returned, and this torch has no {lacking}. {_INSTEAD}")
     if is_part_of_ddp() and not _are_returned_from_a_part(logits.node):
         raise Refused(

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import lmhead_pass
-from lmhead_pass import compat
 from lmhead_pass.compat import compiling, graphs, kernels, lookup, settings
 from lmhead_pass.compat.lookup import NO_LAZY_LOGITS, NO_REWRITE
 from lmhead_pass.graph_pass import the_pass
@@ -266,7 +265,7 @@ def test_without_known_conditions(take, caplog):
     assert "dynamic sizes count as different" in caplog.text
 
 
-def test_without_the_mark_of_ddp(caplog, monkeypatch):
+def test_without_the_mark_of_ddp(caplog):
     def take_away(module):
         context = torch._guards.TracingContext.get()
         del context.fakify_first_call
@@ -274,7 +273,6 @@ def test_without_the_mark_of_ddp(caplog, monkeypatch):
         stack.callback(setattr, context, "fakify_first_call", False)
         return stack
 
-    monkeypatch.setattr(compat, "DDP_PARTS_RETURN_SUBCLASSES", False)
     assert not run_with(take_away)
     assert f"has no torch._guards.TracingContext.fakify_first_call: {NO_LAZY_LOGITS}" in "".join(
         warnings_in(caplog)

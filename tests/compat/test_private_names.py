@@ -1,6 +1,6 @@
 """Private names of torch: each still does what ``compat`` takes it for.
 
-A test fails with the name of what torch has changed. tests/test_compat_missing.py takes them away.
+A test fails with the name of what torch has changed. test_missing.py takes them away.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lmhead_pass
-from lmhead_pass.compat import compiling, graphs, kernels, lazy_tensors, settings
+from lmhead_pass.compat import aten_trace, compiling, graphs, kernels, lazy_tensors, settings
 from lmhead_pass.compat.versions import TRANSPOSING_ATTRIBUTES
 from lmhead_pass.graph_pass import the_pass
 from lmhead_pass.returned.lazy_logits import LazyLogits
@@ -146,6 +146,26 @@ def unbacked_bindings():
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         nodes = nodes_of(lambda x: x.nonzero() * 2, torch.ones(2))
     assert [node.target for node in nodes if node.meta.get(graphs.UNBACKED_BINDINGS)] == ["nonzero"]
+
+
+def traces():
+    (module,) = captured(lambda x: x @ x.t(), torch.ones(7, 3), dynamic=True)
+    *_, x = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+    with torch.autocast("cpu"):
+        graph = aten_trace.trace(lambda x: [(x @ x.t()) * x.size(0)], [x])
+    assert torch.ops.aten.mul.Tensor in [node.target for node in graph.nodes]
+    (product,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    assert product.meta["val"].dtype == torch.float64  # autocast would have made it BF16
+
+
+def unbacked_sizes():
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        x, nonzero, *_ = nodes_of(lambda x: x.nonzero() * 2, torch.ones(2))
+    fake, value = x.meta["example_value"], nonzero.meta["example_value"]
+    with fake.fake_mode:
+        again = fake.clone().nonzero()
+    aten_trace.bind_unbacked(fake, nonzero, again)
+    assert graphs.is_known_true(again.size(0) == value.size(0))
 
 
 def memory():
@@ -412,6 +432,8 @@ def config_modules():
 def stable_hashes():
     from torch._functorch._aot_autograd import autograd_cache
 
+    if torch.__version__ < "2.13":
+        pytest.skip("not asked for by torch 2.11")
     assert LazyLogits._stable_hash_for_caching.__name__ in inspect.getsource(autograd_cache)
 
 
@@ -432,6 +454,11 @@ CANARIES = {
     "torch._subclasses.fake_tensor.FakeTensor": fake_tensors,
     "torch._subclasses.fake_tensor.is_fake": fake_tensors,
     "torch.UntypedStorage._cdata": memory,
+    "torch.fx.experimental.proxy_tensor.make_fx": traces,
+    "torch._dispatch.python.enable_python_dispatcher": traces,
+    "torch._C._DisableAutocast": traces,
+    "Node.meta['val']": traces,
+    "torch.fx.experimental.symbolic_shapes.rebind_unbacked": unbacked_sizes,
     "torch._ops.OpOverload": schemas,
     "torch._ops.OpOverloadPacket": schemas,
     "torch.ops.aten.add.Tensor._schema.is_mutable": schemas,
