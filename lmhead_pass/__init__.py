@@ -10,15 +10,21 @@ into one op that never holds the ``[tokens, vocabulary]`` logits. ``TORCH_LOGS="
 
 # torch imports this package while it is itself importing when TORCH_LOGS names it, and users
 # import it on every start: nothing here may import torch._inductor or torch._dynamo.
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 from . import compat, config
 from . import op as _op  # noqa: F401  torch.ops.lmhead_pass, for compiled code from a cache too
 from . import returned as _returned  # noqa: F401
 from .registration import disabled, register, unregister
 
+if TYPE_CHECKING:
+    from .explanation import Explanation
+
 __all__ = ["config", "disabled", "explain", "register", "unregister"]
 
 
-def explain(fn, *args, **kwargs):
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> "Explanation":
     """Run ``fn(*args, **kwargs)`` once and report on every loss over logits in it.
 
     See :func:`lmhead_pass.explanation.explain`, which this calls.

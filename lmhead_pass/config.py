@@ -14,11 +14,11 @@ import sys
 import types
 from typing import Any
 
-from torch.utils._config_module import install_config_module
+from .compat.settings import make_config_module
 
 
 def _checked(name: str, value: Any) -> Any:
-    """``value``, if setting ``name`` takes it."""
+    """Return ``value``; raise ValueError if setting ``name`` does not take it."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     takes, good = {
         "min_vocab_size": ("an integer of at least 1", whole),
@@ -33,7 +33,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _setting(name: str, default: Any) -> Any:
-    """The default of setting ``name``: the environment's, or else ``default``."""
+    """Return the value of setting ``name`` in the environment; ``default`` if it is not there."""
     text = os.environ.get(f"LMHEAD_PASS_{name.upper()}")
     if text is None:
         return default
@@ -69,7 +69,7 @@ strict: bool = _setting("strict", False)
 
 def _install() -> None:
     module = sys.modules[__name__]
-    install_config_module(module)
+    make_config_module(module)
 
     class CheckedConfig(type(module)):  # type: ignore[misc]
         def __setattr__(self, name: str, value: object) -> None:

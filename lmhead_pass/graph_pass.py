@@ -3,11 +3,13 @@
 import functools
 import hashlib
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.fx import Graph
 
 from . import config
+from .compat.settings import cached_pass_type, settings_of
 
 
 class GraphPass:
@@ -19,10 +21,10 @@ class GraphPass:
 
     def uuid(self) -> str:
         """What the rewritten graph depends on: every file of the package and every setting."""
-        settings = repr(sorted(config.get_config_copy().items()))  # type: ignore[attr-defined]
+        settings = repr(sorted(settings_of(config).items()))
         return f"lmhead_pass-{_hash_of_package()}-{hashlib.sha256(settings.encode()).hexdigest()}"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[], "GraphPass"], tuple[()]]:
         # Copies and pickles (Inductor makes both) are the one pass itself.
         return the_pass, ()
 
@@ -33,9 +35,8 @@ def the_pass() -> GraphPass:
 
     Made on demand, since that class comes with all of Inductor.
     """
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    return type("LMHeadPass", (GraphPass, CustomGraphPass), {})()
+    made: GraphPass = type("LMHeadPass", (GraphPass, cached_pass_type()), {})()
+    return made
 
 
 @functools.cache

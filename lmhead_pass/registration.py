@@ -8,15 +8,15 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from types import ModuleType
 
-from . import compat
+from .compat import settings
 from .graph_pass import the_pass
 
 _INDUCTOR_CONFIG = "torch._inductor.config"
-_SETTING = "pre_grad_custom_pass"
 
 
 def register() -> None:
@@ -42,26 +42,26 @@ def disabled() -> Iterator[None]:
     A function is compiled when it is first called, not when ``torch.compile`` wraps it.
     """
     config = importlib.import_module(_INDUCTOR_CONFIG)
-    others = _passes(config, with_ours=False)
-    with config.patch({_SETTING: compat.pass_setting(others)}):
+    with settings.passes_patched(config, _others_in(config)):
         yield
 
 
-def _passes(config, with_ours: bool) -> list[compat.GraphPass]:
-    others = [p for p in compat.passes_in(getattr(config, _SETTING)) if p is not the_pass()]
-    return [*others, the_pass()] if with_ours else others
+def _others_in(config: ModuleType) -> list[settings.GraphPass]:
+    return [item for item in settings.registered_passes(config) if item is not the_pass()]
 
 
 def _update(add: bool) -> None:
     config = sys.modules[_INDUCTOR_CONFIG]
-    compat.set_default(config, _SETTING, compat.pass_setting([the_pass()]) if add else None)
-    setattr(config, _SETTING, compat.pass_setting(_passes(config, with_ours=add)))
+    ours = [the_pass()] if add else []
+    settings.register_passes(config, [*_others_in(config), *ours], by_default=ours)
 
 
 class _RegistersLater(MetaPathFinder):
     """Registers the pass once ``torch._inductor.config`` has been imported."""
 
-    def find_spec(self, fullname, path, target=None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != _INDUCTOR_CONFIG:
             return None
         sys.meta_path.remove(self)
@@ -69,7 +69,7 @@ class _RegistersLater(MetaPathFinder):
         assert spec is not None and spec.loader is not None
         execute = spec.loader.exec_module
 
-        def execute_and_register(module) -> None:
+        def execute_and_register(module: ModuleType) -> None:
             execute(module)
             _update(add=True)
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import lmhead_pass
-from lmhead_pass.op.kernels import aten
+from lmhead_pass.op.kernels import aten_loop as aten
 
 
 @pytest.fixture(autouse=True)

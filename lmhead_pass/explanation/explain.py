@@ -1,16 +1,35 @@
-"""``lmhead_pass.explain``: what the pass would do to a function, without compiling it."""
+"""``lmhead_pass.explain``: what the pass would do to a function, without compiling it.
+
+And what keeps heads and losses apart. A graph break matters only between a head and its loss;
+there may well be others.
+"""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
+from ..compat.compiling import counted_apart, uncompiled, without_recompile_limit
+from ..compat.graphs import autograd_function_call, namespace_of, why_not_rewritten
+from ..compat.lookup import NO_REWRITE
+from ..graph import Place, Refusal, describe, hint, place_of, tensor_of
+from ..logits import class_count, is_head, is_loss
+from ..plan import has_no_head, is_whole, unread_heads
 from ..rewrite import GraphEdit, prepare, summary
-from .advice import Captured, advise
-from .graph_breaks import break_after, counted_apart, told
+from .graph_breaks import TOPICS, Break, break_after, take_untraced
+
+_TOGETHER = (
+    "compile one function that computes head and loss, `def step(*batch): return "
+    "loss_fn(model(...), ...)` and `torch.compile(step)`, or take the loss in the model's forward"
+)
+_OPAQUE = (
+    "what it computes cannot be seen, so that there is no head and loss to rewrite: write the head "
+    "as a linear layer or matrix product, and the loss as F.cross_entropy"
+)
+_PLAIN = ("aten", "prims", "prim", "lmhead_pass")
 
 
 @dataclass
@@ -51,25 +70,28 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     registered.
     """
     explanation = Explanation()
-    graphs: list[Captured] = []
+    graphs: list[_Captured] = []
 
     def backend(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(_look_at(module, explanation))
-        return module.forward
+        before = take_untraced(counters)
+        captured = _Captured(before, break_after(module, before))
+        graphs.append(captured)
+        captured.look_at(module, explanation)
+        forward: Callable[..., Any] = module.forward
+        return forward
 
-    fn = getattr(fn, "_orig_mod", fn)
-    fn = getattr(fn, "_torchdynamo_orig_callable", fn)
-    devices = range(torch.cuda.device_count())
     # Compiled code is kept with the code object of a function: a new one leaves none behind.
     code = _call.__code__.replace(co_name="explained")
     call = types.FunctionType(code, _call.__globals__)
     with (
-        torch.random.fork_rng(devices),
-        torch._dynamo.config.patch(recompile_limit=1 << 16),
-        counted_apart(),
+        torch.random.fork_rng(range(torch.cuda.device_count())),
+        without_recompile_limit(),
+        counted_apart(TOPICS) as counters,
     ):
-        torch.compile(call, backend=backend)(fn, args, kwargs)
-        explanation.advice = advise(graphs, told())
+        torch.compile(call, backend=backend)(uncompiled(fn), args, kwargs)
+        explanation.advice = _advise(graphs, take_untraced(counters))
+    explanation.graphs = len(graphs)
+    explanation.graph_breaks = list(map(str, _breaks_in(graphs)))
     return explanation
 
 
@@ -77,18 +99,132 @@ def _call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     return fn(*args, **kwargs)
 
 
-def _look_at(module: GraphModule, explanation: Explanation) -> Captured:
-    explanation.graphs += 1
-    before = told()
-    captured = Captured(before, break_after(module, before))
-    for part in module.modules():
-        if isinstance(part, GraphModule):
-            edit = GraphEdit(part.graph)
-            calls, refusals = prepare(edit)
-            captured.look(part.graph, bool(calls), refusals)
-            explanation.rewritten += map(summary, calls)
-            explanation.refused += map(summary, refusals)
-            edit.roll_back()
-    if captured.end is not None:
-        explanation.graph_breaks.append(str(captured.end))
-    return captured
+@dataclass
+class _Captured:
+    """A graph, as far as it matters whether a head and its loss are in the same one."""
+
+    before: list[Break]
+    """What Dynamo could not trace since the graph before."""
+    end: Break | None
+    """What ended the graph; None: the end of a function."""
+    has_losses: bool = False
+    """Whether a loss over logits is in it, rewritten or left alone."""
+    without_head: list[tuple[int, Place | None]] = field(default_factory=list)
+    """Losses whose logits are an input: how many classes, and where."""
+    leaving: list[tuple[int, Place | None]] = field(default_factory=list)
+    """Logits that leave the graph and that no loss in it takes: how many words, and where."""
+    opaque_heads: list[str] = field(default_factory=list)
+    """A sentence for each call that hides where the logits of a loss come from."""
+    opaque_readers: list[str] = field(default_factory=list)
+    """A sentence for each call that reads a head and hides what it makes of it."""
+
+    def look_at(self, module: GraphModule, explanation: Explanation) -> None:
+        """Note what is in the graph of ``module`` and in its parts, and explain it."""
+        if lacking := why_not_rewritten(module.graph):
+            explanation.refused.append(f"this torch has no {lacking}: {NO_REWRITE}")
+            return
+        for part in module.modules():
+            if isinstance(part, GraphModule):
+                edit = GraphEdit(part.graph)
+                calls, refusals = prepare(edit)
+                explanation.rewritten += map(summary, calls)
+                explanation.refused += map(summary, refusals)
+                self.has_losses |= bool(calls or refusals)
+                self._look(part.graph, refusals)
+                edit.roll_back()
+
+    def _look(self, graph: Graph, refusals: Iterable[Refusal]) -> None:
+        for refusal in refusals:
+            if (call := _opaque_source(refusal.loss)) is not None:
+                self.opaque_heads.append(_opaque_sentence(call))
+            elif has_no_head(refusal):
+                classes = hint(class_count(refusal.loss))
+                self.without_head.append((classes, place_of(refusal.loss)))
+        for flow in unread_heads(graph):
+            node = flow.head.node
+            if flow.returned and is_whole(graph):
+                words = hint(tensor_of(node).size(flow.head.vocab_dim))
+                self.leaving.append((words, place_of(node)))
+            self.opaque_readers += map(_opaque_sentence, filter(_is_opaque, flow.unsupported))
+
+
+def _advise(graphs: Sequence[_Captured], afterwards: list[Break]) -> list[str]:
+    """Say what brings the heads and losses in ``graphs`` together."""
+    advice: list[str] = []
+    for number, graph in enumerate(graphs):
+        for classes, place in graph.without_head:
+            apart = _breaks_before(graphs, number, classes)
+            advice += map(Break.advice, apart)
+            if not apart:
+                advice.append(f"{_at(place)}the loss alone: {_TOGETHER}")
+        advice += graph.opaque_heads
+    if not any(graph.has_losses for graph in graphs):
+        advice += _advise_without_loss(graphs, afterwards)
+    return list(dict.fromkeys(advice))
+
+
+def _breaks_before(graphs: Sequence[_Captured], loss: int, classes: int) -> list[Break]:
+    """Find what separates the loss in graph number ``loss`` from its head."""
+    heads = [
+        number
+        for number, graph in enumerate(graphs[:loss])
+        if any(words == classes for words, _ in graph.leaving)
+    ]
+    # Where Dynamo left a whole function to Python, no graph ends; the last word is on that.
+    without_graph = [item for graph in graphs[: loss + 1] for item in graph.before][-1:]
+    if not heads:
+        # The head is in no graph: most likely in what was called just before.
+        return _breaks_in(graphs[:loss])[-1:] or without_graph
+    between = _breaks_in(graphs[heads[-1] : loss])
+    if graphs[heads[-1]].end is None:
+        # The head's function was compiled apart from that of the loss, as a break in a function
+        # makes Dynamo do with those that call it.
+        between = _breaks_in(graphs[: heads[-1]]) + between
+    return between or without_graph
+
+
+def _advise_without_loss(graphs: Sequence[_Captured], afterwards: list[Break]) -> list[str]:
+    leaving = [number for number, graph in enumerate(graphs) if graph.leaving]
+    if not leaving:
+        return [sentence for graph in graphs for sentence in graph.opaque_readers][-1:]
+    rest = graphs[leaving[-1] :]
+    later = _breaks_in(rest) or [item for graph in rest[1:] for item in graph.before] + afterwards
+    if later:
+        return list(map(Break.advice, later))
+    words, place = rest[0].leaving[-1]
+    return [
+        f"{_at(place)}logits of {words} words are returned, and their loss taken outside of "
+        f"what is compiled: {_TOGETHER}"
+    ]
+
+
+def _breaks_in(graphs: Sequence[_Captured]) -> list[Break]:
+    return [graph.end for graph in graphs if graph.end is not None]
+
+
+def _at(place: Place | None) -> str:
+    return f"{place}: " if place else ""
+
+
+def _opaque_source(loss: Node) -> Node | None:
+    """Find the call that hides where the logits of ``loss`` come from."""
+    node = loss if is_loss(loss) else None
+    while node is not None and not _is_opaque(node):
+        if is_head(node):
+            return None
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        node = source if isinstance(source, Node) else None
+    return node
+
+
+def _is_opaque(node: Node) -> bool:
+    """Whether ``node`` calls an autograd.Function or a custom op."""
+    if (namespace := namespace_of(node.target)) is not None:
+        return namespace not in _PLAIN
+    return node.op == "call_function" and node.target is autograd_function_call()
+
+
+def _opaque_sentence(node: Node) -> str:
+    is_function = namespace_of(node.target) is None
+    name = "an autograd.Function" if is_function else f"the custom op {describe(node)}"
+    return f"{_at(place_of(node))}{name}: {_OPAQUE}"

@@ -1,4 +1,4 @@
-"""Every way to write an operation, mapped to one name. What is not here is not understood."""
+"""Maps every spelling of an operation to one name. The pass understands no others."""
 
 import builtins
 import operator
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from ..compat import TRANSPOSING_ATTRIBUTES
+from ..compat.graphs import MAKE_DUAL
+from ..compat.versions import TRANSPOSING_ATTRIBUTES
 
 # What cuts a tensor into several.
 _CUTS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
@@ -80,7 +81,6 @@ _NAMES = {
     "topk": ["topk"],
     # What changes which derivatives there are.
     "detach_": ["detach_"],
-    "make_dual": ["_make_dual"],
     "nll_loss": ["nll_loss"],
     "cross_entropy": ["cross_entropy"],
 }
@@ -108,13 +108,17 @@ def _functions(methods: dict[str, str]) -> dict[object, str]:
     }
 
 
-_FUNCTIONS = _functions(_METHODS) | dict.fromkeys(TRANSPOSING_ATTRIBUTES, "permute")
+_FUNCTIONS = {
+    **_functions(_METHODS),
+    **dict.fromkeys(TRANSPOSING_ATTRIBUTES, "permute"),
+    **dict.fromkeys(MAKE_DUAL, "make_dual"),
+}
 _WRITING_FUNCTIONS = _functions(_IN_PLACE)
 _ATTRIBUTES = {"T": "permute", "mT": "permute"}
 
 
 def canonical_op(node: Node) -> str | None:
-    """The name of what ``node`` does, or None."""
+    """Return the name of the operation that ``node`` does; None if it is not in the table."""
     if node.op == "call_method":
         return _METHODS.get(node.target) or _IN_PLACE.get(node.target)
     if node.op == "call_function":
@@ -130,14 +134,14 @@ def is_pieces(node: Node) -> bool:
 
 
 def is_in_place(node: Node) -> bool:
-    """Whether ``canonical_op(node)`` is written to the node's first argument."""
+    """Whether ``node`` writes what ``canonical_op(node)`` gives to its first argument."""
     if node.op == "call_method":
         return node.target in _IN_PLACE
     return node.op == "call_function" and node.target in _WRITING_FUNCTIONS
 
 
 def arguments(node: Node, signature: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
-    """Bind ``node``'s arguments, positional or keyword; None if they do not fit.
+    """Return the arguments of ``node`` by name; None if they do not fit ``signature``.
 
     ``signature`` is a function with the operation's parameters that returns its ``locals()``.
     """
@@ -148,7 +152,7 @@ def arguments(node: Node, signature: Callable[..., dict[str, Any]]) -> dict[str,
 
 
 def describe(node: Node) -> str:
-    """``node`` as a user would name it: ``cross_entropy``, ``input 'x'``."""
+    """Name ``node`` in a message, as a user would: ``cross_entropy``, ``input 'x'``."""
     if node.op == "placeholder":
         return f"input {node.target!r}"
     if node.op == "output":

@@ -1,19 +1,17 @@
 """Inserts nodes into a graph."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves
 
+from ..compat.graphs import EXAMPLE_VALUE, UNBACKED_BINDINGS, fake_mode_of
 from .tensors import tensor_of, value_of
 
 
 class Emitter:
-    """Inserts calls before ``place``, with the fake values and the origin that others look for."""
+    """Inserts calls before ``place``, and gives each the fake value and the origin of a node."""
 
     def __init__(self, graph: Graph, place: Node):
         self.graph = graph
@@ -25,14 +23,12 @@ class Emitter:
         with self.graph.inserting_before(self.place):
             node = self.graph.create_node(kind, target, args, kwargs)
         node.meta.update(self.place.meta)
-        node.meta.pop("unbacked_bindings", None)  # those sizes are the place's own
+        node.meta.pop(UNBACKED_BINDINGS, None)  # those sizes are the place's own
         values, named = torch.fx.map_arg((args, kwargs), value_of)
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
-        fakes = (v for v in tree_leaves((values, named)) if isinstance(v, FakeTensor))
         # An index or a number may become a tensor, and that has to be a fake one.
-        mode = next((fake.fake_mode for fake in fakes), nullcontext())
-        with mode, torch.no_grad():
-            node.meta["example_value"] = function(*values, **named)
+        with fake_mode_of((values, named)), torch.no_grad():
+            node.meta[EXAMPLE_VALUE] = function(*values, **named)
         self.nodes.append(node)
         return node
 
@@ -40,15 +36,15 @@ class Emitter:
         """Insert a copy of a ``node`` that make_fx has traced, which reads ``values`` instead."""
         with self.graph.inserting_before(self.place):
             copy = self.graph.node_copy(node, values.__getitem__)
-        copy.meta = {**self.place.meta, "example_value": node.meta["val"]}
-        copy.meta.pop("unbacked_bindings", None)
-        if "unbacked_bindings" in node.meta:
-            copy.meta["unbacked_bindings"] = node.meta["unbacked_bindings"]
+        copy.meta = {**self.place.meta, EXAMPLE_VALUE: node.meta["val"]}
+        copy.meta.pop(UNBACKED_BINDINGS, None)
+        if UNBACKED_BINDINGS in node.meta:
+            copy.meta[UNBACKED_BINDINGS] = node.meta[UNBACKED_BINDINGS]
         self.nodes.append(copy)
         return copy
 
 
 def size_of(emit: Emitter, tensor: Node, dim: int) -> Any:
-    """A size as an argument: a number, or a node if it is dynamic."""
+    """Return a size of ``tensor``: a number, or a new node if the size is dynamic."""
     size = tensor_of(tensor).size(dim)
     return size if isinstance(size, int) else emit("size", tensor, dim)

@@ -1,8 +1,8 @@
 """Which nodes of a pre-grad graph may write to a tensor.
 
 Pre-grad graphs are not functional: ``hidden.add_(1)`` between the head and the loss has no edge to
-the loss, and still decides what a head that is moved down to the loss would read. What is not known
-to leave its arguments alone counts as writing to them.
+the loss, and still decides what a head that is moved down to the loss would read. A node counts as
+writing to its arguments unless it is known to leave them alone.
 """
 
 import builtins
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from ..compat.graphs import is_torch_op, writes_by_schema
 from .tensors import memory_of
 
 _WRITING_OPERATORS = {
@@ -39,7 +40,7 @@ _QUIET_WRITERS = _WRITING_IF_MAX_NORM | _WRITING_STATISTICS
 
 
 def writers(nodes: Iterable[Node], of: Iterable[Node]) -> Iterator[Node]:
-    """Those of ``nodes`` that may write to the memory of any of the tensors ``of``."""
+    """Yield those of ``nodes`` that may write to the memory of any of the tensors ``of``."""
     memory = {storage for node in of for storage in memory_of(node)}
     for node in nodes:
         if not memory.isdisjoint(memory_written(node)):
@@ -47,16 +48,16 @@ def writers(nodes: Iterable[Node], of: Iterable[Node]) -> Iterator[Node]:
 
 
 def memory_written(node: Node) -> set[int]:
-    """The memory that ``node`` may write to."""
+    """Return the storages that ``node`` may write to."""
     if not may_write(node):
         return set()
     return {storage for argument in _written_by(node) for storage in memory_of(argument)}
 
 
 def has_other_names(made: Node, but: Container[Node] = ()) -> bool:
-    """Whether what ``made`` makes or writes to is read after it by an earlier name.
+    """Whether an earlier node holds what ``made`` makes or writes to, and is read later.
 
-    Not by those in ``but``, if they are made in the graph: its inputs are read outside.
+    An input of the graph counts as read later, by the caller. Other nodes in ``but`` do not count.
     """
     memory = memory_of(made) | memory_written(made)
     for node in made.graph.nodes:
@@ -70,14 +71,14 @@ def has_other_names(made: Node, but: Container[Node] = ()) -> bool:
 
 
 def _written_by(node: Node) -> list[Node]:
-    """Those of the arguments of ``node`` that it may write to."""
+    """Return the arguments that ``node`` may write to."""
     if node.target in _QUIET_WRITERS:
         given = _bound(node)
         named = (given.get(name) for name in _QUIET_WRITERS[node.target])
         return [argument for argument in named if isinstance(argument, Node)]
     if "out" not in node.kwargs and (node.op == "call_method" or node.target in _WRITING_OPERATORS):
         return [argument for argument in node.args[:1] if isinstance(argument, Node)]
-    return node.all_input_nodes
+    return list(node.all_input_nodes)
 
 
 def may_write(node: Node) -> bool:
@@ -92,28 +93,26 @@ def writes(node: Node) -> bool:
     if "out" in node.kwargs:
         return True
     if node.op == "call_method":
-        is_special = node.target.endswith("__")
-        return node.target in _WRITING_SPECIAL_METHODS if is_special else node.target.endswith("_")
+        name = str(node.target)
+        return name in _WRITING_SPECIAL_METHODS if name.endswith("__") else name.endswith("_")
     if node.op != "call_function":
         return False
     target = node.target
     if target in _QUIET_WRITERS:
         return target in _WRITING_STATISTICS or _bound(node).get("max_norm") is not None
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if is_torch_op(target):
+        return writes_by_schema(target)
     if target in _WRITING_OPERATORS or target.__name__.endswith("_"):
         return True
-    return target.__module__ == F.__name__ and bool(_bound(node).get("inplace"))
+    return bool(target.__module__ == F.__name__ and _bound(node).get("inplace"))
 
 
 def _is_known(node: Node) -> bool:
-    """Whether ``node`` is no higher-order op, custom autograd function, other people's code ..."""
+    """Whether ``node`` calls torch or Python, not a higher-order op or other people's code."""
     if node.op != "call_function":
-        return node.op != "call_module"
+        return bool(node.op != "call_module")
     target = node.target
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if is_torch_op(target):
         return True
     name, module = target.__name__, target.__module__ or ""
     is_torch_builtin = inspect.isbuiltin(target) and (
@@ -130,7 +129,7 @@ def _bound(node: Node) -> dict[str, object]:
 
 
 def nodes_between(first: Node, last: Node) -> Iterator[Node]:
-    """Those after ``first`` and before ``last``."""
+    """Yield the nodes after ``first`` and before ``last``."""
     node = first
     while node is not last:
         node = node.next

@@ -1,4 +1,4 @@
-"""Why something is left as it is: an exception while it is read, a value afterwards."""
+"""Why the pass leaves a loss as it is: an exception while it reads, a value afterwards."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ from torch.fx import Node
 
 
 class Refused(Exception):
-    """Raised while a match is read: this is not one, and the message tells a user why."""
+    """What the pass reads cannot be rewritten. The message tells the user why."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A loss over logits that is left as it is."""
+    """A loss over logits that the pass leaves as it is."""
 
     loss: Node
     reason: str

@@ -24,12 +24,12 @@ class Place:
 
 
 def place_of(node: Node) -> Place | None:
-    """The innermost line outside torch that made ``node``, if Dynamo knew."""
-    return place_in(node.meta.get("stack_trace") or "")
+    """Find the innermost line outside of torch that made ``node``; None if Dynamo knew none."""
+    return place_in(node.stack_trace or "")
 
 
 def place_in(stack_trace: str) -> Place | None:
-    """The innermost line outside torch in a formatted stack trace."""
+    """Find the innermost line outside of torch in ``stack_trace``; None if it has no lines."""
     frames = list(_FRAME.finditer(stack_trace))
     users = [frame for frame in frames if not frame["file"].startswith(_TORCH)]
     if not frames:
@@ -39,6 +39,6 @@ def place_in(stack_trace: str) -> Place | None:
 
 
 def at(node: Node) -> str:
-    """Where ``node`` comes from, to follow its name in a sentence."""
+    """Say where ``node`` comes from, to follow its name in a sentence; "" if nobody knows."""
     place = place_of(node)
     return f" at {place}" if place else ""

@@ -1,36 +1,32 @@
-"""What is known of a node's value: the fake tensor that Dynamo left with it."""
+"""What Dynamo knows of a node's value: it leaves a fake tensor with the node."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
+from ..compat import graphs
+from ..compat.graphs import ENTER_AUTOCAST, ENTER_INFERENCE, EXIT_AUTOCAST, EXIT_INFERENCE
 from .canonical_ops import describe
 from .refusal import Refused
 
-ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
-EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
-ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-AUTOCAST_SWITCHES = (ENTER_AUTOCAST, torch.amp.autocast_mode._exit_autocast)
+AUTOCAST_SWITCHES = (ENTER_AUTOCAST, EXIT_AUTOCAST)
 
 
 def value_of(node: Any) -> Any:
-    """The example value of a node, or what is not a node as it is."""
-    return node.meta.get("example_value") if isinstance(node, Node) else node
+    """Return the fake value of a node; an argument that is no node is its own value."""
+    return node.meta.get(graphs.EXAMPLE_VALUE) if isinstance(node, Node) else node
 
 
 def tensor_of(node: Any) -> torch.Tensor:
-    """The example tensor of ``node``; Refused if it is not a plain tensor."""
+    """Return the fake tensor of ``node``; raise Refused if its value is not a plain tensor."""
     value = value_of(node)
     if not isinstance(node, Node) or not isinstance(value, torch.Tensor):
         raise Refused(f"{node} is not a tensor of this graph")
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+    if graphs.is_transformed(value):
         raise Refused(f"{describe(node)} is inside a torch.func transform (grad, vmap, ...)")
-    if is_traceable_wrapper_subclass(value):
+    if graphs.is_wrapper(value):
         raise Refused(f"{describe(node)} is a {type(value).__name__}, not a plain tensor")
     if value.layout != torch.strided:
         raise Refused(f"{describe(node)} is not a dense tensor")
@@ -38,29 +34,29 @@ def tensor_of(node: Any) -> torch.Tensor:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether ``value`` is a tensor outside of torch.func transforms: inside, what it says of
-    gradients is not what is outside."""
-    return isinstance(value, torch.Tensor) and not (
-        torch._C._functorch.is_functorch_wrapped_tensor(value)
-    )
+    """Whether ``value`` is a tensor outside of torch.func transforms.
+
+    Inside of one, ``requires_grad`` tells of that transform alone.
+    """
+    return isinstance(value, torch.Tensor) and not (graphs.is_transformed(value))
 
 
 def wraps_none(value: Any) -> bool:
-    """Whether ``value`` is a plain tensor that wraps no others, as a DTensor does."""
-    return is_plain(value) and not is_traceable_wrapper_subclass(value)
+    """Whether ``value`` is a plain tensor. A DTensor, which wraps others, is not."""
+    return is_plain(value) and not graphs.is_wrapper(value)
 
 
 def memory_of(node: Node) -> set[int]:
-    """The memory that a node's value lives in, as its fake tensors share it."""
-    tensors = (v for v in tree_leaves(value_of(node)) if isinstance(v, torch.Tensor))
-    return {part.untyped_storage()._cdata for tensor in tensors for part in _inside(tensor)}
+    """Return the storages of a node's value. Tensors that share memory share a storage."""
+    tensors = (v for v in graphs.tree_leaves(value_of(node)) if isinstance(v, torch.Tensor))
+    return {graphs.memory_of(part) for tensor in tensors for part in _inside(tensor)}
 
 
-def _inside(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors that ``tensor`` wraps; itself if it is one."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        yield from _inside(torch._C._functorch.get_unwrapped(tensor))
-    elif is_traceable_wrapper_subclass(tensor):
+def _inside(tensor: Any) -> Iterator[torch.Tensor]:
+    """Yield the plain tensors that ``tensor`` wraps, or ``tensor`` if it wraps none."""
+    if graphs.is_transformed(tensor):
+        yield from _inside(graphs.untransformed(tensor))
+    elif graphs.is_wrapper(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _inside(getattr(tensor, name))
     else:
@@ -73,8 +69,9 @@ def is_number(argument: Any) -> bool:
 
 
 def number_of(argument: Any) -> float | int:
-    """An argument that must be a number. A dynamic one is fixed to what it is, by a guard.
+    """Return an argument as a number; raise Refused if the graph computes it.
 
+    A guard fixes a dynamic number to the value it has.
     With ``dynamic=True`` even the attributes of ``nn.CrossEntropyLoss`` come as dynamic numbers.
     """
     value = value_of(argument)
@@ -89,7 +86,7 @@ def number_of(argument: Any) -> float | int:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are equal, whatever the dynamic sizes turn out to be."""
-    return statically_known_true(a == b)
+    return graphs.is_known_true(a == b)
 
 
 def same_shape(a: Node, b: Node) -> bool:
@@ -99,15 +96,16 @@ def same_shape(a: Node, b: Node) -> bool:
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """The size seen while compiling, for choices that are right for any other size too.
+    """Return the size seen while compiling, for choices that are right for other sizes too.
 
-    0 if it depends on data, and nothing is known of it.
+    0 if the size depends on data: nothing is known of it.
     """
-    value = size if isinstance(size, int) else size.node.hint
+    value = size if isinstance(size, int) else graphs.size_hint(size)
     return 0 if value is None else value
 
 
 def product(sizes: Iterable[Any]) -> Any:
+    """Multiply sizes, dynamic ones among them."""
     result = 1
     for size in sizes:
         result = result * size
@@ -120,7 +118,7 @@ def gradients_are_recorded(node: Node) -> bool:
     for earlier in node.graph.nodes:
         if earlier is node:
             return recorded
-        if earlier.target is torch._C._set_grad_enabled:
+        if earlier.target is graphs.SET_GRAD_ENABLED:
             recorded = bool(earlier.args[0])
         elif earlier.target is ENTER_INFERENCE:
             return False
@@ -128,16 +126,16 @@ def gradients_are_recorded(node: Node) -> bool:
 
 
 def is_cut_off(node: Node) -> bool:
-    """Whether ``node`` requires a gradient, and autograd does not know what it is made of.
+    """Whether ``node`` requires a gradient and has nowhere to pass it.
 
-    That is so for a view of a view that is made under no_grad.
+    A view of a view, made under no_grad, is like that.
     """
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
         return False
     try:
         return value.grad_fn is None
-    except RuntimeError:  # of some views, when what they view has been written to
+    except RuntimeError:  # some views raise it once somebody has written to what they view
         return True
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.nn import _reduction
 
+from ..compat.graphs import reduction_of
 from ..graph import Refused, arguments, canonical_op, number_of, tensor_of
 from .types import Logits, Stage, TargetUse
 
@@ -71,7 +71,7 @@ def read_loss(node: Node) -> Loss:
     name, call = canonical_op(node), _call(node)
     reduction = call["reduction"]
     if call["size_average"] is not None or call["reduce"] is not None:
-        reduction = _reduction.legacy_get_string(call["size_average"], call["reduce"], False)
+        reduction = reduction_of(call["size_average"], call["reduce"])
     logits, target = tensor_of(call["input"]), tensor_of(call["target"])
     if target.is_floating_point():
         raise Refused("the targets are probabilities of classes, not class indices")

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
+
+from ..compat.graphs import tree_leaves
 
 _Step = TypeVar("_Step", bound="_RowStep")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..compat.graphs import is_known_true
 from ..graph import Refused, arguments, canonical_op, describe, product, same, tensor_of, value_of
 from .row_steps import Index, Permute, Piece, Reshape, RowStep
 from .types import AliasRegion, Logits, Stage
@@ -261,7 +261,7 @@ def _takes_all(words: Any, vocab: Any) -> bool:
     if not isinstance(words, slice) or words.step not in (None, 1) or words.start not in (None, 0):
         return False
     return words.stop is None or (
-        isinstance(words.stop, int) and statically_known_true(words.stop >= vocab)
+        isinstance(words.stop, int) and is_known_true(words.stop >= vocab)
     )
 
 

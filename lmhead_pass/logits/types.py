@@ -1,4 +1,4 @@
-"""What is known of a head's logits: how they were made, what a node holds of them, who reads them."""
+"""What is known of a head's logits: how they were made, what nodes hold of them, who reads them."""
 
 import enum
 from dataclasses import dataclass, field, replace

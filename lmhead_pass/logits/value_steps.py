@@ -6,10 +6,10 @@ computes the normal form, ``Values``, which is always derived from the history: 
 
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import assert_never
 
 import torch
 from torch.fx import Node
+from typing_extensions import assert_never
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The op that a match is rewritten to: ``torch.ops.lmhead_pass.linear_cross_entropy``.
 
-``ops`` has its schemas and gradients, ``problem`` its arguments, ``chunking`` how many rows of logits
-exist at once, and ``kernels`` the loops over chunks, in ATen and in Triton. Importing this registers
-the op; it knows nothing of graphs.
+``torch_ops`` has its schemas and gradients, ``problem`` its arguments, ``chunking`` the number of
+rows of logits that exist at once, and ``kernels`` the loops over chunks, in ATen and in Triton.
+Importing this registers the op; it knows nothing of graphs.
 """
 
-from . import ops
+from . import torch_ops
 from .chunking import plan_rows
 
-__all__ = ["ops", "plan_rows"]
+__all__ = ["plan_rows", "torch_ops"]

@@ -1,8 +1,8 @@
 """How many rows of logits exist at once.
 
-The only scratch of the op that grows with the vocabulary is the buffer that holds the
-logits of one chunk of rows. Rows, not a number of chunks, are planned: that needs no
-batch size, so a dynamic batch adds no guard and no recompile.
+The only scratch of the op that grows with the vocabulary is the buffer that holds the logits of
+one chunk of rows. The plan is a number of rows, not of chunks: it does not depend on the batch
+size, so a dynamic batch adds no guard and no recompile.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 
 from .. import config
 
-# A GPU's products work in tiles of this many rows, or a divisor of it.
+# A GPU's products work in tiles of this many rows, or of a divisor of it.
 _GPU_TILE = 128
 
 
@@ -21,19 +21,19 @@ class _Plan:
     """How much scratch the logits of a chunk may take, for one kind of device."""
 
     least: int
-    """Bytes: with less, the products get short and slow, whatever the sizes."""
+    """Bytes that any head gets: with less, the products are short and slow."""
     share: float
-    """Where the head is large, the scratch may grow to this share of the FP32 weight gradient,
-    which has to be held anyway and is read and written once per chunk."""
+    """The scratch of a large head may grow to this share of the FP32 weight gradient, which has to
+    be held anyway and is read and written once per chunk."""
     most: float
-    """Bytes, whatever the sizes."""
+    """Bytes that no head exceeds."""
     most_rows: float
     """Longer products are no faster."""
 
 
 _CPU = _Plan(least=48 << 20, share=1 / 4, most=math.inf, most_rows=math.inf)
-# A GPU reads and writes the sum of the weight's gradient more slowly, beside its products, than a
-# CPU does, so chunks are larger. With the scratch of cuBLAS, 1.45 GB stay below 1.5.
+# On a GPU, reading and writing the sum of the weight's gradient takes longer, compared with the
+# products, than on a CPU, so chunks are larger. With the scratch of cuBLAS, 1.45 GB stay below 1.5.
 _GPU = _Plan(least=256 << 20, share=1, most=1.45e9, most_rows=4096)
 
 
@@ -45,11 +45,11 @@ def plan_rows(
     tokens: int = 0,
     gradient_dtype: torch.dtype = torch.float32,
 ) -> int:
-    """Rows per chunk for logits of ``vocab_size`` columns, from products in ``dtype``.
+    """Rows per chunk, at least one, of logits ``[rows, vocab_size]`` from products in ``dtype``.
 
-    ``config.batch_chunk_size`` is taken as it is; else ``config.memory_budget`` bytes are
-    filled; else a budget is planned from the sizes, for ``tokens`` rows in all (0: not known).
-    At least one row. ``gradient_dtype`` is that in which the weight's gradient is wanted.
+    That is ``config.batch_chunk_size``; else as many as ``config.memory_budget`` bytes hold; else
+    as many as a budget holds that is planned from the sizes, for ``tokens`` rows in all (0: not
+    known). ``gradient_dtype`` is the dtype of the weight's gradient.
     """
     if config.batch_chunk_size is not None:
         return config.batch_chunk_size
@@ -64,8 +64,8 @@ def plan_rows(
     rows = int(max(1, min(plan.most_rows, budget // row_bytes)))
     if on_cpu:
         return rows
-    # A sum over chunks is held in FP32. A single chunk has no sum, its product is the gradient:
-    # what an FP32 copy would take may hold more rows of logits, one for one of the hidden size.
+    # A sum over chunks is held in FP32. A single chunk has no sum: its product is the gradient. The
+    # memory of an FP32 sum of ``[V, H]`` holds H more rows of logits.
     has_sum = gradient_dtype.itemsize < torch.float32.itemsize
     if 0 < tokens <= rows + (hidden_size if has_sum else 0):
         return max(rows, tokens)

@@ -1,6 +1,7 @@
-"""What one call of the op is asked: its tensors, its options, and the dtypes that follow."""
+"""What one call of the op is given: its tensors, its options, and the dtypes that follow."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -24,12 +25,12 @@ class Problem:
     class_weight: Tensor | None
     """``[V]`` floating point: the ``weight`` argument of ``cross_entropy``."""
     coefficient: Tensor | None
-    """``[N]`` floating point: what each row's loss is multiplied by, for reduction "sum" only."""
+    """``[N]`` floating point: each row's loss is multiplied by this, for reduction "sum" only."""
     logsumexp_coefficient: Tensor | None
-    """``[N]`` floating point: each row, ignored or not, adds to the loss its log-sum-exp times
-    this, for reduction "sum" only."""
+    """``[N]`` floating point: each row, ignored or not, adds this times its log-sum-exp to the
+    loss, for reduction "sum" only."""
     z_loss: Tensor | None
-    """``[N]`` floating point: the same for the square of its log-sum-exp."""
+    """``[N]`` floating point: the same with the square of its log-sum-exp."""
     reduction: str
     """``"mean"``, ``"sum"`` or ``"none"``."""
     ignore_index: int
@@ -37,7 +38,7 @@ class Problem:
     label_smoothing: float
     """In ``[0, 1]``."""
     logit_scale: float
-    """What logits are multiplied by, bias and all. Not 0; 1 is off."""
+    """The logits, with their bias, are multiplied by this. Not 0; 1 is off."""
     softcap: float | None
     """Positive: logits ``z`` become ``softcap * tanh(z / softcap)``, after the scale."""
     compute_dtype: torch.dtype
@@ -56,15 +57,15 @@ class Problem:
 
     @property
     def has_logsumexp_terms(self) -> bool:
-        """Whether the loss has terms of each row's log-sum-exp, beside its cross entropy."""
+        """Whether the loss is more than a cross entropy: terms of each row's log-sum-exp."""
         return self.logsumexp_coefficient is not None or self.z_loss is not None
 
     def logsumexp_terms(self, lse: Tensor) -> Tensor:
-        """``[]``: the sum of these terms, for log-sum-exps ``[N]``."""
+        """``[]``: the sum of these terms, for log-sum-exps ``lse`` ``[N]``."""
         total = lse.new_zeros(())
         for factor, value in ((self.logsumexp_coefficient, lse), (self.z_loss, lse * lse)):
             if factor is not None:
-                # As with the coefficient: a row that counts for nothing may have any log-sum-exp.
+                # A row with factor 0 counts for nothing, even if its log-sum-exp is infinite.
                 total = total + (factor.to(lse.dtype) * value).masked_fill(factor == 0, 0).sum()
         return total
 
@@ -77,17 +78,18 @@ class Problem:
             gradient += 2 * self.z_loss[rows].to(lse.dtype) * lse
         return gradient
 
-    def logsumexp_reach(self) -> Tensor:
+    def logsumexp_grad_bound(self) -> Tensor:
         """``[N]``: bounds on these gradients, from what is known before any product.
 
-        A log-sum-exp is above the largest logit by the log of their number at most. Without the
-        bias, logits are no larger than the product of their two rows' norms (Cauchy-Schwarz). The
-        bias that counts is the one that makes logits large: others may be -inf.
+        A log-sum-exp exceeds the largest logit by at most the log of the number of words. Without
+        the bias, a logit is no larger than the product of the norms of its rows of hidden and
+        weight (Cauchy-Schwarz). Of the bias only the element that makes logits largest counts:
+        others may be -inf.
         """
         dtype = self.accumulate_dtype
-        reach = torch.zeros(len(self.hidden), dtype=dtype, device=self.hidden.device)
+        bound = torch.zeros(len(self.hidden), dtype=dtype, device=self.hidden.device)
         if self.logsumexp_coefficient is not None:
-            reach += self.logsumexp_coefficient.abs()
+            bound += self.logsumexp_coefficient.abs()
         if self.z_loss is not None:
             of_words = torch.linalg.vector_norm(self.compute_weight, dim=1, dtype=dtype)
             of_rows = torch.linalg.vector_norm(self.hidden, dim=1, dtype=dtype)
@@ -99,9 +101,9 @@ class Problem:
             if self.softcap is not None:
                 largest.clamp_(max=self.softcap)
             z_loss = self.z_loss.to(dtype).abs()
-            bound = 2 * z_loss * (largest + math.log(len(self.weight)))
-            reach += bound.masked_fill(z_loss == 0, 0)
-        return reach
+            of_square = 2 * z_loss * (largest + math.log(len(self.weight)))
+            bound += of_square.masked_fill(z_loss == 0, 0)
+        return bound
 
     @property
     def has_narrow_range(self) -> bool:
@@ -118,6 +120,11 @@ class Problem:
         """``weight`` in the compute dtype: under autocast a copy that lives for this call only."""
         return self.weight.to(self.compute_dtype)
 
+    def inputs_with_gradient(self, needed: Sequence[bool]) -> list[Tensor | None]:
+        """Hidden, weight and bias; None for those that have no gradient or need none."""
+        inputs = (self.hidden, self.weight, self.bias)
+        return [tensor if wanted else None for tensor, wanted in zip(inputs, needed, strict=True)]
+
 
 class Gradients(NamedTuple):
     """Gradients of the three differentiable inputs; an empty tensor where none is needed."""
@@ -130,7 +137,7 @@ class Gradients(NamedTuple):
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a gradient waits for the upstream gradient.
 
-    FP16 has too little range for that: before a loss scale is applied, gradients of a mean
-    over thousands of tokens underflow in it.
+    FP16 has too little range for that: gradients of a mean over thousands of tokens underflow
+    in it before a loss scale is applied.
     """
     return torch.float32 if dtype == torch.float16 else dtype

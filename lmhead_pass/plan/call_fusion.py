@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
+from ..compat.graphs import tree_leaves
 from ..graph import (
     AUTOCAST_SWITCHES,
     ENTER_AUTOCAST,

@@ -2,14 +2,17 @@
 stands for them."""
 
 from dataclasses import replace
-from typing import assert_never
 
 import torch
-from torch._guards import TracingContext
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves
+from typing_extensions import assert_never
 
 from .. import compat, config
+from ..compat import graphs
+from ..compat.compiling import is_part_of_ddp
+from ..compat.graphs import tree_leaves
+from ..compat.lazy_tensors import version_of
+from ..compat.lookup import NO_LAZY_LOGITS, missing
 from ..graph import (
     Refused,
     canonical_op,
@@ -33,6 +36,7 @@ from ..logits import (
     Stage,
     Tanh,
 )
+from ..returned import Step, StepKind
 
 _INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
 
@@ -49,7 +53,9 @@ def check_returned(logits: Logits) -> Logits:
                 "(lmhead_pass.explain names it), or set it to 'lazy'"
             )
         return logits
-    if _is_part_of_ddp() and not _are_returned_from_a_part(logits.node):
+    if lacking := missing(NO_LAZY_LOGITS):
+        raise Refused(f"the logits are returned, and this torch has no {lacking}. {_INSTEAD}")
+    if is_part_of_ddp() and not _are_returned_from_a_part(logits.node):
         raise Refused(
             "the logits are returned, and DistributedDataParallel has the graph cut at the borders "
             "of its buckets, where this torch knows no tensors that are computed later. Return the "
@@ -84,7 +90,7 @@ def _check_sources(logits: Logits) -> None:
     reasons += (
         f"{describe(source)} is changed in place"
         for source in sources
-        if value_of(source)._version > 0
+        if version_of(value_of(source)) > 0
     )
     for reason in reasons:
         raise Refused(
@@ -128,13 +134,7 @@ def _for_later(logits: Logits) -> Logits:
 
 def is_whole(graph: Graph) -> bool:
     """Whether ``graph`` is what a compiled function runs, and not a part that it calls."""
-    return "dynamo_compile_id" in graph.owning_module.meta
-
-
-def _is_part_of_ddp() -> bool:
-    """Whether DDPOptimizer compiles: it has cut Dynamo's graph into parts."""
-    context = TracingContext.try_get()
-    return context is not None and context.fakify_first_call
+    return graphs.is_whole(graph)
 
 
 def _are_returned_from_a_part(logits: Node) -> bool:
@@ -145,33 +145,33 @@ def _are_returned_from_a_part(logits: Node) -> bool:
 
 def _ends_in_a_break(graph: Graph) -> bool:
     """Whether what ``graph`` returns goes to the rest of the function, or may do so."""
-    reason = getattr(graph.owning_module, "compile_subgraph_reason", None)
-    return reason is None or reason.graph_break
+    end = graphs.end_of(graph.owning_module)
+    return end is None or end.is_break
 
 
 def recipe_of(logits: Logits) -> tuple[Node | None, list[str]]:
-    """The bias, and the steps of a ``Recipe`` from the product on."""
+    """The bias, and the steps of a ``Recipe``, encoded."""
     bias = logits.head.bias
-    steps = [_cast(tensor_of(logits.head.node).dtype)]
+    steps = [Step(StepKind.CAST, (tensor_of(logits.head.node).dtype,))]
     for step in logits.history:
         match step:
             case Cast(dtype):
-                steps.append(_cast(dtype))
+                steps.append(Step(StepKind.CAST, (dtype,)))
             case Scale(number, divides):
-                steps.append(f"{'div' if divides else 'mul'} {number}")
+                steps.append(Step(StepKind.DIVIDE if divides else StepKind.MULTIPLY, (number,)))
             case AddNumber(number):
-                steps.append(f"add {number}")
+                steps.append(Step(StepKind.ADD, (number,)))
             case AddTensor(tensor, 1) if bias is None:
                 bias = tensor
-                steps.append("add_tensor")
+                steps.append(Step(StepKind.ADD_BIAS))
             case Tanh():
-                steps.append("tanh")
+                steps.append(Step(StepKind.TANH))
             case Sigmoid():
-                steps.append("sigmoid")
+                steps.append(Step(StepKind.SIGMOID))
             case FillTail(start, fill):
-                steps.append(f"fill {start} {fill}")
+                steps.append(Step(StepKind.FILL, (start, fill)))
             case KeepWords(start, stop):
-                steps.append(f"words {start} {stop}")
+                steps.append(Step(StepKind.TAKE_WORDS, (start, stop)))
             case AddTensor() | FillMasked():
                 raise Refused(
                     "the logits are returned after a second bias or a mask of the vocabulary, and "
@@ -179,11 +179,7 @@ def recipe_of(logits: Logits) -> tuple[Node | None, list[str]]:
                 )
             case _:
                 assert_never(step)
-    return bias, steps
-
-
-def _cast(dtype: torch.dtype) -> str:
-    return f"cast {str(dtype).removeprefix('torch.')}"
+    return bias, [step.encode() for step in steps]
 
 
 def _input_weight(logits: Logits) -> tuple[Node, bool]:

@@ -7,19 +7,17 @@ computes the logits when their values are first needed.
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._guards import CompileContext
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ..compat import lazy_tensors as compat
+from ..compat.compiling import is_compiling
 from .gradient_refusal import SETTING, refuse_gradient
 from .recipe import Recipe
 
-# What is known of a tensor, or told to it, without its values.
+# These ask for something, or set something, that does not depend on a tensor's values.
 _METADATA = {
     *(
         getattr(Tensor, name).__get__
@@ -29,6 +27,7 @@ _METADATA = {
             *("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta"),
             *("is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"),
         )
+        if hasattr(Tensor, name)
     ),
     *(
         getattr(namespace, name)
@@ -43,7 +42,7 @@ _METADATA = {
     *(Tensor.__len__, Tensor.__hash__, Tensor.__dir__, Tensor.register_hook),
 }
 
-# What gives a view, a cast or a detached alias, if all its other arguments are no tensors.
+# These give a view, a cast or a detached alias, if none of their other arguments is a tensor.
 _DERIVING = {
     *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
     *(
@@ -58,10 +57,10 @@ _DERIVING = {
         if hasattr(namespace, name)
     ),
 }
-# Autograd's own bookkeeping: the view of another tensor that unread logits are, nobody is to see.
+# To autograd unread logits are a view of another tensor. Callers are not to see that.
 _ANSWERS = {
-    Tensor._is_view: False,  # type: ignore[attr-defined]
-    Tensor._base.__get__: None,  # type: ignore[union-attr]
+    compat.is_view: False,
+    getattr(compat.view_base, "__get__", None): None,
 }
 _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
@@ -69,10 +68,10 @@ _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[
 class _Logits:
     """Logits that are not computed yet.
 
-    ``history`` gives what a gradient would flow to, while somebody has a tensor that needs one.
+    ``history()`` is the tensor that a gradient would flow to, while a tensor needs it; else None.
     """
 
-    def __init__(self, recipe: Recipe, history: Tensor | None):
+    def __init__(self, recipe: Recipe, history: Tensor | None) -> None:
         self.recipe = recipe
         self.history = weakref.ref(history) if history is not None else lambda: None
 
@@ -100,7 +99,7 @@ class _Derived:
 class _Cell:
     """A value that is computed when it is first read, and kept from then on.
 
-    So is all that was derived from it before: whoever reads may go on to write, or to detach.
+    All that was derived from it before is computed at the same time: the reader may change it next.
     """
 
     def __init__(self, source: _Logits | _Derived | None, value: Tensor | None = None):
@@ -118,18 +117,14 @@ class _Cell:
             first = self
             while isinstance(first.source, _Derived):
                 first = first.source.base
-            # It may be read again elsewhere: no mode or transform of this consumer takes part.
-            with (
-                _disable_current_modes(),
-                temporarily_clear_interpreter_stack(),
-                torch.inference_mode(False),
-            ):
+            # The value may be read again elsewhere, so no mode or transform of this reader applies.
+            with compat.outside_of_modes(), torch.inference_mode(False):
                 first._compute()
         assert self.value is not None
         return self.value
 
     def _compute(self) -> None:
-        if self.value is None:  # It is there if what is derived from it failed before.
+        if self.value is None:  # It was computed before if computing something derived then failed.
             assert self.source is not None
             self.value = self.source.compute()
         for derived in self.derived:
@@ -142,9 +137,9 @@ class _Cell:
 class LazyLogits(Tensor):
     """A tensor whose values are computed when they are first needed, and kept.
 
-    Its size, dtype, device and whether it requires a gradient are known before. Views, casts and
-    ``detach()`` of unread logits are unread logits. A gradient that would flow into them raises a
-    RuntimeError.
+    Its size, dtype and device are known before, and so is whether it requires a gradient. Views,
+    casts and ``detach()`` of unread logits are unread logits. A gradient that would flow into them
+    raises a RuntimeError.
     """
 
     _cell: _Cell
@@ -158,12 +153,12 @@ class LazyLogits(Tensor):
         like: Tensor,
         device: torch.device,
         history: Tensor | None = None,
-    ):
+    ) -> "LazyLogits":
         """``like`` has the size, strides and dtype of the values, and is on the meta device.
 
         ``history`` is a tensor that a gradient would flow to; None if none is required.
         """
-        self = Tensor._make_wrapper_subclass(
+        self: LazyLogits = compat.make_wrapper(
             cls,
             like.size(),
             strides=like.stride(),
@@ -171,21 +166,21 @@ class LazyLogits(Tensor):
             dtype=like.dtype,
             device=device,
         )
-        # Code that takes its address without asking would take that of nothing.
-        torch._C._set_throw_on_mutable_data_ptr(self)
+        # It has no memory: code that takes its address is to fail.
+        compat.forbid_address(self)
         self._cell = cell
         self._like = like
         self._history = history
         if history is None:
             return self
-        # What a compiled function returns, autograd detaches, unless it is a view.
-        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+        # Autograd detaches the results of a compiled function that are no views.
+        with torch.enable_grad(), compat.without_torch_function():
             refuse_gradient(self, [history])
-            return torch.ops.aten.alias(self)
+            return cast(LazyLogits, torch.ops.aten.alias(self))
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, inputs: Sequence[Tensor]) -> "LazyLogits":
-        """``inputs`` of the compiled function are what a gradient would flow to."""
+        """A gradient would flow to ``inputs``, which are inputs of the compiled function."""
         if not all(source.requires_grad for source in inputs):
             raise RuntimeError(
                 "lmhead_pass: a compiled function returned logits without computing them, and a "
@@ -200,23 +195,25 @@ class LazyLogits(Tensor):
         return cls(_Cell(_Logits(recipe, history)), recipe.like(), recipe.hidden.device, history)
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if CompileContext.try_get() is not None:
+        if is_compiling():
             return _as_input(func, args, kwargs)
         known = _without_reading(func, args, kwargs)
         return _on_values(func, args, kwargs) if known is NotImplemented else known
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            logits = args[0]  # autograd, below which this is, gives the result its gradient
+            logits = args[0]  # autograd, which runs before this, gives the result its history
             alias = cls(logits._cell, logits._like, logits.device)
             alias._history = logits._history
             return alias
         return _on_values(func, args, kwargs or {})
 
-    # What torch.compile asks of an input of another compiled function: its values, then.
+    # As inputs of another compiled function, torch.compile flattens lazy logits to their values.
 
     @property
     def _value(self) -> Tensor:
@@ -229,62 +226,69 @@ class LazyLogits(Tensor):
         return type(self).__qualname__
 
     @staticmethod
-    def __tensor_unflatten__(inner, context, outer_size, outer_stride) -> "LazyLogits":
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: None, outer_size: Any, outer_stride: Any
+    ) -> "LazyLogits":
         value = inner["_value"]
         return LazyLogits(_Cell(None, value), value, value.device)
 
 
-def _as_input(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _as_input(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What torch.compile finds when lazy logits are an input of what it compiles.
 
-    It looks at the tensor itself here; the values it gets from ``__tensor_flatten__``.
+    Here it looks at the tensor itself; it gets the values from ``__tensor_flatten__``.
     """
     if func in _ANSWERS:
         return _ANSWERS[func]
     if func is Tensor.__repr__:
         return f"{type(args[0]).__qualname__}(...)"
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.without_torch_function():
         return func(*args, **kwargs)
 
 
-def _on_values(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+def _on_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call ``func`` with the values of the lazy logits among its arguments."""
-    lazy = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)]
+    lazy = [leaf for leaf in compat.tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)]
     values = {id(logits): logits._cell.read() for logits in lazy}
-    args, kwargs = tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
+    args, kwargs = compat.tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
     result = func(*args, **kwargs)
-    # What writes to its argument returns it: the caller's own tensor, not the one behind it.
+    # A function that writes to its argument returns it: the caller gets its own tensor back.
     owners = {id(values[id(logits)]): logits for logits in lazy}
-    return tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
+    return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 
 
-def _without_reading(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What ``func`` gives for unread logits; NotImplemented if it has to read them."""
+def _without_reading(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The result of ``func`` for unread logits; NotImplemented if it has to read them."""
     logits, *others = args or (None,)
     if not isinstance(logits, LazyLogits) or logits._cell.value is not None:
         return NotImplemented
-    if any(isinstance(leaf, Tensor) for leaf in tree_leaves((others, kwargs))):
+    if any(isinstance(leaf, Tensor) for leaf in compat.tree_leaves((others, kwargs))):
         return NotImplemented
     if func in _ANSWERS:
         return _ANSWERS[func]
     if func in _METADATA:
-        with torch._C.DisableTorchFunctionSubclass():
+        with compat.without_torch_function():
             return func(*args, **kwargs)
     if func in _DERIVING:
         return _derive(logits, func, others, kwargs)
     return NotImplemented
 
 
-def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: dict) -> Any:
+def _derive(
+    logits: LazyLogits, func: Callable[..., Any], others: list[Any], kwargs: dict[str, Any]
+) -> Any:
     """A view, cast or alias of unread ``logits``; NotImplemented if it is on another device."""
     like = logits._like
-    with torch._C.DisableTorchFunctionSubclass():
+    with compat.without_torch_function():
         device = logits.device
     if func is Tensor.to:
         options = {name: value for name, value in kwargs.items() if name != "copy"}
-        target, dtype, _, memory_format = torch._C._nn._parse_to(*others, **options)
-        if target not in (None, device):
+        read = compat.read_to(*others, **options)
+        if read is None or read[0] not in (None, device):
             return NotImplemented
+        _, dtype, _, memory_format = read
         others = []
         kwargs = {**kwargs, "dtype": dtype or like.dtype, "memory_format": memory_format}
         kwargs.pop("device", None)
@@ -302,5 +306,5 @@ def _derive(logits: LazyLogits, func: Callable[..., Any], others: list, kwargs: 
 
 
 def _gradients_are_recorded() -> bool:
-    """``torch.is_grad_enabled()`` may be True in inference mode."""
+    """Whether autograd records: in inference mode, too, ``torch.is_grad_enabled()`` may be True."""
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

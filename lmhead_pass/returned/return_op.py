@@ -4,20 +4,22 @@
         hidden, weight, weight_is_transposed, bias, steps, vocab_dim, requires_grad, sources
     )
 
-takes the fields of a ``Recipe``, but for the fingerprint, which it makes; and the inputs of the
-graph that a gradient of the logits would flow to. It has no kernel: traced, it leaves all these
-tensors as outputs of the graph, and AOTAutograd's runtime puts them together again after each run.
+takes the fields of a ``Recipe``, except for the fingerprint, which it computes, and the inputs of
+the graph that a gradient of the logits would flow to. It has no kernel: when a graph is traced, all
+these tensors become outputs of the graph, and AOTAutograd's runtime makes lazy logits of them after
+each run.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
-from .fingerprint import fingerprint
+from ..compat.lazy_tensors import is_fake, make_wrapper, no_torch_function
+from ..compat.library import define
 from .lazy_logits import LazyLogits
-from .recipe import Recipe
+from .recipe import Recipe, fingerprint
 
 _TENSORS = ("hidden", "weight", "bias", "fingerprint")
 _SOURCE = "source_"
@@ -25,9 +27,9 @@ _OPTIONS = ("weight_is_transposed", "steps", "vocab_dim", "requires_grad")
 
 
 class _TracedLogits(Tensor):
-    """Stands for lazy logits while a graph is traced. What it unflattens to at run time is those.
+    """Stands for lazy logits while a graph is traced. At run time it unflattens to lazy logits.
 
-    It requires no gradient: the compiled backward would be handed a zero for each of the logits.
+    It requires no gradient: else the compiled backward would be given a zero for each logit.
     """
 
     recipe: Recipe
@@ -36,7 +38,7 @@ class _TracedLogits(Tensor):
     @staticmethod
     def __new__(cls, recipe: Recipe, sources: Sequence[Tensor]) -> "_TracedLogits":
         like = recipe.like()
-        self = Tensor._make_wrapper_subclass(
+        self: _TracedLogits = make_wrapper(
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=recipe.hidden.device
         )
         self.recipe, self.sources = recipe, sources
@@ -46,25 +48,29 @@ class _TracedLogits(Tensor):
             setattr(self, f"{_SOURCE}{number}", source)
         return self
 
-    def __tensor_flatten__(self):
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         tensors = [name for name in _TENSORS if getattr(self, name) is not None]
         tensors += (f"{_SOURCE}{number}" for number in range(len(self.sources)))
         return tensors, tuple(getattr(self.recipe, name) for name in _OPTIONS)
 
     @staticmethod
-    def __tensor_unflatten__(inner, options, outer_size, outer_stride):
-        tensors = {name: inner.get(name) for name in _TENSORS}
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], options: Any, outer_size: Any, outer_stride: Any
+    ) -> Tensor:
+        tensors: dict[str, Any] = {name: inner.get(name) for name in _TENSORS}
         recipe = Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True)))
         sources = [tensor for name, tensor in inner.items() if name.startswith(_SOURCE)]
         return _logits(recipe, sources)
 
-    def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return _TracedLogits(args[0].recipe, args[0].sources)
         raise AssertionError(f"lazy logits are read in the graph that makes them, by {func}")
@@ -98,9 +104,9 @@ def _logits(recipe: Recipe, sources: Sequence[Tensor]) -> Tensor:
     return make(recipe, sources)
 
 
-_library = torch.library.Library("lmhead_pass", "FRAGMENT")
-_library.define(
+define(
     "return_lazily(Tensor hidden, Tensor weight, bool weight_is_transposed, Tensor? bias, "
-    "str[] steps, int vocab_dim, bool requires_grad, Tensor[] sources) -> Tensor"
+    "str[] steps, int vocab_dim, bool requires_grad, Tensor[] sources) -> Tensor",
+    _return_lazily,
+    "CompositeImplicitAutograd",
 )
-_library.impl("return_lazily", _return_lazily, "CompositeImplicitAutograd")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..compat.graphs import checkpointed_call
 from ..graph import Refusal, mutation, value_of
 from ..logits import follow_logits, large_heads
 from ..plan import Rewrite, find
@@ -107,9 +108,8 @@ def _lift(region: Node, body: GraphModule, roots: set[Node]) -> LiftedRegion | N
 
 def _regions(graph: Graph) -> Iterator[Node]:
     """The calls of checkpointed bodies in ``graph``."""
-    yield from graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint
-    )
+    if (target := checkpointed_call()) is not None:
+        yield from graph.find_nodes(op="call_function", target=target)
 
 
 def _body_of(region: Node) -> GraphModule | None:

@@ -8,6 +8,7 @@ from functools import partial, reduce
 import torch
 from torch.fx import Graph, Node
 
+from ..compat.graphs import SET_GRAD_ENABLED
 from ..graph import Emitter, gradients_are_recorded, size_of, tensor_of
 from ..logits import NOTHING_IGNORED, TargetUse, row_order
 from ..plan import FusedCall, Match
@@ -97,9 +98,9 @@ def _move_behind(emit: Emitter, nodes: Iterable[Node]) -> None:
             emit.place.prepend(node)
             continue
         with emit.graph.inserting_before(emit.place):
-            emit.graph.call_function(torch._C._set_grad_enabled, (False,))
+            emit.graph.call_function(SET_GRAD_ENABLED, (False,))
             emit.place.prepend(node)
-            emit.graph.call_function(torch._C._set_grad_enabled, (True,))
+            emit.graph.call_function(SET_GRAD_ENABLED, (True,))
 
 
 def emit_root(graph: Graph, root: Node, results: Sequence[Node]) -> Node:

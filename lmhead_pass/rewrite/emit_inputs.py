@@ -1,15 +1,16 @@
 """Inserts what a call of the op takes of a head: hidden states, weight, bias.
 
-What the model does to rows of the logits is done to the hidden states here, what it adds to each word
-to the bias, and what it cuts off the vocabulary is cut off the weight.
+What the model does to rows of the logits is done to the hidden states here. What it adds to each
+word is added to the bias, and what it cuts off the vocabulary is cut off the weight.
 """
 
 import math
 import operator
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from typing_extensions import assert_never
 
 from ..graph import Emitter, size_of, tensor_of
 from ..logits import (

@@ -1,11 +1,13 @@
 """Makes of a call's results what each consumer had: its number, shape and dtype."""
 
 import operator
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch.fx import Node
+from typing_extensions import assert_never
 
+from ..compat.graphs import EXAMPLE_VALUE
 from ..graph import Emitter, mutation, size_of, tensor_of
 from ..logits import Cast, Consumer, ConsumerKind, Logits, RowStep, TargetUse, row_order
 from ..plan import Match
@@ -58,7 +60,7 @@ def emit_result(
     later = mutation.nodes_between(consumer.node, emit.graph.output_node())
     if any(mutation.writers(later, of=[consumer.node])):
         value = emit("clone", value)  # other consumers may share its memory
-    value.meta["example_value"] = before
+    value.meta[EXAMPLE_VALUE] = before
     return value
 
 

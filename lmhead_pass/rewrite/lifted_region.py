@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
+from ..compat.graphs import EXAMPLE_VALUE, namespace_of
 from ..graph import value_of
 
 
 def is_call(node: Node) -> bool:
     """Whether ``node`` calls an op of this package."""
-    return node.op == "call_function" and getattr(node.target, "namespace", "") == "lmhead_pass"
+    return node.op == "call_function" and namespace_of(node.target) == "lmhead_pass"
 
 
 @dataclass
@@ -48,7 +49,7 @@ class LiftedRegion:
                 result.graph.erase_node(result)
         results = (*kept, *self.needed)
         self.body.graph.output_node().args = (results,)
-        self.region.meta["example_value"] = tuple(map(value_of, results))
+        self.region.meta[EXAMPLE_VALUE] = tuple(map(value_of, results))
         for node in reversed(self.copies):
             self.body.graph.erase_node(node)
         placeholders = self.body.graph.find_nodes(op="placeholder")

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._guards import CompileContext
-from torch._logging import trace_structured
 from torch.fx import Node
 
 from .. import config
+from ..compat.compiling import attempt, counters, keep_artifact
 from ..graph import Refusal, describe, hint, place_of, tensor_of
 from ..plan import Match
 
@@ -65,8 +64,8 @@ def rewritten(call: EmittedCall) -> None:
     before = _lines((match.logits.head.node, *(consumer.node for consumer in match.consumers)))
     after = _lines(call.nodes)
     log.debug("before:\n%s\nafter:\n%s", before, after)
-    _artifact("lmhead_pass_before", before)
-    _artifact("lmhead_pass_after", after)
+    keep_artifact("lmhead_pass_before", before)
+    keep_artifact("lmhead_pass_after", after)
 
 
 def refused(refusal: Refusal) -> None:
@@ -87,33 +86,24 @@ def failure(error: Exception) -> None:
 
 
 # What the attempts before the current one told, for each compilation under way.
-_told: WeakKeyDictionary[CompileContext, dict[int, list[str]]] = WeakKeyDictionary()
+_told: WeakKeyDictionary[object, dict[int, list[str]]] = WeakKeyDictionary()
 
 
 def _is_news(text: str) -> bool:
     """Whether ``text`` was not yet told: Dynamo may start a compilation over, graph and all."""
-    context = CompileContext.try_get()
-    if context is None:
+    current = attempt()
+    if current is None:
         return True
+    context, number = current
     attempts = _told.setdefault(context, {})
-    now = attempts.setdefault(context.attempt, [])
+    now = attempts.setdefault(number, [])
     now.append(text)
-    earlier = max(
-        (told.count(text) for n, told in attempts.items() if n != context.attempt), default=0
-    )
+    earlier = max((told.count(text) for n, told in attempts.items() if n != number), default=0)
     return now.count(text) > earlier
 
 
-def _artifact(name: str, text: str) -> None:
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": name, "encoding": "string"},
-        payload_fn=lambda: text,
-    )
-
-
 def _count(event: str) -> None:
-    torch._dynamo.utils.counters["lmhead_pass"][event] += 1
+    counters()["lmhead_pass"][event] += 1
 
 
 def _lines(nodes: Iterable[Node]) -> str:

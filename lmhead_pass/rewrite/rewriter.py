@@ -3,6 +3,7 @@
 from torch.fx import Graph, Node
 
 from .. import config
+from ..compat.graphs import why_not_rewritten
 from ..graph import Refusal
 from ..logits import ConsumerKind
 from ..plan import Match, Rewrite, plan_fused_calls
@@ -20,6 +21,8 @@ def rewrite_graph(graph: Graph) -> None:
 
     A failure inside leaves the graph as it was. It is reported, or raised if ``config.strict``.
     """
+    if why_not_rewritten(graph) is not None:
+        return
     edit = GraphEdit(graph)
     try:
         calls, refusals = prepare(edit)

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node, map_arg
-from torch.fx.experimental.symbolic_shapes import rebind_unbacked
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ..compat.aten_trace import bind_unbacked, trace
+from ..compat.graphs import fake_mode_of, tree_leaves
+from ..compat.lazy_tensors import tree_map
 from ..graph import (
     Emitter,
     Refused,
@@ -29,7 +30,6 @@ from ..graph import (
     memory_of,
     mutation,
     tensor_of,
-    trace,
     value_of,
     wraps_none,
 )
@@ -236,7 +236,7 @@ class _Tail:
                 function = getattr(torch.Tensor, _WIDE_METHODS.get(node.target, node.target))
             with torch.set_grad_enabled(gradients_are_recorded(node)):
                 result = found[node] = function(*args, **kwargs)
-            rebind_unbacked(value_of(self.numbers[0]).fake_mode.shape_env, node, result)
+            bind_unbacked(value_of(self.numbers[0]), node, result)
         return found
 
 
@@ -264,7 +264,7 @@ def _check(node: Node) -> None:
 
 def _like(value: torch.Tensor) -> torch.Tensor:
     """A fake tensor in the shape of ``value``, as the one that ``ones`` makes."""
-    with value.fake_mode, torch.no_grad():
+    with fake_mode_of([value]), torch.no_grad():
         return value.new_empty(value.shape, dtype=torch.promote_types(value.dtype, torch.float32))
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves
 
+from ..compat.graphs import tree_leaves
 from ..graph import is_plain, memory_of, mutation, value_of
 
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)

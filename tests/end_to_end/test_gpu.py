@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lmhead_pass
-from lmhead_pass.op.kernels.products import multiply_into
+from lmhead_pass.op.kernels.wide_products import multiply_into
 from lmhead_pass.op.problem import Problem
 
 from .. import reference

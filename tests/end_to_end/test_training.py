@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lmhead_pass
 from examples.gpt import GPT
-from lmhead_pass.op.kernels import aten
+from lmhead_pass.op.kernels import aten_loop as aten
 
 VOCAB, ROWS, LENGTH, STEPS = 512, 8, 16, 300
 SEEDS = range(2)

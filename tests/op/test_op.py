@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lmhead_pass.op.kernels import aten
+from lmhead_pass.op.kernels import aten_loop as aten
 from lmhead_pass.op.problem import Problem
 
 from .. import reference

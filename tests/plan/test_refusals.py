@@ -295,6 +295,13 @@ REFUSED = {
         lambda h, w, b, y: flat(-forms.written(F.linear(h, w), write_padding), y % 90),
         "masked logits are multiplied by -1",
     ),
+    # Behind a softcap, a mask is one all the same.
+    "capped_written_and_negated": (
+        lambda h, w, b, y: flat(
+            -forms.written(30 * torch.tanh(F.linear(h, w) / 30), write_padding), y % 90
+        ),
+        "masked logits are multiplied by -1",
+    ),
     "masked_and_scaled_away": (
         lambda h, w, b, y: flat(
             F.linear(h, w).masked_fill(torch.arange(V) >= 90, -1e5) * 1e-4, y % 90

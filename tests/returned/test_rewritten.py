@@ -239,7 +239,7 @@ def test_a_gradient_that_could_not_be_refused_is_an_error():
 
 def test_a_part_of_ddp_returns_nothing_behind_lazy_logits(model, monkeypatch, caplog):
     """What it returns is miscounted there. tests/end_to_end/parallel_step.py has the real thing."""
-    monkeypatch.setattr("lmhead_pass.plan.returned_plan._is_part_of_ddp", lambda: True)
+    monkeypatch.setattr("lmhead_pass.plan.returned_plan.is_part_of_ddp", lambda: True)
     (_, logits), log = run_and_read_log(model, caplog, *batch())
     assert is_unread(logits) == compat.DDP_PARTS_RETURN_SUBCLASSES == ("rewritten" in log)
     (logits, _), log = run_and_read_log(lambda *inputs: model(*inputs)[::-1], caplog, *batch())

@@ -6,12 +6,14 @@ call on a GPU.
 
 import functools
 import logging
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from ..problem import Gradients, Problem
-from . import aten
+from . import aten_loop
+from .measures import Measure
 
 log = logging.getLogger("lmhead_pass")
 
@@ -19,40 +21,56 @@ log = logging.getLogger("lmhead_pass")
 _TRITON_DEVICES = ("cuda", "xpu")
 
 
-def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
-    """See ``aten.forward``."""
-    return _loop(problem).forward(problem, measures)
+class ChunkLoop(Protocol):
+    """What a module that runs the chunk loop has."""
+
+    def forward(self, problem: Problem, measures: Sequence[Measure]) -> list[Tensor]:
+        """The loss and the measures: one product.
+
+        Returns ``[loss, row_max, log_sum, *measures]``. The first three are in the accumulation
+        dtype. The loss is ``[]``, or ``[N]`` for reduction "none". ``row_max`` and ``log_sum``
+        ``[N]`` are what the backward of "none" needs of each row: its largest logit, and the log of
+        its sum of ``exp(logit - row_max)``. For rows without a loss these two are 0, unless
+        measures are asked for.
+        """
+
+    def forward_and_gradients(
+        self, problem: Problem, needed: Sequence[bool], measures: Sequence[Measure]
+    ) -> list[Tensor]:
+        """The scalar loss, its gradients and the measures in one pass: three products.
+
+        ``needed`` says for hidden, weight and bias whether a gradient is wanted. Returns the loss,
+        the three ``Gradients`` for an upstream gradient of 1, each in ``held_dtype`` of its input,
+        and the measures.
+        """
+
+    def backward(
+        self,
+        problem: Problem,
+        needed: Sequence[bool],
+        row_max: Tensor,
+        log_sum: Tensor,
+        grad_losses: Tensor | None,
+        grad_logsumexp: Tensor | None,
+    ) -> Gradients:
+        """Gradients of per-row losses, and of the measure "logsumexp": three products.
+
+        ``grad_losses`` and ``grad_logsumexp`` ``[N]`` come from upstream; None is 0. ``row_max``
+        and ``log_sum`` are what ``forward`` returned. The gradients come in ``held_dtype`` of their
+        input.
+        """
 
 
-def forward_and_gradients(
-    problem: Problem, needed: list[bool], measures: list[str]
-) -> list[Tensor]:
-    """See ``aten.forward_and_gradients``."""
-    return _loop(problem).forward_and_gradients(problem, needed, measures)
-
-
-def backward(
-    problem: Problem,
-    needed: list[bool],
-    row_max: Tensor,
-    log_sum: Tensor,
-    grad_losses: Tensor | None,
-    grad_logsumexp: Tensor | None,
-) -> Gradients:
-    """See ``aten.backward``."""
-    gradients = (grad_losses, grad_logsumexp)
-    return _loop(problem).backward(problem, needed, row_max, log_sum, *gradients)
-
-
-def _loop(problem: Problem) -> ModuleType:
+def loop_of(problem: Problem) -> ChunkLoop:
+    """The loop that runs ``problem``."""
     return loop_for(problem.hidden.device.type)
 
 
 @functools.cache
-def loop_for(device_type: str) -> ModuleType:
+def loop_for(device_type: str) -> ChunkLoop:
     """The module that runs the chunk loop on a kind of device."""
     if device_type == "cpu":
-        return aten
+        return aten_loop
     why = f"there are no Triton kernels for {device_type}"
     if device_type in _TRITON_DEVICES:
         try:
@@ -62,4 +80,4 @@ def loop_for(device_type: str) -> ModuleType:
         else:
             return triton_loop
     log.info("the chunk loop runs in plain ATen on %s, which is slower: %s", device_type, why)
-    return aten
+    return aten_loop

@@ -11,85 +11,128 @@ With logits ``z`` and probabilities ``p``, of each row, whether or not it has a 
     losses      each row's loss             [N], in the accumulation dtype; before coefficient and
                                             reduction, 0 where the target is ignored
 
-The entropy is a sum of what is never negative, so that that of a confident row keeps its digits.
-With ``m`` the place of the largest logit, and ``d_v = z_m - z_v``, it is
+The entropy is computed as a sum of numbers that are never negative, so that a confident row's keeps
+its digits. With ``m`` the place of the largest logit, and ``d_v = z_m - z_v``, it is
 
     log(1 + sum_v exp -d_v) + sum_v d_v exp -d_v / (1 + sum_v exp -d_v)       v other than m
 """
 
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 from torch import Tensor
+from typing_extensions import assert_never
 
 from ..problem import Problem
 
-NAMES = (
-    *("logsumexp", "argmax", "max", "entropy", "logits", "losses"),
-    *("topk_values", "topk_indices"),
-)
+
+class MeasureKind(enum.Enum):
+    """The values are the words of the op's schema."""
+
+    LOGSUMEXP = "logsumexp"
+    ARGMAX = "argmax"
+    MAX = "max"
+    ENTROPY = "entropy"
+    LOGITS = "logits"
+    LOSSES = "losses"
+    TOPK_VALUES = "topk_values"
+    TOPK_INDICES = "topk_indices"
 
 
-def allocate(problem: Problem, names: list[str]) -> dict[str, Tensor]:
-    """An empty tensor for each measure; a ValueError for a name that is unknown or repeated."""
-    unknown = [name for name in names if name.split(":")[0] not in NAMES]
-    if unknown or len(set(names)) < len(names):
-        wrong = f"has no measure '{unknown[0]}'" if unknown else f"takes each measure once: {names}"
-        raise ValueError(f"lmhead_pass: linear_cross_entropy {wrong}. It has {', '.join(NAMES)}.")
-    dtypes = {
-        "logsumexp": problem.accumulate_dtype,
-        "argmax": torch.int64,
-        "max": problem.compute_dtype,
-        "entropy": problem.accumulate_dtype,
-        "logits": problem.compute_dtype,
-        "losses": problem.accumulate_dtype,
-        "topk_values": problem.compute_dtype,
-        "topk_indices": torch.int64,
-    }
-    rows = problem.hidden.size(0)
-    widths = {"logits": [problem.weight.size(0)]}
-    return {
-        name: problem.hidden.new_empty(
-            [rows, *widths.get(name, map(int, name.split(":")[1:]))],
-            dtype=dtypes[name.split(":")[0]],
-        )
-        for name in names
-    }
+_OF_LARGEST = (MeasureKind.TOPK_VALUES, MeasureKind.TOPK_INDICES)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure of each row."""
+
+    kind: MeasureKind
+    k: int = 0
+    """How many of the largest logits: for ``TOPK_VALUES`` and ``TOPK_INDICES`` only."""
+
+
+def parse_measures(words: Sequence[str]) -> list[Measure]:
+    """The measures that the op's argument names; a ValueError for an unknown or repeated one."""
+    measures = [_parse(word) for word in words]
+    if len(set(measures)) < len(measures):
+        raise _wrong(f"takes each measure once: {words}")
+    return measures
+
+
+def _parse(word: str) -> Measure:
+    name, *count = word.split(":")
+    try:
+        kind = MeasureKind(name)
+        (k,) = map(int, count if kind in _OF_LARGEST else [*count, "0"])
+    except ValueError:
+        raise _wrong(f"has no measure '{word}'") from None
+    return Measure(kind, k)
+
+
+def _wrong(what: str) -> ValueError:
+    names = ", ".join(kind.value for kind in MeasureKind)
+    return ValueError(f"lmhead_pass: linear_cross_entropy {what}. It has {names}.")
+
+
+def allocate(problem: Problem, measures: Sequence[Measure]) -> dict[Measure, Tensor]:
+    """An empty tensor for each measure."""
+    results = {}
+    for measure in measures:
+        match measure.kind:
+            case MeasureKind.LOGSUMEXP | MeasureKind.ENTROPY | MeasureKind.LOSSES:
+                dtype = problem.accumulate_dtype
+            case MeasureKind.MAX | MeasureKind.LOGITS | MeasureKind.TOPK_VALUES:
+                dtype = problem.compute_dtype
+            case MeasureKind.ARGMAX | MeasureKind.TOPK_INDICES:
+                dtype = torch.int64
+            case _:
+                assert_never(measure.kind)
+        shape = [problem.hidden.size(0)]
+        if measure.kind is MeasureKind.LOGITS:
+            shape.append(problem.weight.size(0))
+        elif measure.kind in _OF_LARGEST:
+            shape.append(measure.k)
+        results[measure] = problem.hidden.new_empty(shape, dtype=dtype)
+    return results
 
 
 class Measures:
     """The measures asked for, filled block by block of rows."""
 
-    def __init__(self, problem: Problem, names: list[str]):
+    def __init__(self, problem: Problem, measures: Sequence[Measure]) -> None:
         self._compute_dtype = problem.compute_dtype
-        self._taken = allocate(problem, names)
+        self._results = allocate(problem, measures)
 
     def __bool__(self) -> bool:
-        """Whether there is anything to take of the logits of each row, ignored or not."""
-        return bool(self._taken.keys() - {"losses"})
+        """Whether any measure reads the logits of each row, ignored or not."""
+        return any(measure.kind is not MeasureKind.LOSSES for measure in self._results)
 
     def take(self, rows: Tensor | slice, logits: Tensor) -> None:
         """Read ``logits`` ``[rows, V]``, as the loss sees them, of the rows ``rows`` of all."""
-        taken = self._taken
-        largest_of = {int(name.split(":")[1]) for name in taken if name.startswith("topk")}
-        if largest_of or taken.keys() & {"logits", "argmax"}:
-            rounded = logits.to(self._compute_dtype)
-            for count in largest_of:
-                largest = rounded.topk(count)
-                for part, values in zip(("values", "indices"), largest, strict=True):
-                    if (name := f"topk_{part}:{count}") in taken:
-                        taken[name][rows] = values
-            if "logits" in taken:
-                taken["logits"][rows] = rounded
-            if "argmax" in taken:
-                taken["argmax"][rows] = rounded.argmax(1)
-        if taken.keys() & {"max", "entropy"}:
-            maximum, place = logits.max(1, keepdim=True)
-            if "max" in taken:
-                taken["max"][rows] = maximum.squeeze(1).to(self._compute_dtype)
-            if "entropy" in taken:
-                exponentials = logits.sub(maximum).exp_().scatter_(1, place, 0)
-                others = exponentials.sum(1)
-                spread = torch.special.entr(exponentials).sum(1) / (1 + others)
-                taken["entropy"][rows] = torch.log1p(others) + spread
+        rounded = cache(lambda: logits.to(self._compute_dtype))
+        largest = cache(lambda: logits.max(1, keepdim=True))
+        topk = cache(lambda k: rounded().topk(k))
+        for measure, result in self._results.items():
+            match measure.kind:
+                case MeasureKind.LOGSUMEXP | MeasureKind.LOSSES:
+                    pass  # ``finish`` is given these
+                case MeasureKind.ARGMAX:
+                    result[rows] = rounded().argmax(1)
+                case MeasureKind.MAX:
+                    result[rows] = largest().values.squeeze(1).to(self._compute_dtype)
+                case MeasureKind.ENTROPY:
+                    result[rows] = _entropy(logits, *largest())
+                case MeasureKind.LOGITS:
+                    result[rows] = rounded()
+                case MeasureKind.TOPK_VALUES:
+                    result[rows] = topk(measure.k).values
+                case MeasureKind.TOPK_INDICES:
+                    result[rows] = topk(measure.k).indices
+                case _:
+                    assert_never(measure.kind)
 
     def finish(self, losses: Tensor, row_max: Tensor, log_sum: Tensor) -> list[Tensor]:
         """The measures in the order asked for.
@@ -97,9 +140,17 @@ class Measures:
         ``losses``, ``row_max`` and ``log_sum`` ``[N]`` are each row's loss, its largest logit, and
         the log of its sum of ``exp(logit - row_max)``.
         """
-        taken = self._taken
-        if "losses" in taken:
-            taken["losses"].copy_(losses)
-        if "logsumexp" in taken:
-            torch.add(row_max, log_sum, out=taken["logsumexp"])
-        return list(taken.values())
+        for measure, result in self._results.items():
+            if measure.kind is MeasureKind.LOSSES:
+                result.copy_(losses)
+            elif measure.kind is MeasureKind.LOGSUMEXP:
+                torch.add(row_max, log_sum, out=result)
+        return list(self._results.values())
+
+
+def _entropy(logits: Tensor, maximum: Tensor, place: Tensor) -> Tensor:
+    """``[rows]``, of ``logits`` ``[rows, V]``, their largest and its place, each ``[rows, 1]``."""
+    exponentials = logits.sub(maximum).exp_().scatter_(1, place, 0)
+    others = exponentials.sum(1)
+    mean_distance: Tensor = torch.special.entr(exponentials).sum(1) / (1 + others)
+    return torch.log1p(others) + mean_distance

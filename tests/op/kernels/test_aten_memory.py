@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmhead_pass.op.kernels import aten
+from lmhead_pass.op.kernels import aten_loop as aten
+from lmhead_pass.op.kernels.measures import parse_measures
 from lmhead_pass.op.problem import Problem
 
 from ...memory import peak_bytes
@@ -46,7 +47,7 @@ def test_logits_are_the_only_thing_of_their_size(dtype, ignored, monkeypatch):
     tokens, vocab = 1024, 8192
     given = problem(tokens, vocab, dtype=dtype)
     given.target[:ignored] = -100
-    every = ["logsumexp", "argmax", "max", "entropy", "logits"]
+    every = parse_measures(["logsumexp", "argmax", "max", "entropy", "logits"])
     logits = tokens * vocab * dtype.itemsize
     chunk = 64 * vocab * dtype.itemsize
     blocks = 4 * aten._BLOCK_BYTES

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from lmhead_pass.op.kernels import aten, dispatch
+from lmhead_pass.op.kernels import aten_loop as aten
+from lmhead_pass.op.kernels import dispatch
 
 pytest.importorskip("triton")
 
@@ -49,7 +50,7 @@ def test_other_devices_run_aten_and_say_so_once(lines):
 
 
 def test_gpus_without_triton_run_aten_and_say_so(lines, monkeypatch):
-    for name in ("triton_loop", "triton_rows"):
+    for name in ("triton_loop", "triton_row_kernels"):
         monkeypatch.delitem(sys.modules, f"lmhead_pass.op.kernels.{name}", raising=False)
         monkeypatch.delattr(f"lmhead_pass.op.kernels.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmhead_pass.op.kernels import aten, products
+from lmhead_pass.op.kernels import aten_loop as aten
+from lmhead_pass.op.kernels import wide_products as products
+from lmhead_pass.op.kernels.measures import parse_measures
 from lmhead_pass.op.problem import Problem
 
 from ... import reference
@@ -53,7 +55,7 @@ def _problem(dtype=torch.float32, tokens=TOKENS, rows=4, **options):
 
 def _run(loop, problem, upstream, measures=()):
     """The loss, its gradients, and the measures."""
-    needed, measures = [True, True, problem.bias is not None], list(measures)
+    needed, measures = [True, True, problem.bias is not None], parse_measures(measures)
     if problem.reduction == "none":
         loss, row_max, log_sum, *taken = loop.forward(problem, measures)
         gradients = loop.backward(problem, needed, row_max, log_sum, upstream, None)
@@ -192,7 +194,7 @@ def test_gradient_of_logsumexp(dtype, options, which):
     exact, unfused = (
         _plain(problem, upstream, kind, of_lse) for kind in (torch.float64, problem.compute_dtype)
     )
-    _, row_max, log_sum, lse = triton_loop.forward(problem, ["logsumexp"])
+    _, row_max, log_sum, lse = triton_loop.forward(problem, parse_measures(["logsumexp"]))
     torch.testing.assert_close(lse, row_max + log_sum, rtol=0, atol=0)
     needed = [True, True, problem.bias is not None]
     gradients = triton_loop.backward(
@@ -269,7 +271,7 @@ def test_fp16_gradients_of_logsumexp_neither_underflow_nor_overflow(factor):
     problem = _problem(torch.float16, reduction="none")
     zeros, of_lse = torch.zeros(TOKENS, device=DEVICE), torch.rand(TOKENS, device=DEVICE)
     exact, unfused = (_plain(problem, zeros, kind, of_lse) for kind in (torch.float64, None))
-    _, row_max, log_sum, _ = triton_loop.forward(problem, ["logsumexp"])
+    _, row_max, log_sum, _ = triton_loop.forward(problem, parse_measures(["logsumexp"]))
     saved, needed = (row_max, log_sum), [True, True, False]
     gradients = triton_loop.backward(problem, needed, *saved, None, factor * of_lse)
     results = [gradient.double() / factor for gradient in gradients[:2]]

@@ -12,7 +12,7 @@ from ...device import DEVICE, SUITE
 
 pytest.importorskip("triton")
 
-from lmhead_pass.op.kernels.triton_rows import Terms, row_gradients, row_losses  # isort: skip
+from lmhead_pass.op.kernels.triton_row_kernels import Terms, row_gradients, row_losses  # isort: skip
 
 ROWS = 3
 VOCABULARIES = (1, 2, 7, 1000, 4099)
@@ -301,10 +301,10 @@ def test_target_out_of_range_is_never_a_number(bad):
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from lmhead_pass.op.kernels import triton_rows
+from lmhead_pass.op.kernels import triton_row_kernels as triton_rows
 
-ON = dict(SMOOTHING=0.1, SPREAD=1e-6, LOGIT_SCALE=0.5, SOFTCAP=30.0)
-OFF = dict(SMOOTHING=0.0, SPREAD=0.0, LOGIT_SCALE=None, SOFTCAP=None)
+ON = dict(SMOOTHING=0.1, SMOOTHING_COEF=1e-6, LOGIT_SCALE=0.5, SOFTCAP=30.0)
+OFF = dict(SMOOTHING=0.0, SMOOTHING_COEF=0.0, LOGIT_SCALE=None, SOFTCAP=None)
 OFF |= dict(bias_ptr=None, class_weight_ptr=None, class_weight_sum_ptr=None, coefficient_ptr=None)
 NO_LSE = dict(grad_logsumexp_ptr=None)
 SAVED, SAVED_WITH_LSE = dict(loss_ptr=None, **NO_LSE), dict(loss_ptr=None)

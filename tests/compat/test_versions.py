@@ -7,7 +7,7 @@ import torch
 
 from lmhead_pass import compat
 
-from .process import run_python
+from ..process import run_python
 
 TRAIN = """
     import torch, torch.nn.functional as F

@@ -7,7 +7,7 @@
                          logit_scale, softcap, compute_dtype, batch_chunk_size) -> loss
     linear_cross_entropy_and_measures(..., measures) -> [loss, *measures]
 
-Their arguments are the fields of ``lmhead_pass.problem.Problem``. The loss is ``[]``, or ``[N]``
+Their arguments are the fields of ``Problem`` (``problem.py``). The loss is ``[]``, or ``[N]``
 for reduction "none", in the accumulation dtype: FP32, or FP64 for FP64 products. With
 
     logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
@@ -19,26 +19,31 @@ it equals
 
 and raises an IndexError where that does. A ``coefficient``, for reduction "sum" only, multiplies
 the rows' losses before they are added; where it is 0, a row counts for nothing even if its loss is
-infinite. It is a constant: no gradient flows to it. So are ``logsumexp_coefficient`` and ``z_loss``
-(after PaLM's, https://arxiv.org/abs/2204.02311, section 5), which add to such a sum
+infinite. It is a constant: no gradient flows to it. ``logsumexp_coefficient`` and ``z_loss`` (after
+PaLM's, https://arxiv.org/abs/2204.02311, section 5) are constants too, and add to such a sum
 
     sum_n logsumexp_coefficient_n lse_n + z_loss_n lse_n^2       lse = torch.logsumexp(logits, 1)
 
-Measures are of each row's logits, whether the row counts or not: ``kernels/measures.py`` lists
-them. Of the measures "logsumexp" has a gradient, with reduction "none" only; the others have none.
+Measures describe each row's logits, whether the row counts or not: ``kernels/measures.py`` lists
+them. Only "logsumexp" has a gradient, and only with reduction "none".
 
-Autograd runs on three private ops: the loss alone; the loss with its gradients in one pass (three
-products), where the reduction gives a scalar; and the gradients recomputed in the backward (a
-fourth product) for "none", where each row's upstream gradient is not known before.
+Autograd runs on three private ops. ``_forward`` computes the loss alone. If the loss is a scalar,
+``_forward_and_gradients`` computes its gradients in the same pass (three products). With "none" a
+row's upstream gradient is known in the backward only, where ``_backward`` computes the logits again
+(a fourth product).
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .kernels import dispatch, measures
+from ..compat.kernels import below_autograd, is_forward_mode
+from ..compat.library import add_fake_kernel, add_kernel, define
+from .kernels.dispatch import loop_of
+from .kernels.measures import allocate, parse_measures
 from .problem import Gradients, Problem, held_dtype
 
 _PROBLEM = (
@@ -51,26 +56,29 @@ _FIELDS = [field.name for field in dataclasses.fields(Problem)]
 _TENSORS = _FIELDS.index("reduction")  # the fields before it are tensors
 _NOT_DIFFERENTIABLE = [None] * (len(_FIELDS) + 1 - len(Gradients._fields))  # and the measures
 
-_library = torch.library.Library("lmhead_pass", "DEF")
 
-
-def _define(name: str, extra_arguments: str, returns: str, kernel, fake_kernel) -> None:
+def _define(
+    name: str,
+    extra_arguments: str,
+    returns: str,
+    kernel: Callable[..., Any],
+    fake_kernel: Callable[..., Any],
+) -> None:
     """Define an op on a Problem and more arguments; kernels get the Problem as one."""
     fields = len(_FIELDS)
 
-    def run(*arguments):
+    def run(*arguments: Any) -> Any:
         problem = Problem(*arguments[:fields])
         device = problem.hidden.device.type
         # The products' dtypes are settled: an autocast around the call must not touch them.
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return kernel(problem, *arguments[fields:])
 
-    def run_fake(*arguments):
+    def run_fake(*arguments: Any) -> Any:
         return fake_kernel(Problem(*arguments[:fields]), *arguments[fields:])
 
-    _library.define(f"{name}({_PROBLEM}{extra_arguments}) -> {returns}")
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lmhead_pass::{name}", run_fake, lib=_library)
+    define(f"{name}({_PROBLEM}{extra_arguments}) -> {returns}", run)
+    add_fake_kernel(name, run_fake)
 
 
 def _fake_loss(problem: Problem) -> Tensor:
@@ -79,7 +87,7 @@ def _fake_loss(problem: Problem) -> Tensor:
 
 
 def _fake_measures(problem: Problem, names: list[str]) -> list[Tensor]:
-    return list(measures.allocate(problem, names).values())
+    return list(allocate(problem, parse_measures(names)).values())
 
 
 def _fake_forward(problem: Problem, names: list[str]) -> list[Tensor]:
@@ -91,27 +99,38 @@ def _fake_forward(problem: Problem, names: list[str]) -> list[Tensor]:
 
 
 def _fake_gradients(problem: Problem, needed: list[bool]) -> Gradients:
-    inputs = (problem.hidden, problem.weight, problem.bias)
     return Gradients(
         *(
-            tensor.new_empty(tensor.shape, dtype=held_dtype(tensor.dtype))
-            if wanted and tensor is not None
-            else problem.hidden.new_empty(0)
-            for tensor, wanted in zip(inputs, needed, strict=True)
+            problem.hidden.new_empty(0)
+            if tensor is None
+            else tensor.new_empty(tensor.shape, dtype=held_dtype(tensor.dtype))
+            for tensor in problem.inputs_with_gradient(needed)
         )
     )
 
 
+def _forward(problem: Problem, names: list[str]) -> list[Tensor]:
+    return loop_of(problem).forward(problem, parse_measures(names))
+
+
 def _loss_and_measures(problem: Problem, names: list[str]) -> list[Tensor]:
-    loss, _, _, *measures = dispatch.forward(problem, names)
+    loss, _, _, *measures = _forward(problem, names)
     return [loss, *measures]
+
+
+def _forward_and_gradients(problem: Problem, needed: list[bool], names: list[str]) -> list[Tensor]:
+    return loop_of(problem).forward_and_gradients(problem, needed, parse_measures(names))
+
+
+def _backward(problem: Problem, *arguments: Any) -> Gradients:
+    return loop_of(problem).backward(problem, *arguments)
 
 
 _define(
     "linear_cross_entropy",
     "",
     "Tensor",
-    lambda problem: dispatch.forward(problem, [])[0],
+    lambda problem: _forward(problem, [])[0],
     _fake_loss,
 )
 _define(
@@ -121,12 +140,12 @@ _define(
     _loss_and_measures,
     lambda problem, names: [_fake_loss(problem), *_fake_measures(problem, names)],
 )
-_define("_forward", ", str[] measures", "Tensor[]", dispatch.forward, _fake_forward)
+_define("_forward", ", str[] measures", "Tensor[]", _forward, _fake_forward)
 _define(
     "_forward_and_gradients",
     ", bool[3] needed, str[] measures",
     "Tensor[]",
-    dispatch.forward_and_gradients,
+    _forward_and_gradients,
     lambda problem, needed, names: [
         _fake_loss(problem),
         *_fake_gradients(problem, needed),
@@ -137,17 +156,17 @@ _define(
     "_backward",
     ", bool[3] needed, Tensor row_max, Tensor log_sum, Tensor? grad_losses, Tensor? grad_logsumexp",
     "(Tensor, Tensor, Tensor)",
-    dispatch.backward,
+    _backward,
     lambda problem, needed, *_: _fake_gradients(problem, needed),
 )
 _ops = torch.ops.lmhead_pass
 
 
 class _GradientsInForward(torch.autograd.Function):
-    """For a scalar loss. Its gradients wait for the backward, complete but for one factor."""
+    """For a scalar loss. The backward multiplies the gradients by the upstream gradient."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *problem, names = arguments
         needed = list(ctx.needs_input_grad[:3])
         loss, *results = _ops._forward_and_gradients(*problem, needed, names)
@@ -162,11 +181,12 @@ class _GradientsInForward(torch.autograd.Function):
         return loss, *measures
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         *gradients, has_terms = ctx.saved_tensors
         if grad_loss is not None:
-            # The gradient of a sum of nothing is 0, and that of 0 / 0 infinite: eager leaves 0.
+            # If no row counts, the gradients are 0, as in eager, whatever the upstream gradient is.
+            # It may be infinite or NaN, from a mean that is 0 / 0.
             grad_loss = grad_loss.masked_fill(~has_terms, 0)
         gradients = (
             _scale(gradient, grad_loss).to(dtype)
@@ -181,7 +201,7 @@ class _GradientsInBackward(torch.autograd.Function):
     """For per-row losses. Their upstream gradients are known in the backward only."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *problem, names = arguments
         losses, row_max, log_sum, *measures = _ops._forward(*problem, names)
         ctx.save_for_backward(*problem[:_TENSORS], row_max, log_sum)
@@ -194,7 +214,9 @@ class _GradientsInBackward(torch.autograd.Function):
         return losses, *measures
 
     @staticmethod
-    def backward(ctx, grad_losses, *grad_measures):
+    def backward(
+        ctx: Any, grad_losses: Tensor | None, *grad_measures: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         grad_logsumexp = None if ctx.logsumexp is None else grad_measures[ctx.logsumexp]
         if grad_losses is None and grad_logsumexp is None:
@@ -232,48 +254,51 @@ def _refuse_double_backward() -> None:
         )
 
 
-def _function(problem: tuple) -> type[torch.autograd.Function] | None:
-    """What differentiates a call with the arguments ``problem``; None if nothing has to.
+def _function(problem: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The autograd function for a call with the arguments ``problem``; None if none is needed.
 
-    In forward mode too, where it raises an error if an input has a tangent.
+    Forward mode needs one too: it raises an error if an input has a tangent.
     """
     wanted = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in problem[:3]
     )
-    if not wanted and forward_ad._current_level < 0:
+    if not wanted and not is_forward_mode():
         return None
-    return _GradientsInBackward if problem[_TENSORS] == "none" else _GradientsInForward
+    return (_GradientsInBackward if problem[_TENSORS] == "none" else _GradientsInForward).apply
 
 
-def _differentiable(*problem):
+def _differentiable(*problem: Any) -> Tensor:
     if function := _function(problem):
-        return function.apply(*problem, [])[0]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.linear_cross_entropy(*problem)
+        return function(*problem, [])[0]
+    with below_autograd():
+        return cast(Tensor, _ops.linear_cross_entropy(*problem))
 
 
-def _differentiable_with_measures(*arguments):
+def _differentiable_with_measures(*arguments: Any) -> list[Tensor]:
     if function := _function(arguments[:-1]):
-        return list(function.apply(*arguments))
-    with torch._C._AutoDispatchBelowAutograd():
-        return _ops.linear_cross_entropy_and_measures(*arguments)
+        return list(function(*arguments))
+    with below_autograd():
+        return cast(list[Tensor], _ops.linear_cross_entropy_and_measures(*arguments))
 
 
-_library.impl("linear_cross_entropy", _differentiable, "Autograd")
-_library.impl("linear_cross_entropy_and_measures", _differentiable_with_measures, "Autograd")
+add_kernel("linear_cross_entropy", _differentiable, "Autograd")
+add_kernel("linear_cross_entropy_and_measures", _differentiable_with_measures, "Autograd")
 
 
 class _WithGradientOf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value, source):
+    def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:
         ctx.dtype = source.dtype
         return value.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, gradient.to(ctx.dtype)
 
 
 # ``with_gradient_of(value, source)`` is ``value``; its gradient goes to ``source`` as well.
-_library.define("with_gradient_of(Tensor value, Tensor source) -> Tensor")
-_library.impl("with_gradient_of", _WithGradientOf.apply, "CompositeImplicitAutograd")
+define(
+    "with_gradient_of(Tensor value, Tensor source) -> Tensor",
+    _WithGradientOf.apply,
+    "CompositeImplicitAutograd",
+)

@@ -3,10 +3,10 @@
 For each chunk of rows there is one product for the logits; then the row work, in place and
 in blocks of rows that stay in the processor's cache; then the products that turn the
 logits' gradient into those of ``hidden`` and ``weight``. Rows whose target is ``ignore_index``
-take part in none of it, unless there is a gradient of their log-sum-exps, or measures are asked
-for: these have a pass of their own.
+take part only where their log-sum-exps count. If they take no part and measures are asked for,
+they are measured in a pass of their own.
 
-With ``x`` what the product gave (with the bias), the loss is that of the logits
+With ``x`` the result of the product (with the bias), the loss is that of the logits
 
     z = cap tanh(s x / cap)                    logit scale s, softcap cap; without a cap s x
 
@@ -21,40 +21,31 @@ its gradient follows:
     d lse  / d z_v = p_v
     d z / d x      = s (1 - tanh^2) = s / cosh^2
 
-with ``1 - p_t = -expm1(-nll)``: subtracting 1 from a probability that rounds to 1 would lose
-the whole gradient of a confident row.
+with ``1 - p_t = -expm1(-nll)``: subtracting from 1 a probability that rounds to 1 would lose the
+whole gradient of a confident row. The code calls ``(1 - e) c_t`` ``target_coef``, ``e / V c_v``
+``smoothing_coef`` and ``e C / V`` ``smoothing_coef_sum``.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..chunking import even_rows
-from ..problem import Gradients, Problem, held_dtype
-from .measures import Measures
+from ..problem import Gradients, Problem
+from .measures import Measure, Measures
+from .row_terms import GradientSums, RowTerms, power_of_two_scale
 
-# The row work reads a block several times: let it stay in the caches of a few cores.
+# The row work reads a block several times. One of this size stays in the caches of a few cores.
 _BLOCK_BYTES = 1 << 22
-# Words of the vocabulary whose share of the weight's gradient is computed at once.
+# The weight's gradient is computed for this many words of the vocabulary at once.
 _PRODUCT_WORDS = 4096
-# Of these, how many are taken apart from the others: with more, all of them cost less.
+# If fewer of them than this need a correction, they alone get it; else correcting all is cheaper.
 _WORDS_APART = _PRODUCT_WORDS // 3
-# FP16 reaches from 6e-8 to 65504. Gradients of logits are scaled before they are rounded to it, so
-# that the bounds on them and on their products with the weight come to at most 2 to the power of
-# this. Three times as much still fits, and small probabilities have all that is below.
-_FP16_MAGNITUDE_BITS = 14
 
 
-def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
-    """The loss and the measures: one product.
-
-    Returns ``[loss, row_max, log_sum, *measures]``. The first three are in the accumulation dtype:
-    the loss (``[]``, or ``[N]`` for reduction "none"), and what the backward of "none" wants of
-    each row (``[N]``): its largest logit, and the log of its sum of ``exp(logit - row_max)``. For
-    rows without a loss these are 0 unless measures are asked for.
-    """
+def forward(problem: Problem, measures: Sequence[Measure]) -> list[Tensor]:
+    """The loss and the measures: see ``ChunkLoop.forward``."""
     rows = _Rows(problem, every=problem.has_logsumexp_terms)
     taken = Measures(problem, measures)
     losses, row_max, log_sum = (_zeros(problem) for _ in range(3))
@@ -73,24 +64,19 @@ def forward(problem: Problem, measures: list[str]) -> list[Tensor]:
 
 
 def forward_and_gradients(
-    problem: Problem, needed: list[bool], measures: list[str]
+    problem: Problem, needed: Sequence[bool], measures: Sequence[Measure]
 ) -> list[Tensor]:
-    """The scalar loss, the measures and, in the same pass, the loss's gradients: three products.
-
-    ``needed`` says for hidden, weight and bias whether a gradient is wanted. Returns the loss, the
-    three ``Gradients`` for an upstream gradient of 1, in ``held_dtype`` of their input, and the
-    measures.
-    """
+    """The loss, its gradients and the measures: see ``ChunkLoop.forward_and_gradients``."""
     by_lse = problem.has_logsumexp_terms
     rows, taken = _Rows(problem, every=by_lse), Measures(problem, measures)
     losses, row_max, log_sum = (_zeros(problem) for _ in range(3))
     if taken:
         _measure_ignored(problem, rows, taken, row_max, log_sum)
-    reach = rows.reach(rows.upstream)
+    grad_bound = rows.grad_bound(rows.upstream)
     if by_lse and problem.has_narrow_range:
-        reach = torch.cat((reach, problem.logsumexp_reach()))
-    sums = _GradientSums(problem, needed, rows, reach)
-    upstream = rows.upstream * sums.factor
+        grad_bound = torch.maximum(grad_bound, problem.logsumexp_grad_bound())
+    sums = _GradientSums(problem, needed, rows, grad_bound)
+    upstream = sums.scaled(rows.upstream)
     for chunk, hidden, logits in _chunks(problem, rows.index):
         for part, block in _blocks(problem, chunk, logits, write_back=True):
             index = rows.index[part]
@@ -101,7 +87,7 @@ def forward_and_gradients(
             for_lse = None
             if by_lse:  # then each row takes part
                 lse = row_max[index] + log_sum[index]
-                for_lse = problem.grad_logsumexp(lse, index) * sums.factor
+                for_lse = sums.scaled(problem.grad_logsumexp(lse, index))
             _differentiate_(block, rows, part, nll, log_sum[index], upstream[part], for_lse)
         sums.add(rows.index[chunk], hidden, logits)
     losses = rows.counted_only(losses)
@@ -111,35 +97,33 @@ def forward_and_gradients(
 
 def backward(
     problem: Problem,
-    needed: list[bool],
+    needed: Sequence[bool],
     row_max: Tensor,
     log_sum: Tensor,
     grad_losses: Tensor | None,
     grad_logsumexp: Tensor | None,
 ) -> Gradients:
-    """Gradients of per-row losses, and of the measure "logsumexp": three products.
-
-    ``grad_losses`` and ``grad_logsumexp`` ``[N]`` come from upstream; None is 0. ``row_max`` and
-    ``log_sum`` are what ``forward`` returned. The gradients come in ``held_dtype`` of their input.
-    """
+    """Gradients of per-row losses and log-sum-exps: see ``ChunkLoop.backward``."""
     rows = _Rows(problem, every=grad_logsumexp is not None)
     grad_losses = _zeros(problem) if grad_losses is None else grad_losses
-    upstream = rows.counted_only(grad_losses.to(problem.accumulate_dtype))
-    upstream = upstream.index_select(0, rows.index)
-    reach = rows.reach(upstream)
+    upstream = rows.select(grad_losses.to(problem.accumulate_dtype))
+    grad_bound = rows.grad_bound(upstream)
+    for_lse = None
     if grad_logsumexp is not None:
         grad_logsumexp = grad_logsumexp.to(problem.accumulate_dtype)
-        reach = torch.cat((reach, grad_logsumexp))
-    sums = _GradientSums(problem, needed, rows, reach)
-    upstream = upstream * sums.factor
+        grad_bound = torch.maximum(grad_bound, grad_logsumexp.abs())
+    sums = _GradientSums(problem, needed, rows, grad_bound)
+    upstream = sums.scaled(upstream)
+    if grad_logsumexp is not None:
+        for_lse = sums.scaled(grad_logsumexp)
     for chunk, hidden, logits in _chunks(problem, rows.index):
         for part, block in _blocks(problem, chunk, logits, write_back=True):
             index = rows.index[part]
             block.sub_(row_max[index].unsqueeze(1))
             nll = log_sum[index] - block.gather(1, rows.target[part]).squeeze(1)
             block.exp_()
-            for_lse = None if grad_logsumexp is None else grad_logsumexp[index] * sums.factor
-            _differentiate_(block, rows, part, nll, log_sum[index], upstream[part], for_lse)
+            of_lse = None if for_lse is None else for_lse[index]
+            _differentiate_(block, rows, part, nll, log_sum[index], upstream[part], of_lse)
         sums.add(rows.index[chunk], hidden, logits)
     return sums.finish()
 
@@ -147,8 +131,8 @@ def backward(
 def _measure_ignored(
     problem: Problem, rows: "_Rows", taken: Measures, row_max: Tensor, log_sum: Tensor
 ) -> None:
-    # A pass before that of the others, in a function of its own: its buffer is gone when theirs
-    # is made.
+    # This pass comes before that of the other rows, in a function of its own, so that its buffer is
+    # freed before theirs is allocated.
     for chunk, _, logits in _chunks(problem, rows.ignored):
         for part, block in _blocks(problem, chunk, logits):
             index = rows.ignored[part]
@@ -161,21 +145,19 @@ def _zeros(problem: Problem) -> Tensor:
     return problem.hidden.new_zeros(problem.hidden.size(0), dtype=problem.accumulate_dtype)
 
 
-class _Rows:
-    """The rows that take part, and the constants of their losses (names as in the module's text).
+class _Rows(RowTerms):
+    """The rows that count and their constants; with ``every`` those that are ignored too.
 
-    These are the rows that count, and with ``every`` those that are ignored too: as rows whose
-    losses and gradients come to 0.
+    An ignored row then takes part as one whose loss and gradients come to 0.
     """
 
-    def __init__(self, problem: Problem, every: bool):
+    def __init__(self, problem: Problem, every: bool) -> None:
         vocab, dtype = problem.weight.size(0), problem.accumulate_dtype
-        self._problem = problem
         counted = problem.target != problem.ignore_index
         self._counted_of_all = counted if every else None
         taking_part = torch.ones_like(counted) if every else counted
         self.index = taking_part.nonzero().squeeze(1)
-        """``[M]``: where they are among the ``N`` rows."""
+        """``[M]``: where these rows are among the ``N`` rows."""
         self.ignored = (~taking_part).nonzero().squeeze(1)
         """``[N - M]``: where the others are."""
         target = problem.target.masked_fill(~counted, 0) if every else problem.target
@@ -189,52 +171,22 @@ class _Rows:
             class_weight = problem.class_weight.to(dtype)
         target_weight = class_weight.index_select(0, target)
         if every:
-            target_weight = target_weight * counted
-        self.pull = (1 - problem.label_smoothing) * target_weight
-        """``[M]``: (1 - e) c_t."""
-        self.spread = None
+            target_weight = target_weight.masked_fill(~counted, 0)
+        self.smoothing_coef = None
         """``[V]``: e / V c_v; None without label smoothing."""
-        self.spread_sum = torch.zeros((), dtype=dtype, device=target.device)
+        smoothing_coef_sum = torch.zeros((), dtype=dtype, device=target.device)
         if problem.label_smoothing > 0:
-            self.spread = problem.label_smoothing / vocab * class_weight
-            self.spread_sum = self.spread.sum()
-        self._denominator = (
-            target_weight.sum() if problem.reduction == "mean" else target_weight.new_ones(())
-        )
-        self._coefficient = None
-        if problem.coefficient is not None:
-            coefficient = self.counted_only(problem.coefficient)
-            self._coefficient = coefficient.index_select(0, self.index).to(dtype)
+            self.smoothing_coef = problem.label_smoothing / vocab * class_weight
+            smoothing_coef_sum = self.smoothing_coef.sum()
+        super().__init__(problem, target_weight, smoothing_coef_sum)
+
+    def select(self, values: Tensor) -> Tensor:
+        return self.counted_only(values).index_select(0, self.index)
 
     def counted_only(self, values: Tensor) -> Tensor:
-        """``values`` ``[N]``, 0 where a row takes part though it is ignored."""
+        """``values`` ``[N]``, with 0 for ignored rows that take part."""
         counted = self._counted_of_all
         return values if counted is None else values.masked_fill(~counted, 0)
-
-    def reduce(self, losses: Tensor, row_max: Tensor, log_sum: Tensor) -> Tensor:
-        """The loss of the problem, of what its function has found of all rows ``[N]``."""
-        if self._problem.reduction == "none":
-            return losses
-        if self._coefficient is not None:
-            losses = losses.index_select(0, self.index) * self._coefficient
-            # A row that counts for nothing does so with an infinite loss, too.
-            losses = losses.masked_fill(self._coefficient == 0, 0)
-        loss = losses.sum() / self._denominator
-        if self._problem.has_logsumexp_terms:
-            loss = loss + self._problem.logsumexp_terms(row_max + log_sum)
-        return loss
-
-    @property
-    def upstream(self) -> Tensor:
-        """``[M]``: the gradient of what ``reduce`` returns, if a scalar, in each row's loss."""
-        if self._coefficient is not None:
-            return self._coefficient
-        upstream = self._denominator.reciprocal().expand(self._problem.target.size(0))
-        return self.counted_only(upstream).index_select(0, self.index)
-
-    def reach(self, upstream: Tensor) -> Tensor:
-        """``[M]``: bounds on the gradients of each row's logits, but for a factor of 2."""
-        return upstream * (self.pull + self.spread_sum)
 
 
 def _check_range(target: Tensor, vocab: int) -> None:
@@ -244,7 +196,7 @@ def _check_range(target: Tensor, vocab: int) -> None:
 
 
 def _chunks(problem: Problem, index: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each chunk of the rows ``index``: its place in that, their hidden states, their logits.
+    """For each chunk of the rows ``index``: its place in ``index``, hidden states, and logits.
 
     Logits are ``[rows, V]`` in the compute dtype, in one buffer that the next chunk overwrites.
     They have the bias, but neither scale nor cap.
@@ -266,11 +218,11 @@ def _chunks(problem: Problem, index: Tensor) -> Iterator[tuple[slice, Tensor, Te
 def _blocks(
     problem: Problem, chunk: slice, logits: Tensor, write_back: bool = False
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of a chunk as the loss sees them: their place, and the block.
+    """For each block of rows of a chunk: its place, and its logits as the loss sees them.
 
     A block is in the accumulation dtype, scaled and capped, and may be overwritten. With
-    ``write_back`` it is to become the gradient with respect to what it was, but for the logit
-    scale; ``logits`` takes that over, times the derivative of the cap.
+    ``write_back`` the caller turns it into the gradient with respect to these logits, times the
+    logit scale. That gradient, times the derivative of the cap, is then written to ``logits``.
     """
     dtype = problem.accumulate_dtype
     size = max(1, _BLOCK_BYTES // (logits.size(1) * dtype.itemsize))
@@ -294,25 +246,29 @@ def _blocks(
 def _cap_(block: Tensor, softcap: float, differentiate: bool) -> Tensor | None:
     """Cap the logits in ``block``; returns the derivative if ``differentiate``."""
     block.div_(softcap)
-    # Not 1 - tanh^2, which knows few digits of what a saturated logit has left.
+    # Not 1 - tanh^2, which loses nearly all digits where tanh is close to 1.
     slope = torch.cosh(block).pow_(-2) if differentiate else None
     block.tanh_().mul_(softcap)
     return slope
 
 
 def _exponentiate_(block: Tensor, rows: _Rows, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits less their row's largest into their exponentials, except at the target.
+    """Turn logits, less the largest of their row, into their exponentials, except at the target.
 
-    Returns each row's loss, nll and log of its sum of exponentials. The target's entry is left
-    as 0: that sums the others alone, which keeps what a sum near 1 would round away.
+    Returns each row's loss, nll and log of its sum of exponentials. The target's entry becomes 0,
+    so that the others are summed alone: a sum near 1 would round them away.
     """
     target = rows.target[part]
     target_logit = block.gather(1, target).squeeze(1)
-    loss = -(block @ rows.spread) if rows.spread is not None else torch.zeros_like(target_logit)
+    loss = (
+        -(block @ rows.smoothing_coef)
+        if rows.smoothing_coef is not None
+        else torch.zeros_like(target_logit)
+    )
     block.exp_().scatter_(1, target, 0)
     log_sum = torch.log1p(block.sum(1) + torch.expm1(target_logit))
     nll = log_sum - target_logit
-    loss += rows.pull[part] * nll + rows.spread_sum * log_sum
+    loss += rows.target_coef[part] * nll + rows.smoothing_coef_sum * log_sum
     return loss, nll, log_sum
 
 
@@ -328,59 +284,46 @@ def _differentiate_(
     """Turn exponentials into the gradient with respect to the logits.
 
     ``upstream`` and ``grad_logsumexp`` ``[rows]`` are the gradients with respect to the rows'
-    losses and log-sum-exps. What stands at the target's place is not read.
+    losses and log-sum-exps. The entries at the targets are not read.
     """
-    pull, spread_sum = rows.pull[part], rows.spread_sum
-    at_target = spread_sum * torch.exp(-nll) + pull * torch.expm1(-nll)
-    if rows.spread is not None:
-        at_target = at_target - rows.spread[rows.target[part].squeeze(1)]
+    target_coef, smoothing_coef_sum = rows.target_coef[part], rows.smoothing_coef_sum
+    at_target = smoothing_coef_sum * torch.exp(-nll) + target_coef * torch.expm1(-nll)
+    if rows.smoothing_coef is not None:
+        at_target = at_target - rows.smoothing_coef[rows.target[part].squeeze(1)]
     at_target = upstream * at_target
-    of_probabilities = upstream * (pull + spread_sum)
+    of_probabilities = upstream * (target_coef + smoothing_coef_sum)
     if grad_logsumexp is not None:
         at_target += grad_logsumexp * torch.exp(-nll)
         of_probabilities += grad_logsumexp
     block.mul_((of_probabilities * torch.exp(-log_sum)).unsqueeze(1))
-    if rows.spread is not None:
-        block.addcmul_(upstream.unsqueeze(1), rows.spread, value=-1)
+    if rows.smoothing_coef is not None:
+        block.addcmul_(upstream.unsqueeze(1), rows.smoothing_coef, value=-1)
     block.scatter_(1, rows.target[part], at_target.unsqueeze(1))
 
 
-class _GradientSums:
-    """Gradients of hidden, weight and bias, gathered chunk by chunk."""
+class _GradientSums(GradientSums):
+    """Adds up the shares of chunks by ATen's products."""
 
-    def __init__(self, problem: Problem, needed: list[bool], rows: _Rows, reach: Tensor):
-        """``reach`` are bounds on the gradients of the logits, but for a factor of 2."""
-        self._problem = problem
-        self._needed = needed
-        self._scale = 1.0
+    def __init__(
+        self, problem: Problem, needed: Sequence[bool], rows: _Rows, grad_bound: Tensor
+    ) -> None:
+        """Twice the largest of ``grad_bound`` bounds the gradients of the logits."""
+        scale = None
         if problem.has_narrow_range:
-            # Their products with the weight are bounded by the reach times the largest weight.
+            # Times the largest weight it bounds the products of these gradients with the weight.
             largest = torch.stack(torch.aminmax(problem.compute_weight)).abs().amax()
-            self._scale = _power_of_two_scale(reach * problem.logit_scale * largest.clamp_min(1))
-        self.factor = problem.logit_scale * self._scale
-        """What the chunks must multiply upstream gradients by."""
+            scale = power_of_two_scale(grad_bound * abs(problem.logit_scale) * largest.clamp_min(1))
+        super().__init__(problem, needed, scale, problem.accumulate_dtype, Tensor.new_zeros)
         self._targets = None
         if problem.compute_dtype == torch.bfloat16 and len(rows.index) > problem.batch_chunk_size:
             self._targets = _by_product(rows.target, problem.weight.size(0))
 
-        inputs = (problem.hidden, problem.weight, problem.bias)
-        # Each row of hidden gets its gradient once; the others are sums over chunks.
-        dtypes = (
-            held_dtype(problem.hidden.dtype),
-            problem.accumulate_dtype,
-            problem.accumulate_dtype,
-        )
-        self._sums = Gradients(
-            *(
-                tensor.new_zeros(tensor.shape, dtype=dtype)
-                if wanted and tensor is not None
-                else problem.hidden.new_empty(0)
-                for tensor, dtype, wanted in zip(inputs, dtypes, needed, strict=True)
-            )
-        )
+    def scaled(self, upstream: Tensor) -> Tensor:
+        # The blocks take over the derivative of the cap, and leave that of the scale.
+        return super().scaled(upstream) * self._problem.logit_scale
 
     def add(self, index: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
-        """Add the share of the rows ``index``, whose logits have the gradient ``grad_logits``."""
+        """Add the share of the rows ``index``. ``grad_logits`` is the gradient of their logits."""
         for_hidden, for_weight, for_bias = self._needed
         if for_hidden:
             product = grad_logits @ self._problem.compute_weight
@@ -395,47 +338,26 @@ class _GradientSums:
         if grad_logits.dtype == total.dtype:
             total.addmm_(grad_logits.t(), hidden)
             return
-        # ATen's products on a CPU come out in the dtype that goes in: in FP16 a frequent word's sum
-        # could overflow, in BF16 each chunk's share is rounded.
+        # On a CPU the results of ATen's products have the dtype of the operands. In FP16 the sum of
+        # a frequent word could overflow; in BF16 each chunk's share is rounded.
         if grad_logits.dtype == torch.float16:
             hidden = hidden.to(total.dtype)
-        shares = zip(total.split(_PRODUCT_WORDS), grad_logits.split(_PRODUCT_WORDS, 1), strict=True)
-        for number, (part, block) in enumerate(shares):
+        parts = torch.split(total, _PRODUCT_WORDS)
+        blocks = torch.split(grad_logits, _PRODUCT_WORDS, 1)
+        for number, (part, block) in enumerate(zip(parts, blocks, strict=True)):
             share = block.t().to(hidden.dtype) @ hidden
             part.add_(share)
             if self._targets is not None:
-                # Where it is a target, a word is pulled up, elsewhere pushed down by about as much:
-                # its shares are larger than their sum, and so is what rounding took from them.
+                # The gradient of a word has one sign where the word is a target and the other sign
+                # elsewhere. The shares nearly cancel, and their rounding errors would show: add
+                # each error, which addmm computes in FP32.
                 words = self._targets[number]
                 part[words] += torch.addmm(share[words], block[:, words].t(), hidden, beta=-1)
 
-    def finish(self) -> Gradients:
-        """The gradients, each in ``held_dtype`` of its input."""
-        inputs = (self._problem.hidden, self._problem.weight, self._problem.bias)
-        return Gradients(
-            *(
-                self._unscaled(total).to(held_dtype(tensor.dtype))
-                if wanted and tensor is not None
-                else total
-                for tensor, total, wanted in zip(inputs, self._sums, self._needed, strict=True)
-            )
-        )
-
-    def _unscaled(self, total: Tensor) -> Tensor:
-        return total if self._scale == 1 else total.div_(self._scale)
-
 
 def _by_product(target: Tensor, vocab: int) -> list[Tensor | slice]:
-    """Of the words of each product with the weight those that are targets; all, if many are."""
+    """For each ``_PRODUCT_WORDS`` words: those that are targets, or all of them if many are."""
     is_target = torch.zeros(vocab, dtype=torch.bool, device=target.device)
     is_target[target] = True
-    words = (part.nonzero().squeeze(1) for part in is_target.split(_PRODUCT_WORDS))
+    words = (part.nonzero().squeeze(1) for part in torch.split(is_target, _PRODUCT_WORDS))
     return [part if len(part) < _WORDS_APART else slice(None) for part in words]
-
-
-def _power_of_two_scale(gradients: Tensor) -> float:
-    """The factor that brings the largest of ``gradients`` to the FP16 magnitude wanted."""
-    largest = gradients.abs().amax().item() if gradients.numel() else 0.0
-    if largest == 0.0 or not math.isfinite(largest):
-        return 1.0
-    return 2.0 ** (_FP16_MAGNITUDE_BITS - math.frexp(largest)[1])

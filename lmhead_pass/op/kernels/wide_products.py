@@ -1,8 +1,8 @@
-"""Matrix products that come out wider than their operands, where the device has them.
+"""Matrix products whose result is wider than their operands, where the device has them.
 
-CUDA (and ROCm) multiply BF16 and FP16 into FP32 (``out_dtype``), which keeps the sum as the
-hardware formed it, and can add it to what is there. Whether a device does is the one thing about
-vendors that the GPU path has to know.
+CUDA (and ROCm) multiply BF16 and FP16 into FP32 (``out_dtype``), which does not round the sum that
+the hardware formed, and can add it to the output. Whether a device can do that is the only
+difference between vendors that the GPU path has to know.
 """
 
 import functools
@@ -10,16 +10,20 @@ import functools
 import torch
 from torch import Tensor
 
+from ...compat.kernels import has_kernel
+
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """``out = a @ b``, or ``out += a @ b``, summed in the dtype of ``out`` if that is wider.
+    """``out = a @ b``, or ``out += a @ b`` if ``add``.
+
+    The sums are in the dtype of ``out`` if it is the wider one.
 
     ``a`` ``[m, k]`` and ``b`` ``[k, n]`` have one dtype; ``out`` is ``[m, n]`` in rows of any
     stride. FP32 operands follow the user's TF32 settings.
     """
     if a.dtype.itemsize < torch.float32.itemsize and not _widens(out.device.type):
-        # As exact, at the price of wide copies. They are also what keeps a CPU's BF16 products from
-        # reading what lies behind the rows of a strided matrix.
+        # As exact, at the price of wide copies. On a CPU these copies also keep BF16 products from
+        # reading memory behind the rows of a strided matrix.
         a, b = a.float(), b.float()
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=int(add), out=out)
@@ -33,5 +37,4 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 @functools.cache
 def _widens(device_type: str) -> bool:
-    key = torch._C._dispatch_key_for_device(device_type)
-    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::addmm.dtype_out", key)
+    return has_kernel("aten::addmm.dtype_out", device_type)

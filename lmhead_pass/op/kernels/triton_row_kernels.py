@@ -1,11 +1,11 @@
 """Triton kernels on rows of logits, with their launchers: row losses, and gradients in place.
 
-One program works on one row. With ``x`` what the product gave, the loss is that of the logits
+One program works on one row. With ``x`` the result of the product, the loss is that of the logits
 
     z = cap tanh(s (x + b) / cap)             bias b, logit scale s, softcap cap; each may be off
 
 and, with target ``t``, class weights ``c`` (1 if there are none) with sum ``C``, label smoothing
-``e`` over ``V`` classes, a row's loss and gradient are as ``aten.py`` has them:
+``e`` over ``V`` classes, a row's loss and gradient are as in ``aten_loop.py``:
 
     lse  = log(sum_v exp z_v)                                           nll = lse - z_t
     loss = (1 - e) c_t nll + e / V sum_v c_v (lse - z_v)
@@ -14,32 +14,39 @@ and, with target ``t``, class weights ``c`` (1 if there are none) with sum ``C``
     d lse  / d z_v = p_v
     d z / d x      = s (1 - tanh^2)
 
-``1 - p_t`` is never that subtraction: it would lose the gradient of a confident row. For the same
-reason the sum of exponentials is taken over the others apart from the target.
+    target_coef = (1 - e) c_t      smoothing_coef = e / V c_v       smoothing_coef_sum = m
 
-Everything is computed in the dtype of the logits, FP32 or FP64. What is None or 0 in ``Terms`` is
-not compiled. ``lse`` is held as the largest logit and ``log(sum_v exp(z_v - largest))``: their sum
-would round away what huge logits differ by. A target out of range gives NaN, never a number.
+``1 - p_t`` is never computed by subtraction, which would lose the gradient of a confident row. For
+the same reason the exponentials of the words other than the target are summed apart.
+
+Everything is computed in the dtype of the logits, FP32 or FP64. Options that are None or 0 in
+``Terms`` are not compiled. ``lse`` is held as two numbers, the largest logit and
+``log(sum_v exp(z_v - largest))``: their sum would round away what huge logits differ by. A target
+out of range gives NaN, never a number.
 """
+
+# The arguments of a kernel are values of Triton's own language, which has no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import contextlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Logits that a program holds at a time: 64 bytes of them in each of 8 warps' threads, which leaves
+# A program holds this much of the logits at a time: 64 bytes in each thread of 8 warps. That leaves
 # registers for the options and for a second program beside it.
 _BLOCK_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a row's loss is made of, besides its logits and its target (see the module's text)."""
+    """The options of the rows' losses (see the module's text)."""
 
     ignore_index: int = -100
     """Rows with this target have no loss and no gradient."""
@@ -58,8 +65,8 @@ class Terms:
         dtype = torch.promote_types(self.class_weight.dtype, torch.float32)
         return self.class_weight.sum(dtype=dtype)
 
-    def arguments(self, logits: Tensor) -> dict:
-        """The kernels' arguments that ``Terms`` and the shape of the rows settle."""
+    def arguments(self, logits: Tensor) -> dict[str, Any]:
+        """The kernels' arguments that follow from ``Terms`` and from the shape of the rows."""
         vocab, itemsize = logits.size(1), logits.dtype.itemsize
         columns = min(triton.next_power_of_2(vocab), _BLOCK_BYTES // itemsize)
         return {
@@ -69,13 +76,14 @@ class Terms:
             "class_weight_ptr": self.class_weight,
             "class_weight_sum_ptr": self._class_weight_sum,
             "SMOOTHING": self.label_smoothing,
-            "SPREAD": self.label_smoothing / vocab,
+            "SMOOTHING_COEF": self.label_smoothing / vocab,
             "LOGIT_SCALE": self.logit_scale,
             "SOFTCAP": self.softcap,
             "COLUMNS": columns,
             "num_warps": max(1, columns * itemsize // 2048),
-            # Fused, the product in ``s x - largest`` is not rounded, which that in ``largest``
-            # was. Of a confident row, where both are one logit, this would be all that is left.
+            # Fused, the product in ``s x - largest`` would not be rounded, while the product in
+            # ``largest`` was. In a confident row both are one logit, and that rounding error would
+            # be the whole difference.
             "enable_fp_fusion": False,
         }
 
@@ -92,10 +100,10 @@ def row_losses(
 ) -> None:
     """Write each row's loss, largest logit, and log of its sum of ``exp(logit - largest)``.
 
-    Of rows without a loss the last two are 0, and not read, unless ``every_row`` wants them.
+    Rows without a loss are not read, and their last two results are 0, unless ``every_row``.
 
     ``logits`` ``[rows, V]`` FP32 or FP64 are read once; their rows may have any stride. ``target``
-    ``[rows]`` is int64. The outputs ``[rows]`` have the dtype of the logits. All contiguous.
+    ``[rows]`` is int64. The outputs ``[rows]`` have the dtype of the logits. All are contiguous.
     """
     with _on_device_of(logits):
         _loss_kernel[(logits.size(0),)](
@@ -115,37 +123,28 @@ def row_gradients(
     saved: tuple[Tensor, Tensor] | None = None,
     grad_logsumexp: Tensor | None = None,
 ) -> None:
-    """Write the gradient of each row's loss with respect to what the product gave.
+    """Write the gradient of each row's loss with respect to the result of the product.
 
-    ``gradient`` ``[rows, V]``, of the dtype of the logits or a narrower one, may be the front of
-    the very memory of each row of ``logits``. ``coefficient`` ``[rows]``, of the dtype of the
-    logits and any stride, is the gradient with respect to the rows' losses; None is 1. Either
-    ``loss`` ``[rows]`` is written, which takes a read of the row more, or ``saved`` is the
-    ``(row_max, log_sum)`` that ``row_losses`` wrote. Like ``coefficient``, ``grad_logsumexp``
-    ``[rows]`` is the gradient with respect to the rows' log-sum-exps, of rows without a loss too;
-    None is 0. It needs what ``row_losses`` saved of ``every_row``.
+    ``gradient`` ``[rows, V]``, of the dtype of the logits or a narrower one, may lie at the front
+    of the memory of each row of ``logits``. ``coefficient`` ``[rows]``, of the dtype of the logits
+    and any stride, is the gradient with respect to the rows' losses; None is 1. Either ``loss``
+    ``[rows]`` is written, which takes one more read of the row, or ``saved`` is the
+    ``(row_max, log_sum)`` that ``row_losses`` wrote. ``grad_logsumexp`` ``[rows]``, as
+    ``coefficient``, is the gradient with respect to the log-sum-exps of all rows, those without a
+    loss too; None is 0. It needs ``saved`` from a call with ``every_row``.
     """
     assert grad_logsumexp is None or saved is not None
     row_max, log_sum = saved or (None, None)
     with _on_device_of(logits):
         _gradient_kernel[(logits.size(0),)](
-            logits,
-            logits.stride(0),
-            gradient,
-            gradient.stride(0),
-            target,
-            coefficient,
-            0 if coefficient is None else coefficient.stride(0),
-            grad_logsumexp,
-            0 if grad_logsumexp is None else grad_logsumexp.stride(0),
-            loss,
-            row_max,
-            log_sum,
-            **terms.arguments(logits),
-        )
+            logits, logits.stride(0), gradient, gradient.stride(0), target,
+            coefficient, 0 if coefficient is None else coefficient.stride(0),
+            grad_logsumexp, 0 if grad_logsumexp is None else grad_logsumexp.stride(0),
+            loss, row_max, log_sum, **terms.arguments(logits),
+        )  # fmt: skip
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager:
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     # Triton launches on the current device, whatever its arguments are on.
     if tensor.device.type == "cpu":  # in Triton's interpreter
         return contextlib.nullcontext()
@@ -156,7 +155,7 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager:
 def _loss_kernel(
     logits_ptr, logits_stride, target_ptr, loss_ptr, row_max_ptr, log_sum_ptr,
     vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
-    SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    SMOOTHING: tl.constexpr, SMOOTHING_COEF: tl.constexpr, LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
     EVERY_ROW: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +173,7 @@ def _loss_kernel(
         target_logit, _ = _target_logit(logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE, SOFTCAP)
         loss, row_max, log_sum = _loss(
             logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
-            class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, COLUMNS,
+            class_weight_sum_ptr, SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP, COLUMNS,
         )  # fmt: skip
         tl.store(loss_ptr + row, tl.where(ignored, 0, loss))
         tl.store(row_max_ptr + row, row_max)
@@ -187,7 +186,7 @@ def _gradient_kernel(
     coefficient_ptr, coefficient_stride, grad_logsumexp_ptr, grad_logsumexp_stride,
     loss_ptr, row_max_ptr, log_sum_ptr,
     vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
-    SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    SMOOTHING: tl.constexpr, SMOOTHING_COEF: tl.constexpr, LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows times vocabulary may pass 2^31
@@ -210,27 +209,29 @@ def _gradient_kernel(
         if loss_ptr is not None:
             loss, row_max, log_sum = _loss(
                 logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
-                class_weight_sum_ptr, SMOOTHING, SPREAD, LOGIT_SCALE, SOFTCAP, COLUMNS,
+                class_weight_sum_ptr, SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP, COLUMNS,
             )  # fmt: skip
             tl.store(loss_ptr + row, loss)
         else:
             row_max = tl.load(row_max_ptr + row)
             log_sum = tl.load(log_sum_ptr + row)
 
-        # Of the gradient, what multiplies p_v, what is taken from each, and the target's own.
+        # The gradient is factor p_v less coefficient smoothing_coef_v, and at_target at the target.
         nll = log_sum - (target_logit - row_max)
-        pull = _pull(target, target_logit, vocab, class_weight_ptr, SMOOTHING)
-        common = _spread_sum(target_logit, class_weight_sum_ptr, SMOOTHING, SPREAD)
-        at_target = common * tl.exp(-nll) - pull * _one_minus_exp_of_minus(nll)
+        target_coef = _target_coef(target, target_logit, vocab, class_weight_ptr, SMOOTHING)
+        common = _smoothing_coef_sum(target_logit, class_weight_sum_ptr, SMOOTHING, SMOOTHING_COEF)
+        at_target = common * tl.exp(-nll) - target_coef * _one_minus_exp_of_minus(nll)
         if SMOOTHING > 0:
-            at_target -= _spread(target, vocab, class_weight_ptr, target_logit, SPREAD)
+            at_target -= _smoothing_coef(
+                target, vocab, class_weight_ptr, target_logit, SMOOTHING_COEF
+            )
         if coefficient_ptr is not None:
             coefficient = tl.load(coefficient_ptr + row * coefficient_stride)
         else:
             coefficient = tl.full([], 1, target_logit.dtype)
         coefficient = tl.where(ignored, 0, coefficient)
         at_target *= coefficient
-        factor = coefficient * (pull + common)
+        factor = coefficient * (target_coef + common)
         if grad_logsumexp_ptr is not None:
             grad_logsumexp = tl.load(grad_logsumexp_ptr + row * grad_logsumexp_stride)
             at_target += grad_logsumexp * tl.exp(-nll)
@@ -239,9 +240,9 @@ def _gradient_kernel(
         factor *= tl.exp(-log_sum)
 
         # From left to right, because the gradient may lie in the row's own memory. Its element j
-        # then covers bytes of logits at j or before it: what a block's store overwrites, that
-        # block or one before it has loaded. The barrier is for the warps that are behind: none
-        # stores before all have loaded.
+        # then covers bytes of logits at j or before it. So a block's store overwrites only logits
+        # that this block or an earlier one has loaded. The barrier makes all warps load before any
+        # of them stores.
         for start in range(0, vocab, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             inside = column < vocab
@@ -250,7 +251,9 @@ def _gradient_kernel(
             )
             gradient = factor * tl.exp(logit - row_max)
             if SMOOTHING > 0:
-                gradient -= coefficient * _spread(column, vocab, class_weight_ptr, logit, SPREAD)
+                gradient -= coefficient * _smoothing_coef(
+                    column, vocab, class_weight_ptr, logit, SMOOTHING_COEF
+                )
             gradient = tl.where(column == target, at_target, gradient * slope)
             tl.debug_barrier()
             tl.store(gradient_ptr + column, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
@@ -259,14 +262,14 @@ def _gradient_kernel(
 @triton.jit
 def _loss(
     logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
-    SMOOTHING: tl.constexpr, SPREAD: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    SMOOTHING: tl.constexpr, SMOOTHING_COEF: tl.constexpr, LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One read of a row: its loss, its largest logit, and its log_sum."""
     # The smallest number, not -inf: then -inf less the largest so far is -inf and never NaN.
     largest = tl.full([COLUMNS], -3.4028234663852886e38, target_logit.dtype)
     others = tl.zeros([COLUMNS], target_logit.dtype)
-    # For the smoothing: the sum of c_v (z_v - shift). Any shift will do; a near one saves digits.
+    # For the smoothing: the sum of c_v (z_v - shift). Any shift is right; a near one saves digits.
     shift = tl.where(tl.abs(target_logit) < float("inf"), target_logit, 0)
     weighted = tl.zeros([COLUMNS], target_logit.dtype)
     blocks = tl.cdiv(vocab, COLUMNS)
@@ -280,24 +283,29 @@ def _loss(
             if class_weight_ptr is not None:
                 share *= tl.load(class_weight_ptr + column, mask=inside, other=0).to(logit.dtype)
             weighted += share
-        # Each lane has a sum of its own, relative to its own largest: one exponential for each
-        # logit, and nothing passes between threads before the end.
+        # Each lane has a sum of its own, relative to its own largest logit. That takes one
+        # exponential for each logit, and threads exchange nothing before the end.
         logit = tl.where(inside & (column != target), logit, -float("inf"))
         smaller = tl.exp(-tl.abs(logit - largest))
         others = tl.where(logit > largest, others * smaller + 1, others + smaller)
         largest = tl.maximum(largest, logit)
     row_max = tl.maximum(tl.max(largest), target_logit)
     total = tl.sum(others * tl.exp(largest - row_max))
-    # The sum with the target's own, less 1: without adding 1 first where that is the target's.
+    # The sum of all exponentials less 1. If the target has the largest logit, its own is this 1,
+    # and is never added.
     confident = target_logit == row_max
     excess = tl.where(confident, total, (total - 1) + tl.exp(target_logit - row_max))
     log_sum = _log1p(excess)
 
     nll = log_sum - (target_logit - row_max)
-    loss = _pull(target, target_logit, vocab, class_weight_ptr, SMOOTHING) * nll
+    loss = _target_coef(target, target_logit, vocab, class_weight_ptr, SMOOTHING) * nll
     if SMOOTHING > 0:
-        spread_sum = _spread_sum(target_logit, class_weight_sum_ptr, SMOOTHING, SPREAD)
-        loss += spread_sum * (log_sum + (row_max - shift)) - SPREAD * tl.sum(weighted)
+        smoothing_coef_sum = _smoothing_coef_sum(
+            target_logit, class_weight_sum_ptr, SMOOTHING, SMOOTHING_COEF
+        )
+        loss += smoothing_coef_sum * (log_sum + (row_max - shift)) - SMOOTHING_COEF * tl.sum(
+            weighted
+        )
     return loss, row_max, log_sum
 
 
@@ -306,7 +314,7 @@ def _logit(
     logits_ptr, column, inside, outside, bias_ptr,
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Logits as the loss sees them, and their derivative in what the product gave."""
+    """Logits as the loss sees them, and their derivative with respect to the product's result."""
     logit = tl.load(logits_ptr + column, mask=inside, other=outside)
     slope = tl.full([], 1, logit.dtype)
     if bias_ptr is not None:
@@ -330,36 +338,38 @@ def _target_logit(
 
 
 @triton.jit
-def _pull(target, like, vocab, class_weight_ptr, SMOOTHING: tl.constexpr):
+def _target_coef(target, like, vocab, class_weight_ptr, SMOOTHING: tl.constexpr):
     """(1 - e) c_t, in the dtype of ``like``."""
-    pull = tl.full([], 1 - SMOOTHING, like.dtype)
+    target_coef = tl.full([], 1 - SMOOTHING, like.dtype)
     if class_weight_ptr is not None:
         in_range = (target >= 0) & (target < vocab)
-        pull *= tl.load(class_weight_ptr + target, mask=in_range, other=0).to(like.dtype)
-    return pull
+        target_coef *= tl.load(class_weight_ptr + target, mask=in_range, other=0).to(like.dtype)
+    return target_coef
 
 
 @triton.jit
-def _spread(column, vocab, class_weight_ptr, like, SPREAD: tl.constexpr):
+def _smoothing_coef(column, vocab, class_weight_ptr, like, SMOOTHING_COEF: tl.constexpr):
     """e / V c_v, in the dtype of ``like``."""
-    spread = tl.full([], SPREAD, like.dtype)
+    coef = tl.full([], SMOOTHING_COEF, like.dtype)
     if class_weight_ptr is not None:
         inside = (column >= 0) & (column < vocab)
-        spread *= tl.load(class_weight_ptr + column, mask=inside, other=0).to(like.dtype)
-    return spread
+        coef *= tl.load(class_weight_ptr + column, mask=inside, other=0).to(like.dtype)
+    return coef
 
 
 @triton.jit
-def _spread_sum(like, class_weight_sum_ptr, SMOOTHING: tl.constexpr, SPREAD: tl.constexpr):
+def _smoothing_coef_sum(
+    like, class_weight_sum_ptr, SMOOTHING: tl.constexpr, SMOOTHING_COEF: tl.constexpr
+):
     """e C / V, in the dtype of ``like``."""
     if class_weight_sum_ptr is not None:
-        return SPREAD * tl.load(class_weight_sum_ptr).to(like.dtype)
+        return SMOOTHING_COEF * tl.load(class_weight_sum_ptr).to(like.dtype)
     else:
         return tl.full([], SMOOTHING, like.dtype)
 
 
-# Triton has no log1p, expm1 and tanh on every backend. Where these lose no digits they are made of
-# exp and log; near 0, of series long enough for FP64.
+# Not every backend of Triton has log1p, expm1 and tanh. They are computed from exp and log where
+# that loses no digits, and near 0 from series that are long enough for FP64.
 
 
 @triton.jit

@@ -1,0 +1,102 @@
+"""The compilation that is under way, and what Dynamo and torch's logging tell of it."""
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from .lookup import NO_LAZY_LOGITS, find, report_missing
+
+_CompileContext = find("torch._guards.CompileContext.try_get", NO_LAZY_LOGITS)
+_TracingContext = find("torch._guards.TracingContext.try_get", NO_LAZY_LOGITS)
+
+# Where what torch.compile returns has what it was given: a module, a function.
+_UNCOMPILED = ("_orig_mod", "_torchdynamo_orig_callable")
+
+Counters = dict[str, Counter[str]]
+
+
+def is_compiling() -> bool:
+    """Whether this thread runs torch.compile."""
+    return _CompileContext is not None and _CompileContext() is not None
+
+
+def attempt() -> tuple[object, int] | None:
+    """The compilation under way, and how often Dynamo has started it over; None outside of one."""
+    context = None if _CompileContext is None else _CompileContext()
+    if context is None:
+        return None
+    if not hasattr(context, "attempt"):
+        report_missing(
+            "torch._guards.CompileContext.attempt",
+            "where Dynamo starts a compilation over, the log and the counters tell of it twice",
+        )
+        return None
+    return context, context.attempt
+
+
+def is_part_of_ddp() -> bool:
+    """Whether DDPOptimizer compiles a part into which it has cut Dynamo's graph."""
+    context = None if _TracingContext is None else _TracingContext()
+    if context is None:
+        return False
+    if not hasattr(context, "fakify_first_call"):
+        report_missing(
+            "torch._guards.TracingContext.fakify_first_call",
+            NO_LAZY_LOGITS,
+        )
+        return True
+    return bool(context.fakify_first_call)
+
+
+def counters() -> Counters:
+    """``torch._dynamo.utils.counters``: for each topic, how often which event was met."""
+    without = "nothing is counted, and explain does not tell what Dynamo could not trace"
+    found = find("torch._dynamo.utils.counters", without)
+    return defaultdict(Counter) if found is None else found
+
+
+@contextlib.contextmanager
+def counted_apart(topics: Iterable[str]) -> Iterator[Counters]:
+    """Let Dynamo count ``topics`` from nothing inside of the block, and put the counts back."""
+    counted = counters()
+    before = {topic: counted[topic] for topic in topics}
+    counted.update({topic: Counter() for topic in topics})
+    try:
+        yield counted
+    finally:
+        counted.update(before)
+
+
+def keep_artifact(name: str, text: str) -> None:
+    """Keep ``text`` for tlparse."""
+    keep = find("torch._logging.trace_structured", "tlparse shows no graphs of lmhead_pass")
+    if keep is not None:
+        metadata = {"name": name, "encoding": "string"}
+        keep("artifact", metadata_fn=lambda: metadata, payload_fn=lambda: text)
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``torch.compile`` was given, if it gave ``function``; otherwise ``function``."""
+    for name in _UNCOMPILED:
+        function = getattr(function, name, function)
+    code = getattr(function, "__code__", None)
+    without = "explain takes a compiled function or module as it is"
+    module = find("torch._dynamo.eval_frame.OptimizedModule", without)
+    is_module = module is not None and isinstance(function, module)
+    if is_module or (code is not None and code.co_filename.endswith("_dynamo/eval_frame.py")):
+        report_missing("_orig_mod or _torchdynamo_orig_callable", without)
+    return function
+
+
+def without_recompile_limit() -> AbstractContextManager[Any]:
+    """Let Dynamo compile one function as often as it likes inside of the block."""
+    config: Any = find("torch._dynamo.config", "explain may miss graphs")
+    if not hasattr(config, "recompile_limit"):
+        report_missing(
+            "torch._dynamo.config.recompile_limit",
+            "explain misses the graphs of a function that is compiled more than a few times",
+        )
+        return contextlib.nullcontext()
+    return config.patch(recompile_limit=1 << 16)  # type: ignore[no-any-return]

@@ -1,0 +1,38 @@
+"""What the op asks of autograd and of the dispatcher."""
+
+import functools
+
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .lookup import NO_REWRITE, find, report_missing
+
+below_autograd = find("torch._C._AutoDispatchBelowAutograd", NO_REWRITE)
+"""A block in which calls go to the kernels that autograd would call."""
+
+
+def is_forward_mode() -> bool:
+    """Whether the caller is inside of ``torch.autograd.forward_ad.dual_level``."""
+    if not hasattr(forward_ad, "_current_level"):
+        report_missing(
+            "torch.autograd.forward_ad._current_level",
+            "calls of the op that need no gradient go through autograd all the same",
+        )
+        return True
+    return bool(forward_ad._current_level >= 0)
+
+
+@functools.cache
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether ``op``, such as ``"aten::add.out"``, has a kernel of its own for a kind of device."""
+    without = "products of BF16 and FP16 are made of copies in FP32"
+    key_of = find("torch._C._dispatch_key_for_device", without)
+    has = find("torch._C._dispatch_has_kernel_for_dispatch_key", without)
+    return key_of is not None and has is not None and has(op, key_of(device_type))
+
+
+def check_on_device(condition: Tensor, message: str) -> None:
+    """Raise an error if ``condition`` is False, without waiting for the device."""
+    check = find("torch._assert_async", "a target out of bounds gives NaN on a GPU, and no error")
+    if check is not None:
+        check(condition, message)
