@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 # Few, since each is compiled for each mode.
 IMPLEMENTATIONS = ["floor", "lmhead_pass", "torch_lce", "liger"]
@@ -12,6 +14,7 @@ MODES = ["train", "forward", "frozen"]
 ABOUT = {"tokens": 16, "hidden": 8, "vocab": 4100, "dtype": "float32"}
 
 
+@pytest.mark.slow
 def test_gpu_benchmark(tmp_path):
     program = [sys.executable, SCRIPT, "--device", "cpu", "--sizes", "16x8x4100", "--rounds", "2"]
     program += ["--dtype", "float32", "--out", tmp_path, "--impls", *IMPLEMENTATIONS]

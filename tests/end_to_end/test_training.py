@@ -168,7 +168,13 @@ def wrong_by(share: float):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "fp32 and everything" else pytest.param(name, marks=pytest.mark.slow)
+        for name in RECIPES
+    ],
+)
 def test_curves(name, monkeypatch):
     recipe = RECIPES[name]
     with lmhead_pass.disabled():

@@ -5,7 +5,6 @@ asked or gives other results, or in the graph that a program was rewritten to. N
 program to be captured again.
 """
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -212,7 +211,11 @@ def _place(call: Node, name: str) -> int:
 
 
 def _is(node: Node, *names: str) -> bool:
-    return (node.target if isinstance(node.target, str) else node.target.__name__) in names
+    """Whether ``node`` calls a method, a function or an ATen operator with one of these names."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target._schema.name.split("::")[1]
+    return (target if isinstance(target, str) else target.__name__) in names
 
 
 def without_detach(rewritten: Rewritten) -> None:
@@ -282,11 +285,12 @@ def without_masks_in_weights(rewritten: Rewritten) -> None:
 
 
 def without_places_that_are_set(rewritten: Rewritten) -> None:
-    for clone in _in_weights_of_rows(rewritten, "clone"):
-        for user in list(clone.users):
-            if user.target is operator.setitem:
-                rewritten.graph.erase_node(user)
-                rewritten.edits += 1
+    """As if what is written to some places of the losses had left them there."""
+    rewritten.bypass(
+        _in_weights_of_rows(
+            rewritten, "index_put", "masked_fill", "select_scatter", "slice_scatter"
+        )
+    )
 
 
 def backwards(weights: Tensor) -> Tensor:
