@@ -225,10 +225,10 @@ class _Tail:
         back_to_numbers: Any
         if not self.squares:
             total, back = torch.func.vjp(lambda *numbers: end(numbers, []), *numbers)[:2]
-            return list(back(torch.ones_like(total)))
+            return list(back(_one(total)))
         squared, back_to_numbers = torch.func.vjp(roots, *numbers)[:2]
         total, back = torch.func.vjp(end, numbers, [root.square() for root in squared])[:2]
-        of_numbers, of_squares = back(torch.ones_like(total))
+        of_numbers, of_squares = back(_one(total))
         of_roots = [of * root for of, root in zip(of_squares, squared, strict=True)]
         return [*of_numbers, *of_squares, *back_to_numbers(of_roots)]
 
@@ -250,6 +250,11 @@ class _Tail:
                 result = found[node] = function(*args, **kwargs)
             bind_unbacked(value_of(self.numbers[0]), node, result)
         return found
+
+
+def _one(total: torch.Tensor) -> torch.Tensor:
+    """1, made without ``total``: what only that is computed from is not an input of the weights."""
+    return torch.ones((), dtype=total.dtype, device=total.device)
 
 
 _NARROW = (torch.bfloat16, torch.float16)

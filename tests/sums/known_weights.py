@@ -317,3 +317,58 @@ KNOWN |= {
         + (per_token(z[:1], y[:1]).sum() / torch.tensor([9])).sum()
     ),
 }
+
+
+def written_without_gradient(z, y):
+    losses = per_token(z, y)
+    with torch.no_grad():
+        losses.mul_(2)
+    return losses.sum()
+
+
+def written_by_another_name(z, y):
+    losses = per_token(z, y)
+    flat = losses.view(-1)
+    losses.mul_(kept(y))
+    return flat.sum()
+
+
+def part_written(z, y):
+    losses = per_token(z, y)
+    losses[0].mul_(3)
+    return losses.mean()
+
+
+def ones_with_strides_of_the_losses(z, y):
+    losses = per_token(z, y)
+    ones = torch.ones_like(losses.t()).t().view(-1)
+    return (losses.view(-1) * ones).sum() / 2, losses.detach().amax()
+
+
+def imaginary(z, y):
+    losses = per_token(z, y)
+    return (losses * 1j).sum().imag, losses.detach().amax()
+
+
+KNOWN |= {
+    **{
+        f.__name__: f
+        for f in (
+            written_without_gradient,
+            written_by_another_name,
+            part_written,
+            ones_with_strides_of_the_losses,
+            imaginary,
+        )
+    },
+    "added_to_itself": lambda z, y: (lambda losses: torch.add(losses, losses).mean())(
+        per_token(z, y)
+    ),
+    "cast_like_the_losses": lambda z, y: (
+        lambda losses: losses.mean() + z.logsumexp(-1).type_as(losses).mean()
+    )(per_token(z, y)),
+    "einsum_of_a_sum": lambda z, y: torch.einsum("bs,b->", per_token(z, y), kept(y, z.dtype)[:, 0]),
+    "einsum_that_repeats": lambda z, y: torch.einsum(
+        "bs,bs->", per_token(z[:1], y[:1]), kept(y, z.dtype)
+    ),
+}

@@ -25,28 +25,9 @@ def square_of_what_was_written(z, y):
     return lse.square().mean() + forms.flat(z, y)
 
 
-def imaginary(z, y):
-    losses = per_token(z, y)
-    return (losses * 1j).sum().imag, losses.detach().amax()
-
-
 def through_a_transform(z, y):
     losses = per_token(z, y)
     return losses.sum() + torch.vmap(lambda row: row * 2)(losses).sum()
-
-
-def written_without_gradient(z, y):
-    losses = per_token(z, y)
-    with torch.no_grad():
-        losses.mul_(2)
-    return losses.sum()
-
-
-def written_by_another_name(z, y):
-    losses = per_token(z, y)
-    flat = losses.view(-1)
-    losses.mul_(kept(y))
-    return flat.sum()
 
 
 def set_where_it_is_large(z, y):
@@ -67,12 +48,6 @@ def others_shaped_as_losses(z, y):
     return losses.sum() + losses.mean(1, keepdim=True).square().expand_as(losses).sum()
 
 
-def part_written(z, y):
-    losses = per_token(z, y)
-    losses[0].mul_(3)
-    return losses.mean()
-
-
 def noted_in_a_tensor_without_gradient(z, y):
     losses, notes = per_token(z, y), torch.zeros(2)
     with torch.no_grad():
@@ -89,28 +64,15 @@ def logged_under_autocast(z, y):
     return (losses * kept(y).flatten()).sum(), logged
 
 
-def ones_with_strides_of_the_losses(z, y):
-    losses = per_token(z, y)
-    ones = torch.ones_like(losses.t()).t().view(-1)
-    return (losses.view(-1) * ones).sum() / 2, losses.detach().amax()
-
-
 UNKNOWN = {
-    "added_to_itself": lambda z, y: (lambda losses: torch.add(losses, losses).mean())(
-        per_token(z, y)
-    ),
     **{
         f.__name__: f
         for f in (
-            written_without_gradient,
-            written_by_another_name,
             set_where_it_is_large,
             square_of_what_was_put_and_written,
             others_shaped_as_losses,
-            part_written,
             noted_in_a_tensor_without_gradient,
             logged_under_autocast,
-            ones_with_strides_of_the_losses,
         )
     },
     "chosen_by_size": lambda z, y: per_token(z, y).flatten().topk(5)[0].mean(),
@@ -122,14 +84,7 @@ UNKNOWN = {
     "in_another_order": lambda z, y: (
         forms.flat(z, y) + (z.transpose(0, 1).logsumexp(-1) * kept(y).t()).mean()
     ),
-    "cast_like_the_losses": lambda z, y: (
-        lambda losses: losses.mean() + z.logsumexp(-1).type_as(losses).mean()
-    )(per_token(z, y)),
     "inverted": lambda z, y: (kept(y) / per_token(z, y)).mean(),
-    "einsum_of_a_sum": lambda z, y: torch.einsum("bs,b->", per_token(z, y), kept(y, z.dtype)[:, 0]),
-    "einsum_that_repeats": lambda z, y: torch.einsum(
-        "bs,bs->", per_token(z[:1], y[:1]), kept(y, z.dtype)
-    ),
     "where_either": lambda z, y: (
         lambda losses: torch.where(losses > 4.5, losses, 0.1 * losses).mean()
     )(per_token(z, y)),
@@ -139,7 +94,6 @@ UNKNOWN = {
         for f in (
             weights_written_from_the_losses,
             square_of_what_was_written,
-            imaginary,
             through_a_transform,
         )
     },
