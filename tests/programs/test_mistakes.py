@@ -15,7 +15,7 @@ from .program import Program, forget
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.xdist_group("mistakes"),  # one search finds them all
+    pytest.mark.xdist_group("programs"),  # one search finds them all
 ]
 
 
