@@ -62,7 +62,7 @@ class Piece(_RowStep):
     """What ``method`` takes before the dimension."""
     dim: int
     number: int
-    """Which of the pieces."""
+    """Which of the pieces is taken."""
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ def is_row_step(node: Node) -> bool:
 
 
 def follow_rows(logits: Logits, node: Node) -> Logits:
-    """What ``node`` holds, which takes ``logits`` as its first argument; Refused if not logits."""
+    """What ``node`` holds, whose first argument is ``logits``; Refused if that is no logits."""
     return _FOLLOWERS[canonical_op(node)](logits, node)
 
 
 def follow_pieces(logits: Logits, node: Node) -> list[Logits]:
-    """What the parts hold that ``node`` cuts ``logits`` into."""
+    """What each of the tensors holds that ``node`` cuts ``logits`` into."""
     value = value_of(node)
     call = arguments(node, _unbind if canonical_op(node) == "unbind" else _pieces)
     if call is None or not isinstance(value, tuple | list) or not isinstance(call["dim"], int):
@@ -78,7 +78,7 @@ def _rows(shape: Any, vocab_dim: int) -> list[Any]:
 
 
 def _add(logits: Logits, vocab_dim: int, step: RowStep | None, takes_all: bool = True) -> Logits:
-    """``step`` after those of ``logits``; ``takes_all`` says whether it leaves out no row."""
+    """``logits`` after ``step``, which keeps all rows if ``takes_all``."""
     if step is None or (isinstance(step, Index) and all(map(_is_full, step.index))):
         return replace(logits, vocab_dim=vocab_dim)
     alias_region = logits.alias_region if takes_all else AliasRegion(logits.alias_region)
@@ -207,7 +207,7 @@ def _whole_index(index: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
 
 
 def _dims_taken(part: Any) -> int:
-    """How many dimensions a part of an index is about."""
+    """How many dimensions of the tensor a part of an index takes."""
     if part is None or part is ...:
         return 0
     return tensor_of(part).dim() if _is_tensor(part) and tensor_of(part).dtype == torch.bool else 1
@@ -243,7 +243,7 @@ def _indexed(logits: Logits, index: tuple[Any, ...]) -> Logits:
 
 
 def _cut_along(logits: Logits, words: Any, vocab: Any) -> Logits:
-    """``logits`` with the words that a slice takes, as it takes them."""
+    """``logits`` with only those words of the vocabulary that the slice ``words`` takes."""
     if _takes_all(words, vocab):
         return logits
     if not isinstance(words, slice) or not isinstance(vocab, int) or words.step not in (None, 1):

@@ -20,7 +20,7 @@ def is_softmax_step(node: Node) -> bool:
 
 
 def follow_softmax(logits: Logits, node: Node) -> Logits:
-    """What ``node`` holds, which takes a softmax of ``logits``, or the log of one."""
+    """What ``node`` holds: a softmax of ``logits``, or the log of one."""
     return _FOLLOWERS[canonical_op(node)](logits, node)
 
 

@@ -147,13 +147,13 @@ def _fused_call_in(
     wanting = {consumer.node for match in group for consumer in match.differentiable}
     asked = {node for match in group for node in _inputs(match)}
     inputs = asked | linear_reduction.reads
-    # What makes weights in place is done with them before they are used.
+    # A weight that is written in place is read after the last write.
     inputs.update(
         writer
         for node, reads in linear_reduction.reads_of.items()
         for writer in mutation.writers(mutation.nodes_between(min(consumers), node), reads)
     )
-    # Consumers that have no gradient take nothing else, and may come later.
+    # Consumers without a gradient have no other inputs, and may come later.
     last = max(wanting | inputs)
     while last < root and not gradients_are_recorded(last.next):
         last = last.next  # an input is made under no_grad
@@ -164,18 +164,18 @@ def _fused_call_in(
     likes = {node: (seen, _twin(node, seen)) for node, seen in looking.items()}
     if not (inputs | others).isdisjoint(moved):
         return None
-    # What stands for the root has memory of its own.
+    # The node that replaces the root has memory of its own.
     later = mutation.nodes_between(root, root.graph.output_node())
     if mutation.has_other_names(root) and any(mutation.writers(later, of=[root])):
         return None
-    # What the call reads is what was read on the way to the root.
+    # The call reads the same values as the nodes between the consumers and the root did.
     on_the_way = list(mutation.nodes_between(min(consumers), root))
     if any(mutation.writers(on_the_way, of=asked)):
         return None
     if not can_be_made_behind(last, linear_reduction):
         return None
     if any(mutation.writers(on_the_way, of=linear_reduction.squared)):
-        return None  # they are squares of other numbers, perhaps
+        return None  # the squares may be of other numbers then
     if not _run_the_same_behind(last, moved):
         return None
     if len(group) > 1 and _enters_autocast(group, last):
@@ -189,7 +189,7 @@ def _fused_call_in(
 
 
 def _twin(node: Node, seen: Node) -> Node | None:
-    """What tells the shape of ``seen`` before ``node``: an input, or what ``node`` reads itself."""
+    """A tensor in the shape of ``seen`` that is there before ``node``; None if there is none."""
     inputs = (other for other in node.graph.nodes if other.op == "placeholder")
     if not tensor_of(seen).is_contiguous():
         return None
@@ -212,7 +212,8 @@ def _enters_autocast(group: list[Match], last: Node) -> bool:
 def _users_until(
     last: Node, consumers: set[Node]
 ) -> tuple[tuple[Node, ...], dict[Node, Node]] | None:
-    """What depends on ``consumers``, up to ``last``, and what looks at the shape or dtype of what.
+    """The nodes up to ``last`` that depend on ``consumers``, and those that read only the shape or
+    dtype of such a node, with that node.
 
     None if it is not understood.
     """
@@ -239,7 +240,7 @@ def _users_until(
 
 
 def _seen_by(node: Node) -> Node | None:
-    """The tensor whose shape or dtype is all that ``node`` looks at; None if there is none."""
+    """The tensor of which ``node`` reads only shape or dtype; None if it reads values."""
     if canonical_op(node) == "like":
         return node.args[0] if node.args else None
     if (
@@ -275,7 +276,7 @@ def _has_gradient(node: Node) -> bool:
 
 
 def _inputs(match: Match) -> set[Node]:
-    """What a call for ``match`` is made of, but for weights."""
+    """What a call for ``match`` reads, except for coefficients."""
     inputs = match.logits.inputs
     for consumer in match.consumers:
         if consumer.target_use is not None:

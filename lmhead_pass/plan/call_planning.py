@@ -55,7 +55,7 @@ def plan_calls(consumers: list[Consumer], returns_logits: bool) -> tuple[Match, 
 
 
 def _place(consumers: list[Consumer], order: dict[Node, int]) -> Node | None:
-    """Before which node a call can serve all of ``consumers``; None if there is no such place."""
+    """The node before which a call can serve all of ``consumers``; None if there is none."""
     consumers = [consumer for consumer in consumers if consumer.kind is not RETURNED] or consumers[
         :1
     ]
@@ -74,7 +74,7 @@ def _place(consumers: list[Consumer], order: dict[Node, int]) -> Node | None:
 def _late_inputs(
     target_use: TargetUse | None, place: Node, order: dict[Node, int]
 ) -> tuple[Node, ...] | None:
-    """What has to be moved before ``place`` for target and class weights to be there.
+    """The nodes that have to move before ``place``, so that target and class weights are there.
 
     None if something cannot be: it is made of other than targets, or reads what is written before.
     """
@@ -97,7 +97,7 @@ def _late_inputs(
 
 
 def _is_of_integers(node: Node) -> bool:
-    """Whether ``node`` makes targets of targets, and nothing of logits."""
+    """Whether ``node`` and all that it reads hold integers: targets, and no logits."""
     values = [value_of(part) for part in (node, *node.all_input_nodes)]
     return node.op != "output" and not any(
         isinstance(value, torch.Tensor) and value.is_floating_point() for value in values
@@ -147,7 +147,7 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
 
 
 def _check_writers(call: _Call, place: Node, last: Node, order: dict[Node, int]) -> None:
-    """Refused if what the call, or its backward, reads may be other than what its consumers saw.
+    """Refused if what the call or its backward reads may have changed since its consumers read it.
 
     The call is at ``place``; it and its backward read until ``last``.
     """

@@ -86,7 +86,7 @@ def _claimed(flow: Flow) -> set[Node]:
 
 
 def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
-    """Refused if the logits are needed for other than what the op computes."""
+    """Refused if something needs the logits that the op cannot compute."""
     for user, why in flow.unsupported.items():
         raise Refused(why or f"{describe(user)}{at(user)} reads the logits too")
     if is_mixed:
@@ -133,7 +133,7 @@ def _rewrite(flow: Flow) -> Rewrite:
 
 
 def _unread_log_softmaxes(flow: Flow) -> Iterator[Refusal]:
-    """A head's log_softmax that no loss takes: maybe a loss in a spelling that is not known."""
+    """A log_softmax of a head that no loss takes. It may be a loss in an unknown spelling."""
     for node in flow.nodes:
         if canonical_op(node) == "log_softmax" and flow.unsupported:
             user, why = next(iter(flow.unsupported.items()))
@@ -142,7 +142,7 @@ def _unread_log_softmaxes(flow: Flow) -> Iterator[Refusal]:
 
 
 def _why_no_flow_reached(loss: Node, unsupported: dict[Node, str]) -> str:
-    """Why the logits of ``loss`` are no head's: what was met on the way up."""
+    """Why no head was followed to ``loss``: the first reason on the way up from it."""
     try:
         classes = class_count(loss)
         if hint(classes) < config.min_vocab_size:

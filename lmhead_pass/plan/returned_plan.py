@@ -72,7 +72,7 @@ def check_returned(logits: Logits) -> Logits:
 
 
 def _check_sources(logits: Logits) -> None:
-    """Refused if nothing would refuse a gradient of ``logits`` that is asked of an input.
+    """Refused if a gradient of ``logits`` by an input of the graph would be dropped silently.
 
     What a compiled function returns keeps the history of plain inputs that it leaves as they are.
     """
@@ -137,7 +137,7 @@ def is_whole(graph: Graph) -> bool:
 
 
 def _are_returned_from_a_part(logits: Node) -> bool:
-    """Whether other results of the part are taken for what they are, if ``logits`` are lazy."""
+    """Whether DDP finds the other results of its part in their places, if ``logits`` are lazy."""
     results = [leaf for leaf in tree_leaves(logits.graph.output_node().args) if leaf is not None]
     return compat.DDP_PARTS_RETURN_SUBCLASSES and results[-1] is logits
 

@@ -56,7 +56,7 @@ def find_across_regions(edit: GraphEdit) -> list[Rewrite | Refusal]:
 
 
 def _roots(region: Node, body: GraphModule) -> set[Node]:
-    """Heads and calls of the op in ``body``, and what of its inputs are logits."""
+    """Heads and calls of the op in ``body``, and those of its inputs that are logits."""
     roots = {head.node for head in large_heads(body.graph)}
     roots.update(node for node in body.graph.nodes if is_call(node))
     for head in large_heads(region.graph):

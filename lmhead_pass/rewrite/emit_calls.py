@@ -76,7 +76,7 @@ def emit_fused_call(graph: Graph, fused: FusedCall) -> tuple[dict[Node, Node], N
 
 
 def _emit_like(emit: Emitter, node: Node, seen: Node, twin: Node) -> Node:
-    """What ``node`` makes of the shape or dtype of ``seen``, without that."""
+    """The same as ``node``, which reads only shape or dtype of ``seen``, from a stand-in."""
     value = tensor_of(seen)
     options = {"dtype": value.dtype, "device": value.device}
     if all(isinstance(size, int) for size in value.shape):

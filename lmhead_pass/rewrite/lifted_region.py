@@ -23,11 +23,11 @@ class LiftedRegion:
     copies: dict[Node, Node]
     """Nodes of the body that depend on logits, and their copies behind the region."""
     needed: list[Node]
-    """What of the body, besides its inputs, the copies read."""
+    """Nodes of the body that the copies read, besides its inputs."""
     inputs: list[Node] = field(default_factory=list)
-    """The copies' ``needed``, as results of the region."""
+    """``needed``, as the copies read them: as results of the region."""
     taken: dict[Node, Node] = field(default_factory=dict)
-    """The results of the region, and the copies that are used instead of them for now."""
+    """Results of the region, and the copies that stand for them."""
     withheld: dict[int, Node] = field(default_factory=dict)
     """Logits that were arguments of the region: the copies read them now."""
 

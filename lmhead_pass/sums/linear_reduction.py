@@ -253,7 +253,7 @@ class _Tail:
 
 
 def _one(total: torch.Tensor) -> torch.Tensor:
-    """1, made without ``total``: what only that is computed from is not an input of the weights."""
+    """1, not computed from ``total``: inputs of the sum's value are not those of the weights."""
     return torch.ones((), dtype=total.dtype, device=total.device)
 
 
@@ -270,7 +270,7 @@ def _widened(value: Any) -> Any:
 
 
 def _check(node: Node) -> None:
-    """Refused if ``node`` cannot be done again, elsewhere."""
+    """Refused if ``node`` cannot be run again in a trace."""
     is_known = node.op in ("call_function", "call_method") and (
         mutation.writes(node) or not mutation.may_write(node)
     )
@@ -337,7 +337,7 @@ _KEEPING = (
 
 
 def _keeps_numbers_apart(source: Node, node: Node) -> bool:
-    """Whether each number of ``node`` is one of ``source`` times what is known, or known itself."""
+    """Whether each number of ``node`` is one of ``source`` times a known factor, or is known."""
     name, uses = canonical_op(node), sum(argument is source for argument in node.args)
     return uses == 1 and (name in ("mul", "where") or (name in _KEEPING and node.args[0] is source))
 

@@ -1,4 +1,4 @@
-"""Finds the single numbers that all gradients of others come from."""
+"""Finds the single numbers through which all gradients of some other numbers pass."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,14 +13,14 @@ _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def meeting_points(numbers: Iterable[Node]) -> Iterator[Node]:
-    """Each single number that all gradients of ``numbers`` come from, the first one first."""
+    """Each single number through which all gradients of ``numbers`` pass, in graph order."""
     numbers = set(numbers)
     graph = min(numbers).graph
     passing = _passing(graph)
     carriers: set[Node] = set()
-    """What gradients may come through."""
+    """Nodes through which a gradient of the numbers may pass."""
     written: set[int] = set()
-    """The memory that these write to."""
+    """The memory that carriers write to."""
     for node in mutation.nodes_between(min(numbers).prev, graph.output_node()):
         is_user = not carriers.isdisjoint(node.all_input_nodes)
         if node in numbers:
@@ -48,7 +48,7 @@ def _before(node: Node) -> Iterator[Node]:
 
 
 def _passing(graph: Graph) -> set[Node]:
-    """What a gradient may come to and go on to what it reads: not what is detached."""
+    """The nodes that may pass a gradient on to what they read: not those that are detached."""
     passing: set[Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or (
@@ -60,7 +60,7 @@ def _passing(graph: Graph) -> set[Node]:
 
 
 def _may_have_gradient(value: Any) -> bool:
-    """Also of what is inside a torch.func transform, and of what is not understood."""
+    """True as well inside a torch.func transform, and for values of unknown kinds."""
     return any(
         not isinstance(leaf, _NUMBERS) and (not is_plain(leaf) or leaf.requires_grad)
         for leaf in tree_leaves(value)
