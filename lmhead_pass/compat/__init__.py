@@ -3,9 +3,10 @@
 ``lookup`` finds a private name, or logs what is off without it. ``versions`` tells versions apart,
 ``settings`` deals with torch's config modules and Inductor's pass setting, ``graphs`` with what
 Dynamo writes on a graph, ``compiling`` with the compilation under way, ``lazy_tensors`` with tensor
-subclasses, and ``kernels`` with what the op asks of the dispatcher and of autograd.
+subclasses, ``kernels`` with what the op asks of the dispatcher and of autograd, ``aten_trace`` with
+tracing, and ``library`` with how ops are registered.
 
-Each private name has a canary in tests/test_compat.py. Nothing here imports torch._inductor,
+Each private name has a canary in tests/compat. Nothing here imports torch._inductor,
 torch._dynamo or SymPy before it is called.
 """
 
