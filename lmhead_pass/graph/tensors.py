@@ -1,7 +1,7 @@
 """What Dynamo knows of a node's value: it leaves a fake tensor with the node."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -112,16 +112,26 @@ def product(sizes: Iterable[Any]) -> Any:
     return result
 
 
+class _GradMode(NamedTuple):
+    recorded: bool
+    inference: bool
+
+
 def gradients_are_recorded(node: Node) -> bool:
     """Whether the graph is outside ``no_grad`` and ``inference_mode`` at ``node``."""
-    recorded = True
+    mode = _GradMode(recorded=True, inference=False)
+    before_block: dict[Node, _GradMode] = {}
     for earlier in node.graph.nodes:
         if earlier is node:
-            return recorded
+            return mode.recorded and not mode.inference
         if earlier.target is graphs.SET_GRAD_ENABLED:
-            recorded = bool(earlier.args[0])
+            mode = mode._replace(recorded=bool(earlier.args[0]))
         elif earlier.target is ENTER_INFERENCE:
-            return False
+            before_block[earlier] = mode
+            enters = bool(earlier.args[0]) if earlier.args else True
+            mode = _GradMode(recorded=not enters, inference=enters)
+        elif earlier.target is EXIT_INFERENCE:
+            mode = before_block[earlier.args[0]]
     raise AssertionError("a node is in its graph")
 
 

@@ -180,6 +180,10 @@ class _Tail:
         known = results[: len(self.numbers) + len(self.squares)]
         if not depending.isdisjoint(known):
             raise Refused(f"{self.end} is not a weighted sum")
+        if not self.squares and any(_is_zero(weight) for weight in known):
+            raise Refused(
+                f"{self.end} takes nothing of one of its numbers, as far as the trace tells"
+            )
         weighted = [(node, 1) for node in self.numbers]
         if self.squares:
             weighted += [(node, 2) for node in self.numbers]
@@ -277,6 +281,10 @@ def _check(node: Node) -> None:
     tensors = [v for v in tree_leaves(value_of(node)) if isinstance(v, torch.Tensor)]
     if not is_known or is_cut_off(node) or not all(map(wraps_none, tensors)):
         raise Refused(f"{node} is not understood")
+    # The trace would give it no gradient, and its weights would be 0 without a word.
+    wants_gradient = any(tensor.requires_grad for tensor in tensors) and not mutation.writes(node)
+    if wants_gradient and not gradients_are_recorded(node):
+        raise Refused(f"{node} has a gradient where none are recorded")
 
 
 def _like(value: torch.Tensor) -> torch.Tensor:
@@ -316,6 +324,11 @@ _LOOKING = (
     *(_ATEN.zeros_like, _ATEN.ones_like, _ATEN.full_like, _ATEN.empty_like, _ATEN.sym_size),
     *(_ATEN.new_zeros, _ATEN.new_ones, _ATEN.new_full, _ATEN.new_empty, _ATEN.sym_numel),
 )
+
+
+def _is_zero(node: Node) -> bool:
+    """Whether torch.func.vjp has made ``node`` for an input that the result does not depend on."""
+    return node.target is _ATEN.zeros_like.default
 
 
 def _is_random(node: Node) -> bool:

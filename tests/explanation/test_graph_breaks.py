@@ -476,8 +476,8 @@ class TestTransformers:
 
     @staticmethod
     def build(class_name):
-        from .models.architectures import architectures
-        from .models.running import build
+        from ..models.architectures import architectures
+        from ..models.running import build
 
         return build(class_name, architectures()[class_name][1])
 

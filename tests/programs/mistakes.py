@@ -288,13 +288,14 @@ def without_places_that_are_set(rewritten: Rewritten) -> None:
     """As if what is written to some places of the losses had left them there."""
     rewritten.bypass(
         _in_weights_of_rows(
-            rewritten, "index_put", "masked_fill", "select_scatter", "slice_scatter"
+            *(rewritten, "index_put", "masked_fill"),
+            *("select_scatter", "slice_scatter", "as_strided_scatter"),
         )
     )
 
 
 def backwards(weights: Tensor) -> Tensor:
-    """The weights of the rows, from the last to the first."""
+    """What belongs to the rows, from the last to the first."""
     return weights.flip(0)
 
 
@@ -379,4 +380,9 @@ def with_regions_mixed_up(rewritten: Rewritten) -> None:
             part.recompile()
 
 
-with_the_values_of_other_rows = with_any_values
+def with_the_values_of_other_rows(rewritten: Rewritten) -> None:
+    """As if the rows of the logits were taken from the hidden states' other end."""
+    for call in rewritten.calls:
+        hidden = rewritten.argument(call, "hidden")
+        with rewritten.graph.inserting_before(call):
+            rewritten.change(call, "hidden", rewritten.graph.call_function(backwards, (hidden,)))

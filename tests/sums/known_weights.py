@@ -372,3 +372,14 @@ KNOWN |= {
         "bs,bs->", per_token(z[:1], y[:1]), kept(y, z.dtype)
     ),
 }
+
+
+def behind_an_inference_block(z, y):
+    """Once it has ended, gradients are recorded again."""
+    losses = per_token(z, y)
+    with torch.inference_mode():
+        half = torch.full((), 0.5) * 1
+    return (losses * kept(y)).sum() * float(1 / 2) + 0 * half.clone()
+
+
+KNOWN["behind_an_inference_block"] = behind_an_inference_block
