@@ -1,5 +1,6 @@
 """Torch's config modules, and the setting of Inductor's that holds the pre-grad passes."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -9,7 +10,6 @@ from typing import Any
 from torch.fx import Graph
 
 from .lookup import find, report_missing
-from .versions import TAKES_SEVERAL_PASSES
 
 GraphPass = Callable[[Graph], None]
 
@@ -40,7 +40,9 @@ def pass_setting(passes: Sequence[GraphPass]) -> Any:
     """The value of ``torch._inductor.config.pre_grad_custom_pass`` that stands for ``passes``."""
     if not passes:
         return None
-    if TAKES_SEVERAL_PASSES:
+    # From torch 2.12 on. Not by the version number: nightlies bear that of the next release.
+    module = importlib.import_module("torch._inductor.custom_graph_pass")
+    if hasattr(module, "get_custom_graph_passes"):
         return list(passes)
     return passes[0] if len(passes) == 1 else PassChain(passes)
 

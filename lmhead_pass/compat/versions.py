@@ -15,8 +15,6 @@ def _release(version: str) -> list[int]:
 
 _THIS = _release(torch.__version__)
 
-# Inductor's setting of a pre-grad pass takes a list of them, too.
-TAKES_SEVERAL_PASSES = _release("2.12") <= _THIS
 # A part that DDPOptimizer cuts off is run once on fake tensors, and then gives what is inside of a
 # subclass instead. Torch 2.15 fails on that (2.14 was not tried).
 DDP_PARTS_RETURN_SUBCLASSES = _release("2.14") > _THIS
