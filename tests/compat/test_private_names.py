@@ -498,6 +498,7 @@ CANARIES = {
     "torch._assert_async": assertions,
     "torch._inductor.config.pre_grad_custom_pass": defaults_of_settings,
     "torch._inductor.config._config[...].default": defaults_of_settings,
+    "torch._inductor.custom_graph_pass": custom_passes,
     "torch._inductor.custom_graph_pass.CustomGraphPass": custom_passes,
     "torch.utils._config_module.install_config_module": config_modules,
     "_stable_hash_for_caching": stable_hashes,
