@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import config
+from .holding import EXPONENTIAL_BYTES, can_hold_exponentials
 
 # A GPU's products work in tiles of this many rows, or of a divisor of it.
 _GPU_TILE = 128
@@ -54,22 +55,24 @@ def plan_rows(
     if config.batch_chunk_size is not None:
         return config.batch_chunk_size
     on_cpu = device.type == "cpu"
-    # On a GPU the logits come out of the product in FP32.
+    # On a GPU the logits come out of the product in FP32, or as exponentials.
     held = dtype if on_cpu else torch.promote_types(dtype, torch.float32)
-    row_bytes = vocab_size * held.itemsize
+    itemsize = held.itemsize
+    if can_hold_exponentials(device, dtype, hidden_size):
+        itemsize = EXPONENTIAL_BYTES
+    row_bytes = vocab_size * itemsize
     if config.memory_budget is not None:
         return max(1, config.memory_budget // row_bytes)
     plan = _CPU if on_cpu else _GPU
     budget = max(plan.least, min(plan.most, 4 * vocab_size * hidden_size * plan.share))
-    rows = int(max(1, min(plan.most_rows, budget // row_bytes)))
-    if on_cpu:
-        return rows
+    rows = int(max(1, budget // row_bytes))
     # A sum over chunks is held in FP32. A single chunk has no sum: its product is the gradient. The
-    # memory of an FP32 sum of ``[V, H]`` holds H more rows of logits.
+    # memory of an FP32 sum of ``[V, H]`` holds some more rows of logits.
     has_sum = gradient_dtype.itemsize < torch.float32.itemsize
-    if 0 < tokens <= rows + (hidden_size if has_sum else 0):
+    if not on_cpu and 0 < tokens <= rows + (4 * hidden_size // itemsize if has_sum else 0):
         return max(rows, tokens)
-    return _whole_tiles(rows)
+    rows = int(min(rows, plan.most_rows))
+    return rows if on_cpu else _whole_tiles(rows)
 
 
 def _whole_tiles(rows: int) -> int:
@@ -82,9 +85,11 @@ def even_rows(rows: int, most: int) -> int:
     return max(1, math.ceil(rows / chunks))
 
 
-def gpu_rows(rows: int, most: int) -> int:
-    """Rows per chunk, for ``rows`` on a GPU: at most ``most``, about even, in whole tiles."""
-    if rows <= most:
-        return max(1, rows)
-    tiles = math.ceil(even_rows(rows, most) / _GPU_TILE)
-    return min(most, tiles * _GPU_TILE)
+def gpu_chunks(rows: int, most: int) -> list[slice]:
+    """The chunks of ``rows`` on a GPU: ``most`` rows each, but for the first.
+
+    So the last has ``min(rows, most)`` rows, which is known without knowing how many chunks there
+    are: what is left of it for the backward has one size for every batch.
+    """
+    stops = [*range(rows, 0, -most)][::-1]
+    return [slice(max(0, stop - most), stop) for stop in stops]

@@ -134,6 +134,32 @@ class Gradients(NamedTuple):
     bias: Tensor
 
 
+class Pending(NamedTuple):
+    """What the gradient of the weight still lacks: ``grad_logits.T @ hidden``, of the last chunk.
+
+    The gradient is the sum of that and of ``Gradients.weight``, divided by ``scale``. That sum is
+    ``[V, H]``, or ``[2, H]`` zeros if there is no other chunk. Where nothing is lacking, all three
+    are empty.
+    """
+
+    grad_logits: Tensor
+    """``[rows, >= V]`` in the compute dtype. What is behind the words is undefined."""
+    hidden: Tensor
+    """``[rows, H]`` in the compute dtype."""
+    scale: Tensor
+    """``[]`` FP32."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything is lacking."""
+        return self.grad_logits.dim() == 2
+
+
+def nothing_pending(problem: Problem) -> Pending:
+    """Of a weight whose gradient lacks nothing."""
+    return Pending(*(problem.hidden.new_empty(0) for _ in Pending._fields))
+
+
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a gradient waits for the upstream gradient.
 
@@ -141,3 +167,12 @@ def held_dtype(dtype: torch.dtype) -> torch.dtype:
     in it before a loss scale is applied.
     """
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def padded_width(vocab: int, dtype: torch.dtype) -> int:
+    """The width of a GPU's buffers for ``[rows, vocab]``: each row starts at 128 bytes' alignment.
+
+    Only so do products and kernels read and write 16 bytes at once, whatever the vocabulary.
+    """
+    step = 128 // dtype.itemsize
+    return (vocab + step - 1) // step * step

@@ -28,7 +28,8 @@ Measures describe each row's logits, whether the row counts or not: ``kernels/me
 them. Only "logsumexp" has a gradient, and only with reduction "none".
 
 Autograd runs on three private ops. ``_forward`` computes the loss alone. If the loss is a scalar,
-``_forward_and_gradients`` computes its gradients in the same pass (three products). With "none" a
+``_forward_and_gradients`` computes its gradients in the same pass (three products); on some GPUs
+``_finish_weight_gradient`` does the last of them in the backward (``holding.py``). With "none" a
 row's upstream gradient is known in the backward only, where ``_backward`` computes the logits again
 (a fourth product).
 """
@@ -38,13 +39,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, sym_max, sym_min
 
 from ..compat.kernels import below_autograd, is_forward_mode
 from ..compat.library import add_fake_kernel, add_kernel, define
-from .kernels.dispatch import loop_of
+from .holding import holds_exponentials
+from .kernels.dispatch import finish_weight_gradient, loop_of
 from .kernels.measures import allocate, parse_measures
-from .problem import Gradients, Problem, held_dtype
+from .problem import Gradients, Pending, Problem, held_dtype, nothing_pending, padded_width
 
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
@@ -109,6 +111,27 @@ def _fake_gradients(problem: Problem, needed: list[bool]) -> Gradients:
     )
 
 
+def _fake_forward_and_gradients(
+    problem: Problem, needed: list[bool], names: list[str]
+) -> list[Tensor]:
+    gradients, pending = _fake_gradients(problem, needed), nothing_pending(problem)
+    if needed[1] and holds_exponentials(problem, parse_measures(names)):
+        (rows, size), most = problem.hidden.shape, problem.batch_chunk_size
+        # 1 if there is more than one chunk, without a guard on their number.
+        has_sum = sym_min(1, sym_max(0, (rows - 1) // most))  # type: ignore[no-untyped-call]
+        last = sym_min(rows, most)  # type: ignore[no-untyped-call]
+        vocab, new = len(problem.weight), problem.hidden.new_empty
+        words = 2 + (vocab - 2) * has_sum  # not 0 or 1, for which torch would add a guard
+        gradients = gradients._replace(weight=new(words, size, dtype=torch.float32))
+        width = padded_width(vocab, problem.compute_dtype)
+        pending = Pending(
+            new(last, width, dtype=problem.compute_dtype),
+            new(last, size, dtype=problem.compute_dtype),
+            new((), dtype=torch.float32),
+        )
+    return [_fake_loss(problem), *gradients, *pending, *_fake_measures(problem, names)]
+
+
 def _forward(problem: Problem, names: list[str]) -> list[Tensor]:
     return loop_of(problem).forward(problem, parse_measures(names))
 
@@ -146,11 +169,7 @@ _define(
     ", bool[3] needed, str[] measures",
     "Tensor[]",
     _forward_and_gradients,
-    lambda problem, needed, names: [
-        _fake_loss(problem),
-        *_fake_gradients(problem, needed),
-        *_fake_measures(problem, names),
-    ],
+    _fake_forward_and_gradients,
 )
 _define(
     "_backward",
@@ -159,6 +178,35 @@ _define(
     _backward,
     lambda problem, needed, *_: _fake_gradients(problem, needed),
 )
+
+
+def _finish_weight_gradient(
+    total: Tensor,
+    grad_logits: Tensor,
+    hidden: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    vocab: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    with torch.no_grad():
+        pending = Pending(grad_logits, hidden, scale)
+        return finish_weight_gradient(total, pending, factor, vocab, dtype)
+
+
+def _fake_finish_weight_gradient(
+    total: Tensor, grad_logits: Tensor, hidden: Tensor, scale: Tensor, factor: Tensor,
+    vocab: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return hidden.new_empty(vocab, hidden.size(1), dtype=dtype)
+
+
+define(
+    "_finish_weight_gradient(Tensor total, Tensor grad_logits, Tensor hidden, Tensor scale, "
+    "Tensor factor, SymInt vocab, ScalarType dtype) -> Tensor",
+    _finish_weight_gradient,
+)
+add_fake_kernel("_finish_weight_gradient", _fake_finish_weight_gradient)
 _ops = torch.ops.lmhead_pass
 
 
@@ -170,12 +218,13 @@ class _GradientsInForward(torch.autograd.Function):
         *problem, names = arguments
         needed = list(ctx.needs_input_grad[:3])
         loss, *results = _ops._forward_and_gradients(*problem, needed, names)
-        gradients, measures = results[:3], results[3:]
-        ctx.save_for_backward(*gradients, _has_terms(Problem(*problem)))
+        gradients, pending, measures = results[:3], results[3:6], results[6:]
+        ctx.save_for_backward(*gradients, *pending, _has_terms(Problem(*problem)))
         ctx.dtypes = [
             tensor.dtype if wanted else None
             for tensor, wanted in zip(arguments[:3], needed, strict=True)
         ]
+        ctx.vocab = arguments[1].size(0)
         ctx.mark_non_differentiable(*measures)
         ctx.set_materialize_grads(False)
         return loss, *measures
@@ -183,17 +232,23 @@ class _GradientsInForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
-        *gradients, has_terms = ctx.saved_tensors
-        if grad_loss is not None:
-            # If no row counts, the gradients are 0, as in eager, whatever the upstream gradient is.
-            # It may be infinite or NaN, from a mean that is 0 / 0.
-            grad_loss = grad_loss.masked_fill(~has_terms, 0)
-        gradients = (
-            _scale(gradient, grad_loss).to(dtype)
-            if grad_loss is not None and dtype is not None
-            else None
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
+        *saved, has_terms = ctx.saved_tensors
+        if grad_loss is None:
+            return None, None, None, *_NOT_DIFFERENTIABLE
+        # If no row counts, the gradients are 0, as in eager, whatever the upstream gradient is.
+        # It may be infinite or NaN, from a mean that is 0 / 0.
+        grad_loss = grad_loss.masked_fill(~has_terms, 0)
+        pending = Pending(*saved[3:])
+        gradients: list[Tensor | None] = [
+            None if dtype is None else _scale(gradient, grad_loss).to(dtype)
+            for gradient, dtype in zip(saved[:3], ctx.dtypes, strict=True)
+            if not (pending.is_needed and gradient is saved[1])
+        ]
+        if pending.is_needed:
+            weight = _ops._finish_weight_gradient(
+                saved[1], *pending, grad_loss, ctx.vocab, ctx.dtypes[1]
+            )
+            gradients.insert(1, weight)
         return *gradients, *_NOT_DIFFERENTIABLE
 
 

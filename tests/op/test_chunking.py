@@ -4,9 +4,18 @@ import pytest
 import torch
 
 import lmhead_pass
-from lmhead_pass.op.chunking import even_rows, gpu_rows, plan_rows
+from lmhead_pass.op import holding
+from lmhead_pass.op.chunking import even_rows, gpu_chunks, plan_rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["logits", "exponentials"])
+def is_hopper(request, monkeypatch):
+    monkeypatch.setattr(
+        holding, "_is_hopper", lambda device: request.param and device.type == "cuda"
+    )
+    return request.param
 
 
 def test_settings_come_first():
@@ -32,43 +41,55 @@ def test_chunks_are_about_even(rows):
     assert -(-rows // size) == -(-rows // 10)
 
 
-def test_planned_rows_of_a_large_head_keep_scratch_below_1_5_gb():
+def test_planned_rows_of_a_large_head_keep_scratch_below_1_5_gb(is_hopper):
     rows = plan_rows(8192, 128000, torch.bfloat16, CUDA)
-    assert rows == 2816
-    assert 4 * rows * 128000 + (32 << 20) < 1.5e9  # FP32 logits, and cuBLAS's own scratch
+    assert rows == (4096 if is_hopper else 2816)
+    # With cuBLAS's own scratch.
+    assert (2 if is_hopper else 4) * rows * 128000 + (32 << 20) < 1.5e9
 
 
 @pytest.mark.parametrize(
     ("hidden", "vocab", "rows"), [(4096, 128256, 2816), (4096, 32000, 4096), (2304, 256000, 1408)]
 )
-def test_planned_rows(hidden, vocab, rows):
+def test_planned_rows(hidden, vocab, rows, is_hopper):
+    rows = min(4096, 2 * rows) if is_hopper else rows
     assert plan_rows(hidden, vocab, torch.bfloat16, CUDA) == rows
 
 
-def test_a_budget_counts_fp32_logits_on_a_gpu():
+def test_what_the_triton_product_cannot_read_is_planned_as_logits(is_hopper):
+    for hidden, dtype in ((4100, torch.bfloat16), (4096, torch.float32)):
+        assert plan_rows(hidden, 128256, dtype, CUDA) == 2816
+
+
+def test_a_budget_counts_what_is_held_on_a_gpu(is_hopper):
     with lmhead_pass.config.patch(memory_budget=40_000):
-        assert plan_rows(16, 1000, torch.bfloat16, CUDA) == 10
+        assert plan_rows(16, 1000, torch.bfloat16, CUDA) == (20 if is_hopper else 10)
         assert plan_rows(16, 1000, torch.bfloat16, torch.device("cpu")) == 20
 
 
-def test_rows_on_a_gpu_are_whole_tiles():
-    assert gpu_rows(32768, 2816) == 2816
-    assert gpu_rows(5000, 2816) == 2560
-    assert gpu_rows(300, 100) == 100
+@pytest.mark.parametrize("rows", [0, 1, 99, 100, 101, 250, 300])
+def test_chunks_on_a_gpu_are_full_but_for_the_first(rows):
+    chunks = gpu_chunks(rows, 100)
+    assert [row for chunk in chunks for row in range(rows)[chunk]] == list(range(rows))
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert sizes[1:] == [100] * len(sizes[1:])
+    assert sizes[:1] <= [100]
 
 
-def test_a_single_chunk_may_use_what_it_saves():
+def test_a_single_chunk_may_use_what_it_saves(is_hopper):
     def rows(tokens, gradient_dtype=torch.bfloat16):
         sizes = (4096, 128256, torch.bfloat16, CUDA)
         return plan_rows(*sizes, tokens=tokens, gradient_dtype=gradient_dtype)
 
-    assert rows(4096) == 4096
-    assert rows(4096, gradient_dtype=torch.float32) == 2816
-    assert rows(8192) == 2816
-    assert gpu_rows(0, 2816) == 1
+    if is_hopper:
+        assert rows(4096) == 5652
+        assert rows(8192) == 8192
+        assert rows(8192, gradient_dtype=torch.float32) == rows(16384) == 4096
+    else:
+        assert rows(4096) == 4096
+        assert rows(8192) == rows(4096, gradient_dtype=torch.float32) == 2816
 
 
 def test_rows_asked_for_are_a_limit():
     with lmhead_pass.config.patch(batch_chunk_size=100):
         assert plan_rows(4096, 128256, torch.bfloat16, CUDA, 128, torch.bfloat16) == 100
-    assert gpu_rows(128, 100) == 100

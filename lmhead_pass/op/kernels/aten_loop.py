@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..chunking import even_rows
-from ..problem import Gradients, Problem
+from ..problem import Gradients, Problem, nothing_pending
 from .measures import Measure, Measures
 from .row_terms import GradientSums, RowTerms, power_of_two_scale
 
@@ -92,7 +92,8 @@ def forward_and_gradients(
         sums.add(rows.index[chunk], hidden, logits)
     losses = rows.counted_only(losses)
     loss = rows.reduce(losses, row_max, log_sum)
-    return [loss, *sums.finish(), *taken.finish(losses, row_max, log_sum)]
+    pending = nothing_pending(problem)
+    return [loss, *sums.finish(), *pending, *taken.finish(losses, row_max, log_sum)]
 
 
 def backward(
@@ -313,7 +314,8 @@ class _GradientSums(GradientSums):
             # Times the largest weight it bounds the products of these gradients with the weight.
             largest = torch.stack(torch.aminmax(problem.compute_weight)).abs().amax()
             scale = power_of_two_scale(grad_bound * abs(problem.logit_scale) * largest.clamp_min(1))
-        super().__init__(problem, needed, scale, problem.accumulate_dtype, Tensor.new_zeros)
+        dtype, words = problem.accumulate_dtype, len(problem.weight)
+        super().__init__(problem, needed, scale, dtype, Tensor.new_zeros, words)
         self._targets = None
         if problem.compute_dtype == torch.bfloat16 and len(rows.index) > problem.batch_chunk_size:
             self._targets = _by_product(rows.target, problem.weight.size(0))

@@ -9,9 +9,10 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from ..problem import Gradients, Problem
+from ..problem import Gradients, Pending, Problem
 from . import aten_loop
 from .measures import Measure
 
@@ -41,7 +42,7 @@ class ChunkLoop(Protocol):
 
         ``needed`` says for hidden, weight and bias whether a gradient is wanted. Returns the loss,
         the three ``Gradients`` for an upstream gradient of 1, each in ``held_dtype`` of its input,
-        and the measures.
+        ``Pending``, and the measures.
         """
 
     def backward(
@@ -81,3 +82,16 @@ def loop_for(device_type: str) -> ChunkLoop:
             return triton_loop
     log.info("the chunk loop runs in plain ATen on %s, which is slower: %s", device_type, why)
     return aten_loop
+
+
+def finish_weight_gradient(
+    total: Tensor, pending: Pending, factor: Tensor, vocab: int, dtype: torch.dtype
+) -> Tensor:
+    """The gradient ``[vocab, H]`` of the weight in ``dtype``, where a loop left something pending.
+
+    ``total`` is what ``forward_and_gradients`` returned for it; ``factor`` ``[]`` FP32 is the
+    upstream gradient. Only the Triton loop leaves anything.
+    """
+    from . import triton_loop
+
+    return triton_loop.finish_weight_gradient(total, pending, factor, vocab, dtype)

@@ -53,6 +53,11 @@ class Measure:
     k: int = 0
     """How many of the largest logits: for ``TOPK_VALUES`` and ``TOPK_INDICES`` only."""
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it is taken from logits, and not from what the loss computes of each row."""
+        return self.kind not in (MeasureKind.LOGSUMEXP, MeasureKind.LOSSES)
+
 
 def parse_measures(words: Sequence[str]) -> list[Measure]:
     """The measures that the op's argument names; a ValueError for an unknown or repeated one."""
@@ -107,8 +112,13 @@ class Measures:
         self._results = allocate(problem, measures)
 
     def __bool__(self) -> bool:
-        """Whether any measure reads the logits of each row, ignored or not."""
+        """Whether any measure is of each row, ignored or not."""
         return any(measure.kind is not MeasureKind.LOSSES for measure in self._results)
+
+    @property
+    def read_logits(self) -> bool:
+        """Whether ``take`` has anything to do."""
+        return any(measure.reads_logits for measure in self._results)
 
     def take(self, rows: Tensor | slice, logits: Tensor) -> None:
         """Read ``logits`` ``[rows, V]``, as the loss sees them, of the rows ``rows`` of all."""

@@ -92,10 +92,12 @@ class GradientSums:
         scale: Tensor | None,
         weight_dtype: torch.dtype,
         new: Callable[..., Tensor],
+        words: int,
     ) -> None:
         """``new`` is ``Tensor.new_zeros``, or ``new_empty`` if all elements get written.
 
-        ``scale`` ``[]`` comes from ``power_of_two_scale``; None is 1.
+        ``scale`` ``[]`` comes from ``power_of_two_scale``; None is 1. The sum for the weight is
+        ``[words, H]``.
         """
         self._problem = problem
         self._needed = needed
@@ -103,12 +105,11 @@ class GradientSums:
         self._scale = scale
         # Each row of hidden gets its gradient once; the others are sums over chunks.
         dtypes = held_dtype(problem.hidden.dtype), weight_dtype, problem.accumulate_dtype
+        shapes = problem.hidden.shape, (words, problem.hidden.size(1)), (len(problem.weight),)
         self._sums = Gradients(
             *(
-                problem.hidden.new_empty(0)
-                if tensor is None
-                else new(tensor, tensor.shape, dtype=dtype)
-                for tensor, dtype in zip(self._inputs, dtypes, strict=True)
+                problem.hidden.new_empty(0) if tensor is None else new(tensor, shape, dtype=dtype)
+                for tensor, shape, dtype in zip(self._inputs, shapes, dtypes, strict=True)
             )
         )
 

@@ -28,8 +28,6 @@ out of range gives NaN, never a number.
 # The arguments of a kernel are values of Triton's own language, which has no Python types.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-import contextlib
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,6 +36,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .triton_device import on_device_of
 
 # A program holds this much of the logits at a time: 64 bytes in each thread of 8 warps. That leaves
 # registers for the options and for a second program beside it.
@@ -105,7 +105,7 @@ def row_losses(
     ``logits`` ``[rows, V]`` FP32 or FP64 are read once; their rows may have any stride. ``target``
     ``[rows]`` is int64. The outputs ``[rows]`` have the dtype of the logits. All are contiguous.
     """
-    with _on_device_of(logits):
+    with on_device_of(logits):
         _loss_kernel[(logits.size(0),)](
             logits, logits.stride(0), target, loss, row_max, log_sum, **terms.arguments(logits),
             EVERY_ROW=every_row,
@@ -135,20 +135,13 @@ def row_gradients(
     """
     assert grad_logsumexp is None or saved is not None
     row_max, log_sum = saved or (None, None)
-    with _on_device_of(logits):
+    with on_device_of(logits):
         _gradient_kernel[(logits.size(0),)](
             logits, logits.stride(0), gradient, gradient.stride(0), target,
             coefficient, 0 if coefficient is None else coefficient.stride(0),
             grad_logsumexp, 0 if grad_logsumexp is None else grad_logsumexp.stride(0),
             loss, row_max, log_sum, **terms.arguments(logits),
         )  # fmt: skip
-
-
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    # Triton launches on the current device, whatever its arguments are on.
-    if tensor.device.type == "cpu":  # in Triton's interpreter
-        return contextlib.nullcontext()
-    return torch.accelerator.device_index(tensor.device.index)
 
 
 @triton.jit
@@ -243,20 +236,43 @@ def _gradient_kernel(
         # then covers bytes of logits at j or before it. So a block's store overwrites only logits
         # that this block or an earlier one has loaded. The barrier makes all warps load before any
         # of them stores.
-        for start in range(0, vocab, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            inside = column < vocab
-            logit, slope = _logit(
-                logits_ptr, column, inside, -float("inf"), bias_ptr, LOGIT_SCALE, SOFTCAP
-            )
-            gradient = factor * tl.exp(logit - row_max)
-            if SMOOTHING > 0:
-                gradient -= coefficient * _smoothing_coef(
-                    column, vocab, class_weight_ptr, logit, SMOOTHING_COEF
-                )
-            gradient = tl.where(column == target, at_target, gradient * slope)
-            tl.debug_barrier()
-            tl.store(gradient_ptr + column, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+        whole = vocab // COLUMNS
+        for block in range(0, whole):
+            column = block * COLUMNS + tl.arange(0, COLUMNS)
+            _store_gradient(
+                logits_ptr, gradient_ptr, column, None, target, at_target, factor, row_max,
+                coefficient, vocab, bias_ptr, class_weight_ptr,
+                SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP,
+            )  # fmt: skip
+        if whole * COLUMNS < vocab:
+            column = whole * COLUMNS + tl.arange(0, COLUMNS)
+            _store_gradient(
+                logits_ptr, gradient_ptr, column, column < vocab, target, at_target, factor,
+                row_max, coefficient, vocab, bias_ptr, class_weight_ptr,
+                SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP,
+            )  # fmt: skip
+
+
+@triton.jit
+def _store_gradient(
+    logits_ptr, gradient_ptr, column, inside, target, at_target, factor, row_max, coefficient,
+    vocab, bias_ptr, class_weight_ptr, SMOOTHING: tl.constexpr, SMOOTHING_COEF: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One block of a row's gradient."""
+    logit, slope = _logit(logits_ptr, column, inside, bias_ptr, LOGIT_SCALE, SOFTCAP)
+    gradient = factor * tl.exp(logit - row_max)
+    if SMOOTHING > 0:
+        gradient -= coefficient * _smoothing_coef(
+            column, vocab, class_weight_ptr, logit, SMOOTHING_COEF
+        )
+    gradient = tl.where(column == target, at_target, gradient * slope)
+    tl.debug_barrier()
+    gradient = gradient.to(gradient_ptr.dtype.element_ty)
+    if inside is None:
+        tl.store(gradient_ptr + column, gradient)
+    else:
+        tl.store(gradient_ptr + column, gradient, mask=inside)
 
 
 @triton.jit
@@ -272,23 +288,21 @@ def _loss(
     # For the smoothing: the sum of c_v (z_v - shift). Any shift is right; a near one saves digits.
     shift = tl.where(tl.abs(target_logit) < float("inf"), target_logit, 0)
     weighted = tl.zeros([COLUMNS], target_logit.dtype)
-    blocks = tl.cdiv(vocab, COLUMNS)
-    for block in range(0, blocks):
-        # From right to left: the gradient starts at the left, where the cache is then warm.
-        column = (blocks - 1 - block) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = column < vocab
-        logit, _ = _logit(logits_ptr, column, inside, -float("inf"), bias_ptr, LOGIT_SCALE, SOFTCAP)
-        if SMOOTHING > 0:
-            share = tl.where(inside, logit - shift, 0)
-            if class_weight_ptr is not None:
-                share *= tl.load(class_weight_ptr + column, mask=inside, other=0).to(logit.dtype)
-            weighted += share
-        # Each lane has a sum of its own, relative to its own largest logit. That takes one
-        # exponential for each logit, and threads exchange nothing before the end.
-        logit = tl.where(inside & (column != target), logit, -float("inf"))
-        smaller = tl.exp(-tl.abs(logit - largest))
-        others = tl.where(logit > largest, others * smaller + 1, others + smaller)
-        largest = tl.maximum(largest, logit)
+    # From right to left: the gradient starts at the left, where the cache is then warm. Only the
+    # last block is masked: a mask would keep the others from being read 16 bytes at once.
+    whole = vocab // COLUMNS
+    if whole * COLUMNS < vocab:
+        column = whole * COLUMNS + tl.arange(0, COLUMNS)
+        largest, others, weighted = _add_block(
+            largest, others, weighted, logits_ptr, column, column < vocab, target, shift, bias_ptr,
+            class_weight_ptr, SMOOTHING, LOGIT_SCALE, SOFTCAP,
+        )  # fmt: skip
+    for block in range(0, whole):
+        column = (whole - 1 - block) * COLUMNS + tl.arange(0, COLUMNS)
+        largest, others, weighted = _add_block(
+            largest, others, weighted, logits_ptr, column, None, target, shift, bias_ptr,
+            class_weight_ptr, SMOOTHING, LOGIT_SCALE, SOFTCAP,
+        )  # fmt: skip
     row_max = tl.maximum(tl.max(largest), target_logit)
     total = tl.sum(others * tl.exp(largest - row_max))
     # The sum of all exponentials less 1. If the target has the largest logit, its own is this 1,
@@ -310,20 +324,53 @@ def _loss(
 
 
 @triton.jit
+def _add_block(
+    largest, others, weighted, logits_ptr, column, inside, target, shift, bias_ptr,
+    class_weight_ptr, SMOOTHING: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The three running results of ``_loss``, with one more block of a row."""
+    logit, _ = _logit(logits_ptr, column, inside, bias_ptr, LOGIT_SCALE, SOFTCAP)
+    if SMOOTHING > 0:
+        share = logit - shift
+        if inside is not None:
+            share = tl.where(inside, share, 0)
+        if class_weight_ptr is not None:
+            share *= _of_words(class_weight_ptr, column, inside).to(logit.dtype)
+        weighted += share
+    # Each lane has a sum of its own, relative to its own largest logit. That takes one
+    # exponential for each logit, and threads exchange nothing before the end.
+    logit = tl.where(column != target, logit, -float("inf"))
+    if inside is not None:
+        logit = tl.where(inside, logit, -float("inf"))
+    smaller = tl.exp(-tl.abs(logit - largest))
+    others = tl.where(logit > largest, others * smaller + 1, others + smaller)
+    return tl.maximum(largest, logit), others, weighted
+
+
+@triton.jit
+def _of_words(ptr, column, inside):
+    """A row's elements at the columns; ``inside`` says which exist, and is None if all do."""
+    if inside is None:
+        return tl.load(ptr + column)
+    else:
+        return tl.load(ptr + column, mask=inside, other=0)
+
+
+@triton.jit
 def _logit(
-    logits_ptr, column, inside, outside, bias_ptr,
+    logits_ptr, column, inside, bias_ptr,
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Logits as the loss sees them, and their derivative with respect to the product's result."""
-    logit = tl.load(logits_ptr + column, mask=inside, other=outside)
+    logit = _of_words(logits_ptr, column, inside)
     slope = tl.full([], 1, logit.dtype)
     if bias_ptr is not None:
-        logit += tl.load(bias_ptr + column, mask=inside, other=0).to(logit.dtype)
+        logit += _of_words(bias_ptr, column, inside).to(logit.dtype)
     if LOGIT_SCALE is not None:
         logit *= LOGIT_SCALE
         slope *= LOGIT_SCALE
     if SOFTCAP is not None:
-        tanh, derivative = _tanh(logit / SOFTCAP)
+        tanh, derivative = _tanh(logit * (1 / SOFTCAP))
         return SOFTCAP * tanh, slope * derivative
     else:
         return logit, slope
@@ -334,7 +381,8 @@ def _target_logit(
     logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr
 ):
     in_range = (target >= 0) & (target < vocab)
-    return _logit(logits_ptr, target, in_range, float("nan"), bias_ptr, LOGIT_SCALE, SOFTCAP)
+    logit, slope = _logit(logits_ptr, target, in_range, bias_ptr, LOGIT_SCALE, SOFTCAP)
+    return tl.where(in_range, logit, float("nan")), slope
 
 
 @triton.jit
@@ -393,11 +441,14 @@ def _one_minus_exp_of_minus(x):
 
 @triton.jit
 def _tanh(x):
-    """tanh(x) and its derivative."""
+    """tanh(x) and its derivative, with one reciprocal."""
     e = tl.exp(-2 * tl.abs(x))
-    far = tl.where(x < 0, e - 1, 1 - e) / (1 + e)
+    is_near = tl.abs(x) < 0.5
     # Lambert's continued fraction to its seventh level.
     s = x * x
     near = x * (135135 + s * (17325 + s * (378 + s)))
-    near /= 135135 + s * (62370 + s * (3150 + s * 28))
-    return tl.where(tl.abs(x) < 0.5, near, far), 4 * e / ((1 + e) * (1 + e))
+    near_below = 135135 + s * (62370 + s * (3150 + s * 28))
+    reciprocal = 1 / tl.where(is_near, near_below, 1 + e)
+    tanh = tl.where(is_near, near, tl.where(x < 0, e - 1, 1 - e)) * reciprocal
+    # Not 1 - tanh^2 where tanh is close to 1: that loses nearly all digits.
+    return tanh, tl.where(is_near, 1 - tanh * tanh, 4 * e * reciprocal * reciprocal)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmhead_pass.op import holding
 from lmhead_pass.op.kernels import aten_loop as aten
 from lmhead_pass.op.kernels import wide_products as products
 from lmhead_pass.op.kernels.measures import parse_measures
-from lmhead_pass.op.problem import Problem
+from lmhead_pass.op.problem import Pending, Problem, held_dtype
 
 from ... import reference
 from ...device import DEVICE, SUITE
@@ -60,10 +61,20 @@ def _run(loop, problem, upstream, measures=()):
         loss, row_max, log_sum, *taken = loop.forward(problem, measures)
         gradients = loop.backward(problem, needed, row_max, log_sum, upstream, None)
     else:
-        loss, *results = loop.forward_and_gradients(problem, needed, measures)
-        gradients, taken = results[:3], results[3:]
+        loss, gradients, taken = _in_forward(loop, problem, needed, measures)
     gradients = [gradient for gradient, wanted in zip(gradients, needed, strict=True) if wanted]
     return [loss, *gradients, *taken]
+
+
+def _in_forward(loop, problem, needed, measures=()):
+    """The loss, its three gradients, with what is left to the backward, and the measures."""
+    loss, *results = loop.forward_and_gradients(problem, needed, measures)
+    gradients, pending, taken = results[:3], Pending(*results[3:6]), results[6:]
+    if pending.is_needed:
+        one, dtype = torch.ones((), device=DEVICE), held_dtype(problem.weight.dtype)
+        total, vocab = gradients[1], len(problem.weight)
+        gradients[1] = loop.finish_weight_gradient(total, pending, one, vocab, dtype)
+    return loss, gradients, taken
 
 
 def _plain(problem, upstream, dtype=None, grad_logsumexp=None):
@@ -137,6 +148,14 @@ OPTIONS = {
     "softcap": {"softcap": 2.0},
     "all": {**LOSS, **LOGITS},
 }
+
+
+@pytest.fixture(autouse=True, params=["logits", "exponentials"])
+def held(request, monkeypatch):
+    """What is held of a chunk, where a device and a problem leave the choice."""
+    is_hopper = request.param == "exponentials"
+    monkeypatch.setattr(holding, "_is_hopper", lambda device: is_hopper)
+    return request.param
 
 
 @pytest.mark.parametrize("rows", [4, 512], ids=["chunks", "one_chunk"])
@@ -284,7 +303,7 @@ def test_fp16_gradients_of_logsumexp_neither_underflow_nor_overflow(factor):
 def test_no_row_counts(reduction, dtype, tokens):
     problem = _problem(dtype, tokens, bias=True, reduction=reduction)
     problem.target.fill_(-100)
-    loss, *gradients = triton_loop.forward_and_gradients(problem, [True] * 3, [])
+    loss, gradients, _ = _in_forward(triton_loop, problem, [True] * 3)
     assert loss.isnan() if reduction == "mean" else loss == 0
     assert not any(gradient.any() for gradient in gradients)
 
@@ -292,8 +311,8 @@ def test_no_row_counts(reduction, dtype, tokens):
 @pytest.mark.parametrize("needed", [[True, False, False], [False, True, False], [False] * 3])
 def test_only_what_is_needed(needed):
     problem = _problem(bias=True)
-    _, *gradients = triton_loop.forward_and_gradients(problem, needed, [])
-    _, *every = triton_loop.forward_and_gradients(problem, [True] * 3, [])
+    _, gradients, _ = _in_forward(triton_loop, problem, needed)
+    _, every, _ = _in_forward(triton_loop, problem, [True] * 3)
     for gradient, full, wanted in zip(gradients, every, needed, strict=True):
         assert torch.equal(gradient, full) if wanted else gradient.numel() == 0
 
