@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--spread", type=float, default=1.0, help="standard deviation of logits")
+    parser.add_argument("--label", default="", help="what the files' names end in")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
 
@@ -78,12 +79,14 @@ def main() -> None:
             measured, left_out = measure(inputs, mode, options.impls, options.rounds)
             rows += measured
             skipped += left_out
-            report = write_report(options.out, device, rows, skipped)
+            report = write_report(options.out, options.label, device, rows, skipped)
         del inputs
     print(markdown(report))
 
 
-def write_report(folder: Path, device: torch.device, rows: list[dict], skipped: list[dict]) -> dict:
+def write_report(
+    folder: Path, label: str, device: torch.device, rows: list[dict], skipped: list[dict]
+) -> dict:
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     report = {
         "gpu": gpu,
@@ -96,7 +99,7 @@ def write_report(folder: Path, device: torch.device, rows: list[dict], skipped: 
     }
     folder.mkdir(parents=True, exist_ok=True)
     name = gpu.lower().removeprefix("nvidia ").replace(" ", "-")
-    file = folder / f"{name}-{report['date']}.json"
+    file = folder / f"{name}-{report['date']}{label}.json"
     file.write_text(json.dumps(report, indent=1) + "\n")
     file.with_suffix(".md").write_text(markdown(report))
     return report

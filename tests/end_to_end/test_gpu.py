@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -123,17 +124,24 @@ def test_values_and_gradients(dtype, reduction, rows):
     reference.assert_no_worse(results, unfused, exact, dtype)
 
 
+@pytest.mark.parametrize("size", [64, 61])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_products_into_fp32(dtype):
-    a, b = (torch.randn(64, 64, device=CUDA).to(dtype) for _ in range(2))
-    out = torch.full((64, 80), float("nan"), device=CUDA)[:, :64]
-    multiply_into(out, a, b)
+def test_products_into_fp32(dtype, size):
+    def padded(dtype):
+        return torch.full((64, 80), float("nan"), device=CUDA, dtype=dtype)[:size, :size]
+
+    a, b = (padded(dtype).copy_(torch.randn(size, size)) for _ in range(2))
     exact = a.double() @ b.double()
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5 * exact.abs().max().item())
+    close = partial(torch.testing.assert_close, rtol=0)
+    out = padded(torch.float32)
+    multiply_into(out, a, b)
+    close(out.double(), exact, atol=1e-5 * exact.abs().max().item())
     multiply_into(out, a, b, add=True)
-    torch.testing.assert_close(
-        out.double(), 2 * exact, rtol=0, atol=2e-5 * exact.abs().max().item()
-    )
+    close(out.double(), 2 * exact, atol=2e-5 * exact.abs().max().item())
+    for left in (a, padded(dtype).t().copy_(a)):
+        narrow = padded(dtype)
+        multiply_into(narrow, left, b)
+        close(narrow.double(), exact, atol=torch.finfo(dtype).eps * exact.abs().max().item())
 
 
 def test_fp32_products_follow_the_tf32_setting():

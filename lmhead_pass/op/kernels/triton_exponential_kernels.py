@@ -25,7 +25,7 @@ from .triton_products import TILE_WORDS
 from .triton_row_kernels import _log1p, _one_minus_exp_of_minus
 
 _ROWS = 32
-_TILES = 32
+_TILES = 16
 
 
 def exponential_losses(
@@ -45,6 +45,7 @@ def exponential_losses(
         _loss_kernel[(triton.cdiv(rows, _ROWS),)](
             largest, total, target_logit, word, ignored, target_coef, loss, row_max, log_sum,
             rows, tiles, ROWS=_ROWS, TILES=_TILES, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def exponential_gradients(
             target_coef, row_max, log_sum, coefficient, coefficient.stride(0),
             grad_logsumexp, 0 if grad_logsumexp is None else grad_logsumexp.stride(0),
             rows, largest.size(0), width, LOGIT_SCALE=logit_scale,
-            TILES=_TILES, WORDS=TILE_WORDS, num_warps=8,
+            TILES=_TILES, WORDS=TILE_WORDS, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ _TILE_HIDDEN = 256
 _DEPTH = 64
 # So many rows of tiles are worked on side by side, so that they read the other operand together.
 _GROUP = 8
-_OPTIONS = {"num_warps": 8, "num_stages": 3}
+_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 # Descriptors of the tensor memory access unit take bases and strides of multiples of this.
 _ALIGNMENT_BYTES = 16
 
@@ -96,6 +96,7 @@ def target_logits(
         _target_logits_kernel[(rows,)](
             hidden, *hidden.stride(), weight, *weight.stride(), word, bias, out, depth,
             LOGIT_SCALE=None if logit_scale == 1 else logit_scale, COLUMNS=1024, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -150,25 +150,40 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True, params=["logits", "exponentials"])
+@pytest.fixture(autouse=True)
 def held(request, monkeypatch):
-    """What is held of a chunk, where a device and a problem leave the choice."""
-    is_hopper = request.param == "exponentials"
+    """What is held of a chunk: "exponentials" are of products in 16 bits alone."""
+    is_hopper = getattr(request, "param", "logits") == "exponentials"
     monkeypatch.setattr(holding, "_is_hopper", lambda device: is_hopper)
-    return request.param
+
+
+def _held(*cases):
+    names = [f"{str(dtype).removeprefix('torch.')}-{held}" for dtype, held in cases]
+    return pytest.mark.parametrize(("dtype", "held"), cases, indirect=["held"], ids=names)
+
+
+every_dtype = _held(
+    *((dtype, "logits") for dtype in DTYPES),
+    *((dtype, "exponentials") for dtype in (torch.bfloat16, torch.float16)),
+)
+three_dtypes = _held(
+    *((dtype, "logits") for dtype in (torch.float32, torch.float16)),
+    (torch.float16, "exponentials"),
+)
+both = pytest.mark.parametrize("held", ["logits", "exponentials"], indirect=True)
 
 
 @pytest.mark.parametrize("rows", [4, 512], ids=["chunks", "one_chunk"])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_values_gradients_and_measures(dtype, reduction, options, rows):
     tokens = TOKENS + HIDDEN  # more than one chunk, also where a single one may be larger
     _assert_no_worse(_problem(dtype, tokens, rows, reduction=reduction, **OPTIONS[options]))
 
 
 @pytest.mark.parametrize("options", ["plain", "all"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_coefficient(dtype, options):
     problem = _problem(dtype, reduction="sum", coefficient=True, **OPTIONS[options])
     _assert_no_worse(problem)
@@ -178,12 +193,13 @@ def test_coefficient(dtype, options):
 
 @pytest.mark.parametrize("options", ["plain", "all"])
 @pytest.mark.parametrize("with_z_loss", [False, True], ids=["linear", "square"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_terms_of_log_sum_exps(dtype, with_z_loss, options):
     given = dict.fromkeys(("coefficient", "logsumexp_coefficient"), True) | {"z_loss": with_z_loss}
     _assert_no_worse(_problem(dtype, reduction="sum", **given, **OPTIONS[options]))
 
 
+@both
 def test_float16_keeps_small_probabilities():
     """Those that a loss scale of 2^16 would keep in the unfused model, with few tokens."""
     weight = torch.zeros(VOCAB, HIDDEN, device=DEVICE, dtype=torch.float16)
@@ -204,7 +220,7 @@ def test_float16_keeps_small_probabilities():
 
 @pytest.mark.parametrize("which", ["logsumexp", "both"])
 @pytest.mark.parametrize("options", ["plain", "all"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_gradient_of_logsumexp(dtype, options, which):
     problem = _problem(dtype, reduction="none", **OPTIONS[options])
     upstream, of_lse = torch.randn(2, TOKENS, device=DEVICE)
@@ -239,6 +255,7 @@ def test_a_weight_that_is_a_view_is_not_copied(shape):
     torch.testing.assert_close(results[1], results[0])
 
 
+@both
 @pytest.mark.parametrize("rows", [4, 512])
 def test_narrow_products_of_wide_tensors(rows):
     """As under autocast: gradients of FP32 tensors are not rounded to the dtype of the products."""
@@ -257,6 +274,7 @@ def test_narrow_products_of_wide_tensors(rows):
     reference.assert_no_worse(results, _plain(rounded, upstream), exact, torch.bfloat16)
 
 
+@both
 def test_rounding_is_that_of_one_product_however_many_chunks():
     """The weight's gradient is summed in FP32: 64 roundings to BF16 would be 64 times the error."""
     few = _problem(torch.bfloat16, 128, 128)
@@ -269,6 +287,7 @@ def test_rounding_is_that_of_one_product_however_many_chunks():
         assert one <= other + torch.finfo(torch.bfloat16).eps / 4
 
 
+@both
 @pytest.mark.parametrize("logit_scale", [1.0, -(2.0**12)])
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_fp16_gradients_neither_underflow_nor_overflow(factor, logit_scale):
@@ -285,6 +304,7 @@ def test_fp16_gradients_neither_underflow_nor_overflow(factor, logit_scale):
     reference.assert_no_worse(gradients[:2], unfused[1:], exact[1:], torch.float16)
 
 
+@both
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_fp16_gradients_of_logsumexp_neither_underflow_nor_overflow(factor):
     problem = _problem(torch.float16, reduction="none")
@@ -298,7 +318,7 @@ def test_fp16_gradients_of_logsumexp_neither_underflow_nor_overflow(factor):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@three_dtypes
 @pytest.mark.parametrize("tokens", [0, 6])
 def test_no_row_counts(reduction, dtype, tokens):
     problem = _problem(dtype, tokens, bias=True, reduction=reduction)
@@ -308,17 +328,19 @@ def test_no_row_counts(reduction, dtype, tokens):
     assert not any(gradient.any() for gradient in gradients)
 
 
+@both
 @pytest.mark.parametrize("needed", [[True, False, False], [False, True, False], [False] * 3])
 def test_only_what_is_needed(needed):
-    problem = _problem(bias=True)
+    problem = _problem(torch.bfloat16, bias=True)
     _, gradients, _ = _in_forward(triton_loop, problem, needed)
     _, every, _ = _in_forward(triton_loop, problem, [True] * 3)
     for gradient, full, wanted in zip(gradients, every, needed, strict=True):
         assert torch.equal(gradient, full) if wanted else gradient.numel() == 0
 
 
+@both
 def test_tensors_of_any_stride():
-    plain = _problem(bias=True, reduction="none")
+    plain = _problem(torch.bfloat16, bias=True, reduction="none")
 
     def strided(tensor):
         return torch.stack([tensor, tensor], -1)[..., 0]
@@ -330,10 +352,11 @@ def test_tensors_of_any_stride():
     torch.testing.assert_close(results, expected)
 
 
+@both
 @pytest.mark.parametrize("bad", [-1, VOCAB])
 @pytest.mark.skipif(DEVICE != "cpu", reason="a device assert ends the process: see test_gpu.py")
 def test_target_out_of_range(bad):
-    problem = _problem()
+    problem = _problem(torch.bfloat16)
     problem.target[3] = bad
     with pytest.raises(RuntimeError, match="a target is out of bounds"):
         triton_loop.forward(problem, [])
@@ -357,7 +380,7 @@ class _Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@three_dtypes
 def test_nothing_reads_the_device(reduction, dtype):
     by_row = ("coefficient", "logsumexp_coefficient", "z_loss")
     options = dict.fromkeys(by_row, reduction == "sum") | OPTIONS["all"]
