@@ -77,6 +77,14 @@ def test_backward_twice():
     torch.testing.assert_close(second, 2 * first, rtol=0, atol=0)
 
 
+def test_no_tokens():
+    hidden, weight, target = _inputs(0)
+    loss, *gradients = _results(torch.compile(_head), hidden, weight, target)
+    assert loss.isnan()
+    assert not any(gradient.any() for gradient in gradients)
+    assert torch._dynamo.utils.counters["lmhead_pass"]["rewritten"] == 1
+
+
 @pytest.mark.parametrize("rows", [8, 64])
 def test_any_number_of_chunks_is_one_graph(rows):
     compiled = torch.compile(_head, dynamic=None)
@@ -90,7 +98,7 @@ def test_any_number_of_chunks_is_one_graph(rows):
     assert counts["lmhead_pass"]["rewritten"] == 2
 
 
-@pytest.mark.parametrize("tokens", [4, 13])
+@pytest.mark.parametrize("tokens", [0, 4, 13])
 @pytest.mark.parametrize("needed", [[True, True, False], [True, False, False]])
 def test_fake_results_are_like_real_ones(tokens, needed):
     hidden, weight, target = _inputs(tokens)

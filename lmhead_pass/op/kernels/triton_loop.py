@@ -11,13 +11,14 @@ that count stays a tensor, and rows that do not count go through the products as
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..chunking import gpu_chunks
 from ..holding import EXPONENTIAL_BYTES, can_hold_exponentials, holds_exponentials
-from ..problem import Gradients, Pending, Problem, held_dtype, nothing_pending
+from ..problem import Gradients, Pending, Problem, held_dtype, nothing_pending, padded_width
 from .device_rows import DeviceRows
 from .measures import Measure, Measures
 from .row_terms import GradientSums, power_of_two_scale
@@ -204,8 +205,10 @@ class _GradientSums(GradientSums):
         super().__init__(problem, needed, scale, dtype, new, words)
         one = problem.hidden.new_ones((), dtype=torch.float32)
         self._scale_of_last = one if scale is None else scale.clone()
-        no_rows = problem.hidden.new_empty(0, problem.hidden.size(1))
-        self._last = (no_rows, no_rows)
+        width = padded_width(len(problem.weight), problem.compute_dtype)
+        empty = partial(problem.hidden.new_empty, dtype=problem.compute_dtype)
+        # Of no rows, unless there is a chunk.
+        self._last = (empty((0, width)), empty((0, problem.hidden.size(1))))
 
     def add(self, chunk: slice, hidden: Tensor, grad_logits: Tensor) -> None:
         """Add the share of the rows ``chunk``. ``grad_logits`` is the gradient of their logits."""
