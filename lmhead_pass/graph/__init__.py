@@ -1,14 +1,16 @@
 """What can be said of any pre-grad graph, whoever made it.
 
 ``canonical_ops`` maps every spelling of an operation to one name, ``tensors`` reads what Dynamo
-knows of a node's value, ``mutation`` tells which nodes may write to a tensor, ``stack_trace`` finds
-the user's line, and ``Emitter`` inserts nodes. What cannot be said raises ``Refused``.
+knows of a node's value, ``mutation`` tells which nodes may write to a tensor, and ``randomness``
+which draw random numbers; ``stack_trace`` finds the user's line, and ``Emitter`` inserts nodes.
+What cannot be said raises ``Refused``.
 """
 
 from ..compat.graphs import ENTER_AUTOCAST, ENTER_INFERENCE, EXIT_INFERENCE
 from . import mutation
 from .canonical_ops import arguments, canonical_op, describe, is_in_place, is_pieces
 from .emitter import Emitter, size_of
+from .randomness import draws
 from .refusal import Refusal, Refused
 from .stack_trace import Place, at, place_in, place_of
 from .tensors import (
@@ -42,6 +44,7 @@ __all__ = [
     "at",
     "canonical_op",
     "describe",
+    "draws",
     "gradients_are_recorded",
     "hint",
     "is_cut_off",

@@ -59,7 +59,9 @@ def _word_along(logits: Logits, node: Node, call: dict[str, Any] | None) -> Cons
     return _word(logits, node, call["index"], keeps_dim=True)
 
 
-def _word(logits: Logits, node: Node, target: Node, **options: Any) -> Consumer:
+def _word(
+    logits: Logits, node: Node, target: Node, words: int | None = None, **options: Any
+) -> Consumer:
     if tensor_of(target).dtype != torch.int64:
         raise Refused(f"words are picked with {tensor_of(target).dtype}, not torch.int64")
     match logits.stage:
@@ -69,7 +71,8 @@ def _word(logits: Logits, node: Node, target: Node, **options: Any) -> Consumer:
             kind = ConsumerKind.LOG_PROBABILITY
         case stage:
             raise Refused(f"{describe(node)} reads {stage.value}")
-    return Consumer(node, logits, kind, TargetUse(target), factor=logits.factor, **options)
+    use = TargetUse(target, words=words)
+    return Consumer(node, logits, kind, use, factor=logits.factor, **options)
 
 
 def _getitem(logits: Logits, node: Node) -> Consumer | None:
@@ -93,7 +96,10 @@ def _getitem(logits: Logits, node: Node) -> Consumer | None:
         or not all(_counts(part, dim, sizes) for dim, part in enumerate(numbers))
     ):
         raise Refused("the logits are indexed with tensors that are not one word for each row")
-    return _word(logits, node, target)
+    words = shape[logits.vocab_dim]
+    if not isinstance(words, int):
+        raise Refused(f"{describe(node)} may count from the end of a vocabulary of unknown size")
+    return _word(logits, node, target, words)
 
 
 def _counts(node: Node, dim: int, sizes: list[Any]) -> bool:

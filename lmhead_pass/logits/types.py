@@ -132,6 +132,8 @@ class TargetUse:
     """``[V]``"""
     ignore_index: int = NOTHING_IGNORED
     label_smoothing: float = 0.0
+    words: int | None = None
+    """Negative targets count from the end of so many words. None: there are none."""
 
     @property
     def nodes(self) -> set[Node]:

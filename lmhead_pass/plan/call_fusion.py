@@ -19,6 +19,7 @@ from ..graph import (
     AUTOCAST_SWITCHES,
     ENTER_AUTOCAST,
     canonical_op,
+    draws,
     gradients_are_recorded,
     is_pieces,
     memory_of,
@@ -263,7 +264,8 @@ def _run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:
     )
     written = {storage for node in moved for storage in mutation.memory_written(node)}
     return (
-        all(gradients_are_recorded(node) or not _has_gradient(node) for node in moved)
+        not any(map(draws, moved))
+        and all(gradients_are_recorded(node) or not _has_gradient(node) for node in moved)
         and not any(node.target in AUTOCAST_SWITCHES for node in passed)
         and not any(mutation.writers(passed, of=read))
         and all(written.isdisjoint(memory_of(source)) for source in read_by_passed)

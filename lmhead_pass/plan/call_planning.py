@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from ..graph import Refused, at, describe, hint, mutation, product, tensor_of, value_of
+from ..graph import Refused, at, describe, draws, hint, mutation, product, tensor_of, value_of
 from ..logits import Consumer, ConsumerKind, ScaleRows, TargetUse
 from ..op import plan_rows
 from .types import Match
@@ -76,7 +76,8 @@ def _late_inputs(
 ) -> tuple[Node, ...] | None:
     """The nodes that have to move before ``place``, so that target and class weights are there.
 
-    None if something cannot be: it is made of other than targets, or reads what is written before.
+    None if something cannot be: it is made of other than targets, draws random numbers, or reads
+    what is written before.
     """
     late: set[Node] = set()
     pending = [] if target_use is None else list(target_use.nodes)
@@ -88,6 +89,7 @@ def _late_inputs(
         if (
             not _is_of_integers(node)
             or mutation.may_write(node)
+            or draws(node)
             or any(mutation.writers(before, of=node.all_input_nodes))
         ):
             return None

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..compat.graphs import checkpointed_call
-from ..graph import Refusal, mutation, value_of
+from ..graph import Refusal, draws, mutation, value_of
 from ..logits import follow_logits, large_heads
 from ..plan import Rewrite, find
 from .edit import GraphEdit
@@ -73,6 +73,8 @@ def _lift(region: Node, body: GraphModule, roots: set[Node]) -> LiftedRegion | N
     if not all(map(_may_move, body.graph.nodes)):
         return None
     moved = _depending_on(body.graph, roots)
+    if any(map(draws, moved)):  # it would be drawn in the region, and behind it again
+        return None
     outputs = body.graph.output_node().args[0]
     needed = [
         node

@@ -134,9 +134,10 @@ def _emit_target(emit: Emitter, match: Match, rows: Node) -> Node:
     if use is None:
         size = size_of(emit, _emit_flat(emit, rows), 0)
         return emit("new_full", rows, (size,), NOTHING_IGNORED, dtype=torch.int64)
-    if tensor_of(use.target).dim() == 1:
-        return use.target
-    return emit("reshape", use.target, -1)
+    target = use.target
+    if use.words is not None:
+        target = emit(torch.where, emit("lt", target, 0), emit("add", target, use.words), target)
+    return target if tensor_of(target).dim() == 1 else emit("reshape", target, -1)
 
 
 def _emit_op(

@@ -26,6 +26,7 @@ from ..graph import (
     Refused,
     arguments,
     canonical_op,
+    draws,
     gradients_are_recorded,
     is_cut_off,
     memory_of,
@@ -189,7 +190,7 @@ class _Tail:
             weighted += [(node, 2) for node in self.numbers]
         graph.output_node().args = ((*results[: len(self.numbers)], *results[len(known) :]),)
         graph.eliminate_dead_code()
-        if any(_is_random(node) or node.op == "get_attr" for node in graph.nodes):
+        if any(draws(node) or node.op == "get_attr" for node in graph.nodes):
             raise Refused(f"{self.end} is random")
         used = {source for placeholder, (source, _) in placeholders.items() if placeholder.users}
         reads = used.difference(self.numbers)
@@ -329,10 +330,6 @@ _LOOKING = (
 def _is_zero(node: Node) -> bool:
     """Whether torch.func.vjp has made ``node`` for an input that the result does not depend on."""
     return node.target is _ATEN.zeros_like.default
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _is_square(source: Node, node: Node) -> bool:

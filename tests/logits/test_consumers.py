@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 
 from .. import forms, reference
 from ..backend import rewrite
+from ..checks import check
 
 V = forms.V
 
@@ -186,3 +187,37 @@ def test_logits_that_decide_the_target(loss):
     results = reference.run(rewrite(function), tensors)
     assert counters["lmhead_pass"]["refused"] == 0
     torch.testing.assert_close(results, expected)
+
+
+INDEXED = {
+    "rows": lambda z, y: z.view(-1, V).log_softmax(-1)[torch.arange(y.numel()), y.flatten()],
+    "cut": lambda z, y: z.view(-1, V)[:, : V - 5].log_softmax(-1)[
+        torch.arange(y.numel()), y.flatten()
+    ],
+    "grid": lambda z, y: z.log_softmax(-1)[
+        torch.arange(len(y))[:, None], torch.arange(y.size(1)), y
+    ],
+}
+
+
+@pytest.mark.parametrize("spelling", INDEXED)
+def test_negative_indices_count_from_the_end(spelling):
+    def function(h, w, b, y):
+        mask = y != -30
+        picked = INDEXED[spelling](F.linear(h, w, b), y)
+        return -(picked.view(y.shape) * mask).sum() / mask.sum()
+
+    h, w, b, y = forms.inputs()
+    y = y % (V - 5)
+    y[:, ::3], y[:, 1::4] = -30, -1
+    check(function, (h, w, b, y))
+
+
+def test_an_index_before_the_first_word_is_an_error():
+    def function(h, w, y):
+        return -F.linear(h, w).log_softmax(-1)[torch.arange(len(y)), y].mean()
+
+    h, w = torch.randn(4, 8), torch.randn(V, 8)
+    with pytest.raises(IndexError):
+        rewrite(function)(h, w, torch.tensor([1, -V - 1, 3, 4]))
+    assert counters["lmhead_pass"]["rewritten"] == 1
