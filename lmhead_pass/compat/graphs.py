@@ -101,14 +101,28 @@ def end_of(module: GraphModule) -> GraphEnd | None:
         return None
 
 
-def size_hint(size: torch.SymInt) -> int | None:
-    """The value of a dynamic size while the graph is compiled; None if nothing is known of it."""
+def size_hint(size: torch.SymInt | torch.SymFloat) -> Any:
+    """The value of a dynamic number while the graph is compiled; None if nothing is known of it."""
     try:
-        hint: int | None = size.node.hint
-        return hint
+        return size.node.hint
     except AttributeError:
         report_missing("SymInt.node.hint", "heads with a dynamic vocabulary are left alone")
         return None
+
+
+def are_all_numbers_dynamic() -> bool:
+    """Whether Dynamo takes each number for one that may change (``torch.compile(dynamic=True)``).
+
+    Else only those are dynamic that have changed from one call to another.
+    """
+    name = "torch._dynamo.config.assume_static_by_default"
+    try:
+        return not torch._dynamo.config.assume_static_by_default
+    except AttributeError:
+        report_missing(
+            name, "losses with a dynamic number, such as an ignore_index, are left alone"
+        )
+        return False
 
 
 def is_known_true(condition: Any) -> bool:

@@ -15,8 +15,8 @@ def draws(node: Node) -> bool:
     """Whether ``node``, or a graph that it calls, may take numbers from a random generator."""
     if node.op not in ("call_function", "call_method"):
         return bool(node.op == "call_module")
-    if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded in node.target.tags
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return True
     bodies = [_body(source) for source in node.all_input_nodes]
     if any(draws(inner) for body in bodies if body is not None for inner in body.graph.nodes):
         return True

@@ -68,17 +68,25 @@ def is_number(argument: Any) -> bool:
     return not isinstance(value_of(argument), torch.Tensor | None)
 
 
-def number_of(argument: Any) -> float | int:
-    """Return an argument as a number; raise Refused if the graph computes it.
+def is_symbol(argument: Any) -> bool:
+    """Whether an argument is a number that may be another one in the next call."""
+    return isinstance(value_of(argument), torch.SymFloat | torch.SymInt)
 
-    A guard fixes a dynamic number to the value it has.
-    With ``dynamic=True`` even the attributes of ``nn.CrossEntropyLoss`` come as dynamic numbers.
+
+def number_of(argument: Any) -> float | int:
+    """Return an argument as a number; raise Refused if the graph computes it, or if it changes.
+
+    With ``dynamic=True`` even the attributes of ``nn.CrossEntropyLoss`` come as dynamic numbers: a
+    guard fixes them to the value they have. Otherwise a dynamic number is one that has changed, and
+    would have to be compiled again for each value.
     """
     value = value_of(argument)
-    if isinstance(value, torch.SymFloat):
-        return float(value)
-    if isinstance(value, torch.SymInt):
-        return int(value)
+    if is_symbol(argument):
+        if graphs.size_hint(value) is None:
+            raise Refused(f"{argument} is known at run time only")
+        if not graphs.are_all_numbers_dynamic():
+            raise Refused(f"{argument} is another number in another call")
+        return float(value) if isinstance(value, torch.SymFloat) else int(value)
     if isinstance(value, float | int) and not isinstance(value, bool):
         return value
     raise Refused(f"{argument} is computed in the graph; it has to be a number")

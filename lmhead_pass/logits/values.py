@@ -18,6 +18,7 @@ from ..graph import (
     describe,
     is_in_place,
     is_number,
+    is_symbol,
     number_of,
     same,
     tensor_of,
@@ -71,18 +72,18 @@ def _scaled(logits: Logits, node: Node) -> Logits:
     scale = _scale(logits, node)
     if isinstance(scale, Scale):
         return _then(logits, node, scale)
-    return _scaled_by_tensor(logits, node, scale)
+    return _scaled_by_node(logits, node, scale)
 
 
 def _scale(logits: Logits, node: Node) -> Scale | Node:
-    """The number that ``node`` multiplies by or divides by, or the tensor."""
+    """The number that ``node`` multiplies by or divides by, or what the graph has for it."""
     name = canonical_op(node)
     if name == "neg":
         return Scale(-1.0)
     other, is_reversed = _operands(logits, node)
     if name == "div" and is_reversed:
         raise Refused(f"{describe(node)} divides by the logits")
-    if not is_number(other):
+    if not is_number(other) or (is_symbol(other) and not _has_a_form(logits)):
         return other
     number = number_of(other)
     if name == "div" and number == 0:
@@ -93,23 +94,39 @@ def _scale(logits: Logits, node: Node) -> Scale | Node:
     return scale
 
 
-def _scaled_by_tensor(logits: Logits, node: Node, other: Node) -> Logits:
-    """A temperature that is a tensor, one or one for each row, scales the hidden states instead."""
-    values, tensor = logits.values, tensor_of(other)
+def _has_a_form(logits: Logits) -> bool:
+    """Whether anything was done to the logits that a factor of the hidden states is not part of."""
+    values = logits.values
+    return values.tail is not None or bool(
+        values.biases or values.cap is not None or values.shift != 0
+    )
+
+
+def _scaled_by_node(logits: Logits, node: Node, other: Node) -> Logits:
+    """A temperature that is a tensor, one or one for each row, scales the hidden states instead.
+
+    So does a number that changes from call to call: as a number of the op it would be compiled for
+    each value.
+    """
+    if logits.values.tail is not None:
+        raise Refused(f"{describe(node)} scales masked logits by a tensor")
+    if _has_a_form(logits):
+        raise Refused(f"{describe(node)} scales by a tensor after a bias or softcap")
+    if not is_number(other):
+        _check_factor(logits, node, tensor_of(other))
+    step = ScaleRows(other, divides=canonical_op(node) == "div")
+    return replace(logits, steps=(*logits.steps, step))
+
+
+def _check_factor(logits: Logits, node: Node, tensor: torch.Tensor) -> None:
     dims = tensor_of(logits.node).dim()
     if tensor_of(node).shape != tensor_of(logits.node).shape:
         raise Refused(f"{describe(node)} changes the shape of the logits")
     by_row = logits.vocab_dim == dims - 1 and tensor.dim() > 0 and same(tensor.size(-1), 1)
     if not (by_row or tensor.dim() == 0):
         raise Refused(f"{describe(node)} scales the words of the vocabulary apart")
-    if values.tail is not None:
-        raise Refused(f"{describe(node)} scales masked logits by a tensor")
-    if values.biases or values.cap is not None or values.shift != 0:
-        raise Refused(f"{describe(node)} scales by a tensor after a bias or softcap")
     if not tensor.is_floating_point() or tensor.device != tensor_of(logits.node).device:
         raise Refused(f"{describe(node)} scales by a tensor of {tensor.dtype} on {tensor.device}")
-    step = ScaleRows(other, divides=canonical_op(node) == "div")
-    return replace(logits, steps=(*logits.steps, step))
 
 
 def _add(logits: Logits, node: Node) -> Logits:

@@ -256,6 +256,12 @@ def test_without_size_hints(monkeypatch, caplog):
     assert "has no SymInt.node.hint: heads with a dynamic vocabulary are left alone" in line
 
 
+def test_without_the_setting_of_dynamic_numbers(monkeypatch, caplog):
+    monkeypatch.setattr(torch._dynamo, "config", types.SimpleNamespace())
+    assert not graphs.are_all_numbers_dynamic()
+    assert "has no torch._dynamo.config.assume_static_by_default" in caplog.text
+
+
 def test_without_known_conditions(take, caplog):
     (module,) = captured(lambda x: x * 2, torch.ones(7, 3), dynamic=True)
     *_, x = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]

@@ -214,6 +214,19 @@ def size_hints():
     assert sorted(map(graphs.size_hint, dynamic)) == [3, 7]
 
 
+def dynamic_numbers():
+    seen = []
+
+    def backend(module, example_inputs):
+        seen.append(graphs.are_all_numbers_dynamic())
+        return module
+
+    for dynamic in (None, False, True):
+        torch._dynamo.reset()
+        torch.compile(lambda x: x * 2, backend=backend, dynamic=dynamic)(torch.ones(3))
+    assert seen == [False, False, True]
+
+
 def known_conditions():
     (module,) = captured(lambda x: x * 2, torch.ones(7, 3), dynamic=True)
     *_, x = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
@@ -467,6 +480,7 @@ CANARIES = {
     "GraphModule.meta['dynamo_compile_id']": compile_ids,
     "GraphModule.compile_subgraph_reason": ends_of_graphs,
     "SymInt.node.hint": size_hints,
+    "torch._dynamo.config.assume_static_by_default": dynamic_numbers,
     "torch.fx.experimental.symbolic_shapes.statically_known_true": known_conditions,
     "torch.ops.higher_order.tag_activation_checkpoint": checkpointed,
     "torch.ops.higher_order.autograd_function_apply": autograd_functions,
