@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from gpu import device_milliseconds
 from torch import Tensor
 
 from lmhead_pass.op.kernels import triton_exponential_kernels as of_exponentials
@@ -22,7 +23,6 @@ from lmhead_pass.op.problem import padded_width
 
 SIZES = ["4096x4096x128256", "2816x2304x256000", "4096x8192x128000", "4096x4096x50257"]
 CUDA = torch.device("cuda")
-HEAD_START_CYCLES = 2_000_000
 
 
 def main() -> None:
@@ -112,13 +112,7 @@ def median_ms(steps: dict[str, Callable], rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(HEAD_START_CYCLES)
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
+            times[name].append(device_milliseconds(step))
     return {name: statistics.median(of_step) for name, of_step in times.items()}
 
 

@@ -97,9 +97,8 @@ def _scale(logits: Logits, node: Node) -> Scale | Node:
 def _has_a_form(logits: Logits) -> bool:
     """Whether anything was done to the logits that a factor of the hidden states is not part of."""
     values = logits.values
-    return values.tail is not None or bool(
-        values.biases or values.cap is not None or values.shift != 0
-    )
+    is_masked_or_capped = values.tail is not None or values.cap is not None
+    return is_masked_or_capped or bool(values.biases) or values.shift != 0
 
 
 def _scaled_by_node(logits: Logits, node: Node, other: Node) -> Logits:

@@ -31,8 +31,8 @@ class ChunkLoop(Protocol):
         Returns ``[loss, row_max, log_sum, *measures]``. The first three are in the accumulation
         dtype. The loss is ``[]``, or ``[N]`` for reduction "none". ``row_max`` and ``log_sum``
         ``[N]`` are what the backward of "none" needs of each row: its largest logit, and the log of
-        its sum of ``exp(logit - row_max)``. For rows without a loss these two are 0, unless
-        measures are asked for.
+        its sum of ``exp(logit - row_max)``. For rows without a loss these two may be
+        anything, unless measures are asked for.
         """
 
     def forward_and_gradients(

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_device import on_device_of
+from .triton_math import log_of_sum, one_minus_exp_of_minus
 from .triton_products import TILE_WORDS
-from .triton_row_kernels import _log1p, _one_minus_exp_of_minus
 
 _ROWS = 32
 _TILES = 16
@@ -107,10 +107,7 @@ def _loss_kernel(
         lane_max = new_max
     row_max = tl.maximum(tl.max(lane_max, 0), target_logit)
     total = tl.sum(others * tl.exp(lane_max - row_max[None, :]), 0)
-    # The sum of all exponentials less 1. If the target has the largest logit, its own is this 1,
-    # and is never added.
-    excess = tl.where(target_logit == row_max, total, (total - 1) + tl.exp(target_logit - row_max))
-    log_sum = _log1p(excess)
+    log_sum = log_of_sum(total, target_logit, row_max)
     nll = log_sum - (target_logit - row_max)
     nll = tl.where(has_target, nll, float("nan"))
     loss = tl.load(target_coef_ptr + row, mask=exists, other=0) * nll
@@ -146,7 +143,7 @@ def _gradient_kernel(
         nll = log_sum - (tl.load(target_logit_ptr + row) - row_max)
         share = tl.load(coefficient_ptr + row * coefficient_stride)
         share *= tl.load(target_coef_ptr + row)
-        at_target = -share * _one_minus_exp_of_minus(nll)
+        at_target = -share * one_minus_exp_of_minus(nll)
         if grad_logsumexp_ptr is not None:
             of_lse = tl.load(grad_logsumexp_ptr + row * grad_logsumexp_stride)
             at_target += of_lse * tl.exp(-nll)

@@ -1,7 +1,7 @@
 """The chunk loop on a GPU: Triton kernels on rows between matrix products.
 
-For each chunk of rows one product leaves what ``ChunkRows`` holds of its logits, a kernel on rows
-turns that into losses and, in place, into gradients in the compute dtype, and two products turn
+For each chunk of rows one product leaves what is held of its logits, kernels on rows turn
+that into losses and, in place, into gradients in the compute dtype, and two products turn
 these into gradients of ``hidden`` and ``weight``. ``LogitRows`` (``triton_logits.py``) holds FP32
 logits, and serves everything; ``ExponentialRows`` (``triton_exponentials.py``) is faster, and
 serves what ``holding.py`` says.

@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_device import on_device_of
+from .triton_math import log_of_sum, one_minus_exp_of_minus, tanh_and_slope
 
 # A program holds this much of the logits at a time: 64 bytes in each thread of 8 warps. That leaves
 # registers for the options and for a second program beside it.
@@ -213,7 +214,7 @@ def _gradient_kernel(
         nll = log_sum - (target_logit - row_max)
         target_coef = _target_coef(target, target_logit, vocab, class_weight_ptr, SMOOTHING)
         common = _smoothing_coef_sum(target_logit, class_weight_sum_ptr, SMOOTHING, SMOOTHING_COEF)
-        at_target = common * tl.exp(-nll) - target_coef * _one_minus_exp_of_minus(nll)
+        at_target = common * tl.exp(-nll) - target_coef * one_minus_exp_of_minus(nll)
         if SMOOTHING > 0:
             at_target -= _smoothing_coef(
                 target, vocab, class_weight_ptr, target_logit, SMOOTHING_COEF
@@ -305,11 +306,7 @@ def _loss(
         )  # fmt: skip
     row_max = tl.maximum(tl.max(largest), target_logit)
     total = tl.sum(others * tl.exp(largest - row_max))
-    # The sum of all exponentials less 1. If the target has the largest logit, its own is this 1,
-    # and is never added.
-    confident = target_logit == row_max
-    excess = tl.where(confident, total, (total - 1) + tl.exp(target_logit - row_max))
-    log_sum = _log1p(excess)
+    log_sum = log_of_sum(total, target_logit, row_max)
 
     nll = log_sum - (target_logit - row_max)
     loss = _target_coef(target, target_logit, vocab, class_weight_ptr, SMOOTHING) * nll
@@ -370,7 +367,7 @@ def _logit(
         logit *= LOGIT_SCALE
         slope *= LOGIT_SCALE
     if SOFTCAP is not None:
-        tanh, derivative = _tanh(logit * (1 / SOFTCAP))
+        tanh, derivative = tanh_and_slope(logit * (1 / SOFTCAP))
         return SOFTCAP * tanh, slope * derivative
     else:
         return logit, slope
@@ -414,41 +411,3 @@ def _smoothing_coef_sum(
         return SMOOTHING_COEF * tl.load(class_weight_sum_ptr).to(like.dtype)
     else:
         return tl.full([], SMOOTHING, like.dtype)
-
-
-# Not every backend of Triton has log1p, expm1 and tanh. They are computed from exp and log where
-# that loses no digits, and near 0 from series that are long enough for FP64.
-
-
-@triton.jit
-def _log1p(x):
-    # log(1 + x) = 2 artanh(s) = 2 (s + s^3 / 3 + s^5 / 5 + ...)
-    s = x / (2 + x)
-    series = tl.full([], 1 / 23, x.dtype)
-    for power in tl.static_range(21, 0, -2):
-        series = series * s * s + 1 / power
-    return tl.where(tl.abs(x) < 0.5, 2 * s * series, tl.log(1 + x))
-
-
-@triton.jit
-def _one_minus_exp_of_minus(x):
-    # x (1 - x / 2 (1 - x / 3 (1 - ...)))
-    series = tl.full([], 1, x.dtype)
-    for order in tl.static_range(15, 1, -1):
-        series = 1 - x / order * series
-    return tl.where(tl.abs(x) < 0.5, x * series, 1 - tl.exp(-x))
-
-
-@triton.jit
-def _tanh(x):
-    """tanh(x) and its derivative, with one reciprocal."""
-    e = tl.exp(-2 * tl.abs(x))
-    is_near = tl.abs(x) < 0.5
-    # Lambert's continued fraction to its seventh level.
-    s = x * x
-    near = x * (135135 + s * (17325 + s * (378 + s)))
-    near_below = 135135 + s * (62370 + s * (3150 + s * 28))
-    reciprocal = 1 / tl.where(is_near, near_below, 1 + e)
-    tanh = tl.where(is_near, near, tl.where(x < 0, e - 1, 1 - e)) * reciprocal
-    # Not 1 - tanh^2 where tanh is close to 1: that loses nearly all digits.
-    return tanh, tl.where(is_near, 1 - tanh * tanh, 4 * e * reciprocal * reciprocal)
