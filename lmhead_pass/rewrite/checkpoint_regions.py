@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..compat.graphs import checkpointed_call
 from ..graph import Refusal, draws, mutation, value_of
-from ..logits import follow_logits, large_heads
+from ..logits import Flow, follow_logits, is_loss, large_heads
 from ..plan import Rewrite, find
 from .edit import GraphEdit
 from .lifted_region import LiftedRegion, is_call
@@ -56,8 +56,16 @@ def find_across_regions(edit: GraphEdit) -> list[Rewrite | Refusal]:
 
 
 def _roots(region: Node, body: GraphModule) -> set[Node]:
-    """Heads and calls of the op in ``body``, and those of its inputs that are logits."""
-    roots = {head.node for head in large_heads(body.graph)}
+    """Heads and calls of the op in ``body``, and those of its inputs that are logits.
+
+    A large linear layer that feeds an attention or an activation of the region is no head.
+    """
+    has_loss = any(map(is_loss, body.graph.nodes))
+    roots = {
+        head.node
+        for head in large_heads(body.graph)
+        if has_loss or _may_have_loss(follow_logits(head))
+    }
     roots.update(node for node in body.graph.nodes if is_call(node))
     for head in large_heads(region.graph):
         flow = follow_logits(head)
@@ -65,6 +73,11 @@ def _roots(region: Node, body: GraphModule) -> set[Node]:
             inputs = zip(body.graph.find_nodes(op="placeholder"), region.args[1:], strict=True)
             roots.update(inner for inner, outer in inputs if outer in flow.nodes)
     return roots
+
+
+def _may_have_loss(flow: Flow) -> bool:
+    """Whether these logits are read as logits in a region without a loss, or leave it."""
+    return bool(flow.consumers or flow.returned)
 
 
 def _lift(region: Node, body: GraphModule, roots: set[Node]) -> LiftedRegion | None:

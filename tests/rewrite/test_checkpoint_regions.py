@@ -112,3 +112,20 @@ def test_what_is_not_rewritten_stays_in_its_region(function):
     assert counters["lmhead_pass"]["rewritten"] == 0
     assert graphs[0] == graphs[1]
     torch.testing.assert_close(results, expected)
+
+
+def attention(h, qkv, w_up):
+    q, k, v = F.linear(h, qkv).chunk(3, dim=-1)
+    h = h + F.scaled_dot_product_attention(q, k, v)
+    return F.relu(F.linear(h, w_up), inplace=True)[..., : h.size(-1)] + h
+
+
+def test_wide_layers_of_a_block_are_no_heads():
+    """They go into an attention, which may draw, and are written in place."""
+    hidden, weight, _, target = forms.inputs()
+    size = hidden.size(-1)
+    qkv, up = (torch.randn(words, size, requires_grad=True) for words in (3 * size, 256))
+    check(
+        lambda h, qkv, up, w, y: kept(head_and_loss, kept(attention, h, qkv, up), w, y),
+        (hidden, qkv, up, weight, target),
+    )
