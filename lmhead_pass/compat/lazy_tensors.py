@@ -4,12 +4,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .lookup import NO_LAZY_LOGITS, find
 
 tree_leaves = find("torch.utils._pytree.tree_leaves", NO_LAZY_LOGITS)
 """Everything in nested containers."""
+tree_flatten = find("torch.utils._pytree.tree_flatten", NO_LAZY_LOGITS)
+"""Everything in nested containers, and what these look like."""
 tree_map = find("torch.utils._pytree.tree_map", NO_LAZY_LOGITS)
 """Nested containers with a function of each thing in them."""
 
@@ -24,16 +27,21 @@ no_torch_function = find("torch._C._disabled_torch_function_impl", NO_LAZY_LOGIT
 is_fake = find("torch._subclasses.fake_tensor.is_fake", NO_LAZY_LOGITS)
 """Whether a tensor, or what it wraps, is a fake one."""
 
-is_view = find("torch.Tensor._is_view", NO_LAZY_LOGITS)
-"""Whether autograd knows a tensor as a view of another, which is its ``view_base``."""
-view_base = find("torch.Tensor._base", NO_LAZY_LOGITS)
-find("torch.Tensor._version", NO_LAZY_LOGITS)
-
+_swap = find("torch.utils.swap_tensors", NO_LAZY_LOGITS)
 _parse_to = find("torch._C._nn._parse_to", "to() computes logits that are not read yet")
+new_fake_mode = find("torch._subclasses.fake_tensor.FakeTensorMode", NO_LAZY_LOGITS)
+"""A mode with fake tensors of its own."""
 _no_modes = find("torch.utils._python_dispatch._disable_current_modes", NO_LAZY_LOGITS)
+_modes = find("torch._C._len_torch_dispatch_stack", NO_LAZY_LOGITS)
+_transform = find("torch._C._functorch.peek_interpreter_stack", NO_LAZY_LOGITS)
 _no_transforms = find(
     "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack", NO_LAZY_LOGITS
 )
+
+
+def is_inside_of_modes() -> bool:
+    """Whether a dispatch mode or a torch.func transform (grad, vmap, ...) is around this."""
+    return _transform() is not None or _modes() > 0
 
 
 @contextlib.contextmanager
@@ -43,14 +51,43 @@ def outside_of_modes() -> Iterator[None]:
         yield
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often ``tensor`` was written to in place."""
-    return tensor._version
-
-
 def read_to(*args: Any, **kwargs: Any) -> tuple[Any, ...] | None:
     """The device, dtype, non_blocking and memory_format that ``Tensor.to`` is given.
 
     None if they cannot be read.
     """
     return None if _parse_to is None else _parse_to(*args, **kwargs)
+
+
+keeps_graph = find("torch._C._autograd._get_current_graph_task_keep_graph", NO_LAZY_LOGITS)
+"""Whether the backward under way is to leave the graph for another one (``retain_graph``)."""
+
+
+def autocast_state(device: str) -> tuple[Any, ...]:
+    """What autocast does on a kind of device: for ``autocast_as``."""
+    return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def autocast_as(state: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+    """A block in the ``autocast_state`` that was."""
+    device, enabled, dtype = state
+    if autocast_state(device) == state:
+        return contextlib.nullcontext()
+    return torch.autocast(device, dtype, enabled)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """A number that all tensors in the same memory share."""
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def give_history(tensor: Tensor, other: Tensor) -> None:
+    """Let ``tensor``, wherever it is held, be what ``other`` is, and the other way round."""
+    _swap(tensor, other)
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether ``value`` is a tensor, or a tuple or list of some."""
+    items = value if isinstance(value, tuple | list) else (value,)
+    return bool(items) and all(isinstance(item, Tensor) for item in items)

@@ -8,7 +8,7 @@ here.
 
 from .call_fusion import FusedCall, plan_fused_calls
 from .matcher import find, has_no_head, unread_heads
-from .returned_plan import is_whole, recipe_of, sources_of
+from .returned_plan import is_whole, leaves_its_hidden_states, recipe_of
 from .types import Match, Rewrite
 
 __all__ = [
@@ -18,8 +18,8 @@ __all__ = [
     "find",
     "has_no_head",
     "is_whole",
+    "leaves_its_hidden_states",
     "plan_fused_calls",
     "recipe_of",
-    "sources_of",
     "unread_heads",
 ]

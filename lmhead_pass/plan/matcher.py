@@ -24,7 +24,13 @@ from ..logits import (
     read_head,
 )
 from .call_planning import plan_calls
-from .returned_plan import check_returned, is_whole
+from .returned_plan import (
+    check_returned,
+    check_together,
+    ends_in_a_break,
+    is_whole,
+    is_worth_deferring,
+)
 from .types import Rewrite
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -37,18 +43,27 @@ _INPUT = (
 )
 
 
-def find(graph: Graph) -> list[Rewrite | Refusal]:
-    """Everything in ``graph`` that computes a loss over logits, in the order of the heads."""
+def find(graph: Graph, of_loss_alone: bool = True) -> list[Rewrite | Refusal]:
+    """Everything in ``graph`` that computes a loss over logits, in the order of the heads.
+
+    Unless ``of_loss_alone``, everything that reads logits and that the op can compute.
+    """
     flows = [follow_logits(head) for head in large_heads(graph)]
     claims = Counter(node for flow in flows for node in _claimed(flow))
     found: list[Rewrite | Refusal] = []
     for flow in flows:
-        losses = [consumer for consumer in flow.consumers if consumer.kind in _OF_A_LOSS]
+        losses = [
+            consumer
+            for consumer in flow.consumers
+            if consumer.kind in _OF_A_LOSS or not of_loss_alone
+        ]
         try:
             if losses:
                 _check_nobody_else(flow, any(claims[node] > 1 for node in _claimed(flow)))
                 _check_derivatives(graph)
                 found.append(_rewrite(flow))
+            elif _only_leave(flow):
+                found += _deferred(flow, any(claims[node] > 1 for node in _claimed(flow)))
             else:
                 found += _unread_log_softmaxes(flow)
         except Refused as refused:
@@ -124,12 +139,38 @@ def _check_derivatives(graph: Graph) -> None:
 def _rewrite(flow: Flow) -> Rewrite:
     nodes = tuple(node for node in flow.head.node.graph.nodes if node in flow.nodes)
     returned = tuple(check_returned(logits) for logits in flow.returned)
+    if config.returned_logits == "lazy":
+        check_together(returned)
     consumers, lazily = flow.consumers, returned
     if config.returned_logits == "detach":
         computed = [Consumer(logits.node, logits, ConsumerKind.RETURNED) for logits in returned]
         consumers, lazily = [*consumers, *computed], ()
-    calls = plan_calls(consumers, returns_logits=bool(returned))
+    calls = plan_calls(consumers, returns_logits=bool(returned)) if consumers else ()
     return Rewrite(calls, lazily, nodes, flow.metadata_uses)
+
+
+def _only_leave(flow: Flow) -> bool:
+    """Whether these are a language model's logits, which leave the graph for good."""
+    graph = flow.head.node.graph
+    return (
+        bool(flow.returned)
+        and not flow.unsupported
+        and config.returned_logits == "lazy"
+        and is_whole(graph)
+        and not ends_in_a_break(graph)
+        and is_worth_deferring(flow)
+    )
+
+
+def _deferred(flow: Flow, is_mixed: bool) -> Iterator[Rewrite]:
+    """A head of whose logits no loss is taken in the graph: they are returned lazily, if they can
+    be. If not, nothing is lost, and there is nothing to tell."""
+    try:
+        _check_nobody_else(flow, is_mixed)
+        _check_derivatives(flow.head.node.graph)
+        yield _rewrite(flow)
+    except Refused:
+        return
 
 
 def _unread_log_softmaxes(flow: Flow) -> Iterator[Refusal]:

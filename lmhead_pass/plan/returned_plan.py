@@ -1,9 +1,9 @@
 """Logits that leave the graph: whether they can be computed when they are read, and what then
 stands for them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch.fx import Graph, Node
 from typing_extensions import assert_never
 
@@ -11,16 +11,14 @@ from .. import compat, config
 from ..compat import graphs
 from ..compat.compiling import is_part_of_ddp, why_not_lazy
 from ..compat.graphs import tree_leaves
-from ..compat.lazy_tensors import version_of
 from ..graph import (
     Refused,
     canonical_op,
     describe,
+    hint,
     memory_of,
     mutation,
     tensor_of,
-    value_of,
-    wraps_none,
 )
 from ..logits import (
     AddNumber,
@@ -28,6 +26,7 @@ from ..logits import (
     Cast,
     FillMasked,
     FillTail,
+    Flow,
     KeepWords,
     Logits,
     Scale,
@@ -37,6 +36,8 @@ from ..logits import (
 )
 from ..returned import Step, StepKind
 
+# A vocabulary is at least so many times as large as hidden states, or its head may be no head.
+_WIDER = 6
 _INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
 
 
@@ -45,7 +46,7 @@ def check_returned(logits: Logits) -> Logits:
     if logits.stage is not Stage.LOGITS:
         raise Refused("the compiled function returns log-probabilities. Return the loss alone")
     if config.returned_logits == "detach":
-        if tensor_of(logits.node).requires_grad and _ends_in_a_break(logits.node.graph):
+        if tensor_of(logits.node).requires_grad and ends_in_a_break(logits.node.graph):
             raise Refused(
                 "a graph break follows, and code after it that uses the logits would lose their "
                 "gradient, since config.returned_logits is 'detach'. Remove the break "
@@ -67,55 +68,39 @@ def check_returned(logits: Logits) -> Logits:
             f"the logits are returned, and {describe(writer)} may change the head's input, weight "
             f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
         )
-    _check_sources(logits)
     return logits
 
 
-def _check_sources(logits: Logits) -> None:
-    """Refused if a gradient of ``logits`` by an input of the graph would be dropped silently.
+def is_worth_deferring(flow: Flow) -> bool:
+    """Whether the logits of ``flow`` look like those of a language model, and are large.
 
-    What a compiled function returns keeps the history of plain inputs that it leaves as they are.
+    A projection of a block (queries, keys and values; gates) is no more than a few times as wide as
+    its input. Where few tokens are generated without a gradient, watching the weight for changes
+    would cost more than the logits do.
     """
-    sources = sources_of(logits)
-    reasons = [
-        f"{describe(source)} is a {type(value_of(source)).__name__}, not a plain tensor"
-        for source in sources
-        if not wraps_none(value_of(source))
-    ]
-    known = filter(mutation.writes, logits.node.graph.nodes)
-    writers = mutation.writers(known, of=sources)
-    reasons += (f"{describe(writer)} changes an input in place" for writer in writers)
-    # Of what only may write, such as custom autograd functions, Dynamo's run on these fakes tells.
-    reasons += (
-        f"{describe(source)} is changed in place"
-        for source in sources
-        if version_of(value_of(source)) > 0
-    )
-    for reason in reasons:
-        raise Refused(
-            "the logits are returned, and a gradient through them could not be refused, since "
-            f"{reason}. {_INSTEAD}"
-        )
+    hidden_size = hint(tensor_of(flow.head.hidden).size(flow.head.hidden_dim))
+    rows = hint(tensor_of(flow.head.hidden).numel()) // max(1, hidden_size)
+    is_wide = hint(flow.head.vocab_size) >= _WIDER * hidden_size
+    return is_wide and (tensor_of(flow.head.node).requires_grad or rows >= hidden_size)
 
 
-def sources_of(logits: Logits) -> list[Node]:
-    """The inputs of the graph that a gradient of the logits would flow to."""
-    if not tensor_of(logits.node).requires_grad:
-        return []
-    nodes = list(logits.node.graph.nodes)
-    needed, memory = {logits.node}, memory_of(logits.node)
-    for node in reversed(nodes[: nodes.index(logits.node) + 1]):
-        if node in needed or not memory.isdisjoint(mutation.memory_written(node)):
-            needed.update(node.all_input_nodes)
-            memory.update(*map(memory_of, node.all_input_nodes))
-    return [
-        node
-        for node in nodes
-        if node.op == "placeholder"
-        and node in needed
-        and isinstance(value_of(node), torch.Tensor)
-        and value_of(node).requires_grad
-    ]
+def check_together(returned: Sequence[Logits]) -> None:
+    """Refused if logits that leave the graph share memory, and are not the same."""
+    for number, logits in enumerate(returned):
+        for other in returned[:number]:
+            if logits.node is not other.node and memory_of(logits.node) & memory_of(other.node):
+                raise Refused(
+                    f"{describe(logits.node)} and {describe(other.node)} are returned, two views "
+                    f"of the same logits. {_INSTEAD}"
+                )
+
+
+def leaves_its_hidden_states(logits: Logits) -> bool:
+    """Whether the hidden states leave the graph, too, so that a gradient finds its way back.
+
+    Without it, it is refused: parts into which DDP cuts a graph have to return what they did.
+    """
+    return tensor_of(logits.node).requires_grad and not is_part_of_ddp()
 
 
 def _for_later(logits: Logits) -> Logits:
@@ -142,7 +127,7 @@ def _are_returned_from_a_part(logits: Node) -> bool:
     return compat.DDP_PARTS_RETURN_SUBCLASSES and results[-1] is logits
 
 
-def _ends_in_a_break(graph: Graph) -> bool:
+def ends_in_a_break(graph: Graph) -> bool:
     """Whether what ``graph`` returns goes to the rest of the function, or may do so."""
     end = graphs.end_of(graph.owning_module)
     return end is None or end.is_break

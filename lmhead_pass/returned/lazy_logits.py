@@ -1,163 +1,44 @@
 """Logits that a compiled function returns and that nobody has read yet.
 
-A model that returns its logits beside the loss gives :class:`LazyLogits` instead: a tensor with the
-logits' shape, dtype and device that holds the hidden states and the head's own parameters, and
-computes the logits when their values are first needed.
+Where a model returns its logits, :class:`LazyLogits` leave it instead: a tensor with the logits'
+shape, dtype, device and gradient that holds the hidden states and the head's own parameters. What
+has the vocabulary and is made of them (views, casts, a log_softmax) is written down; what has it no
+longer (a cross entropy, a logsumexp) is computed by the op. All else reads the logits: they are
+computed once, and kept.
 """
 
+import contextlib
+import importlib
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compat import lazy_tensors as compat
 from ..compat.compiling import is_compiling
-from .gradient_refusal import SETTING, refuse_gradient
+from . import reading
+from .cells import Call, Cell
+from .history import Become, Consume, Derive, Gate, Head, Values
+from .likes import likes_of
+from .metadata import METADATA
 from .recipe import Recipe
-
-# These ask for something, or set something, that does not depend on a tensor's values.
-_METADATA = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in (
-            *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes"),
-            *("requires_grad", "grad_fn", "grad", "is_leaf", "retains_grad", "_version"),
-            *("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta"),
-            *("is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"),
-        )
-        if hasattr(Tensor, name)
-    ),
-    *(
-        getattr(namespace, name)
-        for namespace in (Tensor, torch)
-        for name in (
-            *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"),
-            *("is_contiguous", "element_size", "get_device", "is_inference"),
-            *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg"),
-        )
-        if hasattr(namespace, name)
-    ),
-    *(Tensor.__len__, Tensor.__hash__, Tensor.__dir__, Tensor.register_hook),
-}
-
-# These give a view, a cast or a detached alias, if none of their other arguments is a tensor.
-_DERIVING = {
-    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
-    *(
-        getattr(namespace, name)
-        for namespace in (Tensor, torch)
-        for name in (
-            *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"),
-            *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t"),
-            *("__getitem__", "select", "narrow"),
-            *("to", "float", "half", "bfloat16", "double", "contiguous", "detach"),
-        )
-        if hasattr(namespace, name)
-    ),
-}
-# To autograd unread logits are a view of another tensor. Callers are not to see that.
-_ANSWERS = {
-    compat.is_view: False,
-    getattr(compat.view_base, "__get__", None): None,
-}
-_DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
-
-
-class _Logits:
-    """Logits that are not computed yet.
-
-    ``history()`` is the tensor that a gradient would flow to, while a tensor needs it; else None.
-    """
-
-    def __init__(self, recipe: Recipe, history: Tensor | None) -> None:
-        self.recipe = recipe
-        self.history = weakref.ref(history) if history is not None else lambda: None
-
-    def compute(self) -> Tensor:
-        logits = self.recipe.compute()
-        if (history := self.history()) is not None:
-            refuse_gradient(logits, [history])
-        return logits
-
-
-class _Derived:
-    """A view, a cast or a detached alias of logits that are not read yet."""
-
-    def __init__(self, base: "_Cell", operation: Callable[[Tensor], Tensor]):
-        self.base = base
-        self.operation = operation
-        self.grad_enabled = _gradients_are_recorded()
-
-    def compute(self) -> Tensor:
-        assert self.base.value is not None
-        with torch.set_grad_enabled(self.grad_enabled):
-            return self.operation(self.base.value)
-
-
-class _Cell:
-    """A value that is computed when it is first read, and kept from then on.
-
-    All that was derived from it before is computed at the same time: the reader may change it next.
-    """
-
-    def __init__(self, source: _Logits | _Derived | None, value: Tensor | None = None):
-        self.source = source
-        self.value = value
-        self.derived: list[weakref.ref[_Cell]] = []
-
-    def derive(self, operation: Callable[[Tensor], Tensor]) -> "_Cell":
-        cell = _Cell(_Derived(self, operation))
-        self.derived.append(weakref.ref(cell))
-        return cell
-
-    def read(self) -> Tensor:
-        if self.source is not None:
-            first = self
-            while isinstance(first.source, _Derived):
-                first = first.source.base
-            # The value may be read again elsewhere, so no mode or transform of this reader applies.
-            with compat.outside_of_modes(), torch.inference_mode(False):
-                first._compute()
-        assert self.value is not None
-        return self.value
-
-    def _compute(self) -> None:
-        if self.value is None:  # It was computed before if computing something derived then failed.
-            assert self.source is not None
-            self.value = self.source.compute()
-        for derived in self.derived:
-            if (cell := derived()) is not None:
-                cell._compute()
-        self.derived.clear()
-        self.source = None
+from .steps import COMPUTED, DETACHING, PIECES, is_in_place, is_written_down
 
 
 class LazyLogits(Tensor):
-    """A tensor whose values are computed when they are first needed, and kept.
+    """A tensor whose values are computed when they are first needed, and kept."""
 
-    Its size, dtype and device are known before, and so is whether it requires a gradient. Views,
-    casts and ``detach()`` of unread logits are unread logits. A gradient that would flow into them
-    raises a RuntimeError.
-    """
-
-    _cell: _Cell
-    _like: Tensor
-    _history: Tensor | None
+    _cell: Cell
+    _untouched: Recipe | None
+    """Of logits that were just returned: their history is put in at the first touch. When they are
+    made, the hidden states do not have theirs yet."""
 
     @staticmethod
-    def __new__(
-        cls,
-        cell: _Cell,
-        like: Tensor,
-        device: torch.device,
-        history: Tensor | None = None,
-    ) -> "LazyLogits":
-        """``like`` has the size, strides and dtype of the values, and is on the meta device.
-
-        ``history`` is a tensor that a gradient would flow to; None if none is required.
-        """
+    def __new__(cls, cell: Cell, device: torch.device) -> "LazyLogits":
+        like = cell.like
         self: LazyLogits = compat.make_wrapper(
             cls,
             like.size(),
@@ -169,48 +50,55 @@ class LazyLogits(Tensor):
         # It has no memory: code that takes its address is to fail.
         compat.forbid_address(self)
         self._cell = cell
-        self._like = like
-        self._history = history
-        if history is None:
-            return self
-        # Autograd detaches the results of a compiled function that are no views.
-        with torch.enable_grad(), compat.without_torch_function():
-            refuse_gradient(self, [history])
-            return cast(LazyLogits, torch.ops.aten.alias(self))
+        self._untouched = None
+        cell.owner = weakref.ref(self)
+        return self
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, inputs: Sequence[Tensor]) -> "LazyLogits":
-        """A gradient would flow to ``inputs``, which are inputs of the compiled function."""
-        if not all(source.requires_grad for source in inputs):
-            raise RuntimeError(
-                "lmhead_pass: a compiled function returned logits without computing them, and a "
-                "gradient through them could not be refused, since an input that it goes to was "
-                "changed in place where no gradient is seen. Return the loss alone, or set "
-                f"{SETTING}."
-            )
-        history = None
-        if recipe.requires_grad:
-            history = torch.empty(0)  # of the inputs, without their values
-            refuse_gradient(history, inputs)
-        return cls(_Cell(_Logits(recipe, history)), recipe.like(), recipe.hidden.device, history)
+    def from_recipe(cls, recipe: Recipe) -> Tensor:
+        """The logits of a compiled function that has just run."""
+        # What is made of the logits and detached keeps nothing of the model's graph.
+        cell = Cell(replace(recipe, hidden=recipe.hidden.detach()), recipe.like())
+        reading.watch(cell)
+        device = recipe.hidden.device
+        if not recipe.requires_grad:
+            return cls(cell, device)
+        with torch.enable_grad(), compat.without_torch_function():
+            gated = Gate.apply(cls(cell, device), torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
+            # Autograd detaches the results of a compiled function that are no views.
+            alias: LazyLogits = torch.ops.aten.alias(gated)
+        alias._cell, alias._untouched = cell, recipe
+        cell.owner = lambda: None
+        return alias
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        logits = _lazy_in((args, kwargs))
+        for tensor in logits:
+            _touch(tensor)
         if is_compiling():
-            return _as_input(func, args, kwargs)
-        known = _without_reading(func, args, kwargs)
-        return _on_values(func, args, kwargs) if known is NotImplemented else known
+            # torch.compile looks at an input: it gets the values from __tensor_flatten__.
+            if func is Tensor.__repr__:
+                return f"{type(args[0]).__qualname__}(...)"
+            with compat.without_torch_function():
+                return func(*args, **kwargs)
+        if func in METADATA or func in _OF_AUTOGRAD:
+            with compat.without_torch_function():
+                return func(*args, **kwargs)
+        if is_in_place(func) or kwargs.get("out") is not None:
+            return _write(func, args, kwargs)
+        result = _without_reading(func, args, kwargs, logits)
+        return _on_values(func, args, kwargs) if result is NotImplemented else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            logits = args[0]  # autograd, which runs before this, gives the result its history
-            alias = cls(logits._cell, logits._like, logits.device)
-            alias._history = logits._history
-            return alias
+            # Autograd, which runs before this, gives the result its history.
+            (logits,) = args
+            return cls(_derived(Tensor.detach, logits), logits.device)
         return _on_values(func, args, kwargs or {})
 
     # As inputs of another compiled function, torch.compile flattens lazy logits to their values.
@@ -220,6 +108,7 @@ class LazyLogits(Tensor):
         return self._cell.read()
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
+        _touch(self)
         return ["_value"], None
 
     def _stable_hash_for_caching(self) -> str:
@@ -230,81 +119,240 @@ class LazyLogits(Tensor):
         inner: dict[str, Tensor], context: None, outer_size: Any, outer_stride: Any
     ) -> "LazyLogits":
         value = inner["_value"]
-        return LazyLogits(_Cell(None, value), value, value.device)
+        return LazyLogits(Cell(None, value, value), value.device)
 
 
-def _as_input(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What torch.compile finds when lazy logits are an input of what it compiles.
-
-    Here it looks at the tensor itself; it gets the values from ``__tensor_flatten__``.
-    """
-    if func in _ANSWERS:
-        return _ANSWERS[func]
-    if func is Tensor.__repr__:
-        return f"{type(args[0]).__qualname__}(...)"
-    with compat.without_torch_function():
-        return func(*args, **kwargs)
+# They get lazy logits as they are, and autograd finds their history.
+_OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
-def _on_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _reader_of(call: Call, root: Cell) -> Callable[..., Tensor] | None:
+    """What computes a call whose result has no vocabulary; None if only the logits' values do."""
+    # The matcher that reads graphs, which nothing here is to wait for.
+    reader: Callable[..., Tensor] | None
+    reader = importlib.import_module("lmhead_pass.outside").reader_of(call, root)
+    return reader
+
+
+def _lazy_in(arguments: Any) -> list[LazyLogits]:
+    return [leaf for leaf in compat.tree_leaves(arguments) if isinstance(leaf, LazyLogits)]
+
+
+def _touch(logits: LazyLogits) -> None:
+    """Give logits that were just returned their history."""
+    recipe, cell = logits._untouched, logits._cell
+    if recipe is None:
+        return
+    logits._untouched = None
+    inputs = list(recipe.tensors)
+    if recipe.hidden_requires_grad and not inputs[0].requires_grad:
+        inputs.append(torch.empty(0, requires_grad=True))
+    with (
+        compat.outside_of_modes(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        compat.without_torch_function(),
+    ):
+        device = logits.device
+        twin = Head.apply(lambda: LazyLogits(cell, device), recipe, cell.is_late, *inputs)  # type: ignore[no-untyped-call]
+        cell.owner = lambda: None
+        # Not if a function of autograd's holds it already: then a gradient is refused.
+        with contextlib.suppress(RuntimeError):
+            compat.give_history(logits, twin)
+    cell.owner = weakref.ref(logits)
+
+
+def _without_reading(
+    func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]
+) -> Any:
+    """The result of ``func`` for unread logits; NotImplemented if it has to read them."""
+    cells = [tensor._cell for tensor in logits]
+    roots = {cell.root for cell in cells}
+    others = [
+        leaf
+        for leaf in compat.tree_leaves((args, kwargs))
+        if isinstance(leaf, Tensor) and not isinstance(leaf, LazyLogits)
+    ]
+    if (
+        len(roots) != 1
+        or None in roots
+        or any(cell.value is not None for cell in cells)
+        or any(tensor.requires_grad for tensor in others)
+        or torch.is_inference_mode_enabled()
+        or compat.is_inside_of_modes()
+    ):
+        return NotImplemented
+    given, named = _with_cells(args, kwargs)
+    likes = likes_of(func, given, named, logits[0].device)
+    if likes is None:
+        return NotImplemented
+    is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
+    if is_written_down(func, likes, cells):
+        return _write_down(func, args, kwargs, logits, likes, others)
+    if func not in COMPUTED or not isinstance(likes, Tensor):
+        return NotImplemented
+    (root,) = roots
+    assert root is not None
+    call = _call(func, args, kwargs, logits[0].device.type)
+    compute = _reader_of(call, root)
+    if compute is None:
+        return NotImplemented
+    assert isinstance(root.source, Recipe)
+    root.source.check_unchanged()
+    if not is_recorded or not likes.is_floating_point():
+        with torch.no_grad():
+            return compute(*(tensor.detach() for tensor in root.source.tensors))
+    # A gradient ends at logits that are detached from what they are made of.
+    has_way_back = not any(cell.is_detached for cell in cells)
+    inputs = tuple(
+        tensor.detach().requires_grad_(has_way_back and is_wanted)
+        for tensor, is_wanted in zip(root.source.tensors, root.source.wanted, strict=True)
+    )
+    given = [_tensor_of(cell, logits) for cell in call.cells]
+    return Consume.apply(lambda: compute(*inputs), call, inputs, *given)  # type: ignore[no-untyped-call]
+
+
+def _tensor_of(cell: Cell, logits: Sequence[LazyLogits]) -> LazyLogits:
+    return next(tensor for tensor in logits if tensor._cell is cell)
+
+
+def _with_cells(args: Any, kwargs: Any) -> Any:
+    return compat.tree_map(
+        lambda leaf: leaf._cell if isinstance(leaf, LazyLogits) else leaf, (args, kwargs)
+    )
+
+
+def _call(func: Any, args: Any, kwargs: Any, device: str, item: int | None = None) -> Call:
+    args, kwargs = _with_cells(args, kwargs)
+    return Call(func, tuple(args), kwargs, item, compat.autocast_state(device))
+
+
+def _write_down(
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    logits: Sequence[LazyLogits],
+    likes: Any,
+    others: Sequence[Tensor],
+) -> Any:
+    """Lazy logits for what ``func`` makes of others; NotImplemented if it may not be kept."""
+    if any(tensor.numel() > logits[0]._cell.like.numel() / 16 for tensor in others):
+        return NotImplemented
+    # Their values may be others when the logits are read.
+    copies = {id(tensor): tensor.detach().clone() for tensor in others}
+    args, kwargs = compat.tree_map(lambda leaf: copies.get(id(leaf), leaf), (args, kwargs))
+    if func in PIECES:
+        return type(likes)(
+            _made(func, args, kwargs, logits, like, item) for item, like in enumerate(likes)
+        )
+    if len(logits) == 1 and likes is logits[0]._cell.like:
+        return logits[0]  # as contiguous() and to() return what they are given
+    return _made(func, args, kwargs, logits, likes)
+
+
+def _made(
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    logits: Sequence[LazyLogits],
+    like: Tensor,
+    item: int | None = None,
+) -> Tensor:
+    device = logits[0].device
+    call = _call(func, args, kwargs, device.type, item)
+    cell = Cell(call, like)
+    if func in DETACHING:
+        cell.is_detached = True
+    given = [_tensor_of(source, logits) for source in call.cells]
+    is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if func in DETACHING or not is_recorded:
+        return LazyLogits(cell, device)
+    made: Tensor = Derive.apply(lambda: LazyLogits(cell, device), call, *given)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _derived(func: Any, logits: LazyLogits) -> Cell:
+    cell = Cell(_call(func, (logits,), {}, logits.device.type), logits._cell.like)
+    if logits._cell.value is not None:
+        cell.read()
+    return cell
+
+
+def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call ``func`` with the values of the lazy logits among its arguments."""
-    lazy = [leaf for leaf in compat.tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)]
-    values = {id(logits): logits._cell.read() for logits in lazy}
+    lazy = _lazy_in((args, kwargs))
+    for logits in lazy:
+        if logits._cell.value is None:
+            reading.tell(func, logits._cell)
+    values = {id(logits): _values(logits) for logits in lazy}
     args, kwargs = compat.tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
     result = func(*args, **kwargs)
-    # A function that writes to its argument returns it: the caller gets its own tensor back.
+    # A function that returns its argument returns the caller's own tensor.
     owners = {id(values[id(logits)]): logits for logits in lazy}
     return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 
 
-def _without_reading(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """The result of ``func`` for unread logits; NotImplemented if it has to read them."""
-    logits, *others = args or (None,)
-    if not isinstance(logits, LazyLogits) or logits._cell.value is not None:
-        return NotImplemented
-    if any(isinstance(leaf, Tensor) for leaf in compat.tree_leaves((others, kwargs))):
-        return NotImplemented
-    if func in _ANSWERS:
-        return _ANSWERS[func]
-    if func in _METADATA:
-        with compat.without_torch_function():
-            return func(*args, **kwargs)
-    if func in _DERIVING:
-        return _derive(logits, func, others, kwargs)
-    return NotImplemented
+def _values(logits: LazyLogits) -> Tensor:
+    """The values, with their gradient where it is recorded."""
+    value = logits._cell.read()
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return value
+    with compat.outside_of_modes(), compat.without_torch_function():
+        return Values.apply(logits) if logits.requires_grad else value  # type: ignore[no-untyped-call]
 
 
-def _derive(
-    logits: LazyLogits, func: Callable[..., Any], others: list[Any], kwargs: dict[str, Any]
-) -> Any:
-    """A view, cast or alias of unread ``logits``; NotImplemented if it is on another device."""
-    like = logits._like
+def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call ``func``, which writes to one of its arguments.
+
+    All that shares its memory gets the history of what is in it afterwards.
+    """
+    written = kwargs["out"] if kwargs.get("out") is not None else args[0]
+    if not isinstance(written, LazyLogits) or not torch.is_grad_enabled():
+        return _on_values(func, args, kwargs)
+    reading.tell(func, written._cell) if written._cell.value is None else None
+    for logits in _lazy_in((args, kwargs)):
+        logits._cell.read()
     with compat.without_torch_function():
-        device = logits.device
-    if func is Tensor.to:
-        options = {name: value for name, value in kwargs.items() if name != "copy"}
-        read = compat.read_to(*others, **options)
-        if read is None or read[0] not in (None, device):
-            return NotImplemented
-        _, dtype, _, memory_format = read
-        others = []
-        kwargs = {**kwargs, "dtype": dtype or like.dtype, "memory_format": memory_format}
-        kwargs.pop("device", None)
-    result = func(like, *others, **kwargs)
-    if result is like:
-        return logits
-    requires_grad = (
-        logits.requires_grad
-        and _gradients_are_recorded()
-        and func not in _DETACHING
-        and result.is_floating_point()
-    )
-    cell = logits._cell.derive(lambda value: func(value, *others, **kwargs))
-    return LazyLogits(cell, result, device, logits._history if requires_grad else None)
+        values = _views_of(_first_owner(written._cell))
+    owned = {id(logits): value for logits, value in values}
+    result_args = compat.tree_map(lambda leaf: owned.get(id(leaf), leaf), (args, kwargs))
+    result = _on_values(func, *result_args)
+    with compat.without_torch_function():
+        for logits, value in values:
+            if value.requires_grad:
+                Become.apply(logits, value)  # type: ignore[no-untyped-call]
+    owners = {id(value): logits for logits, value in values}
+    return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 
 
-def _gradients_are_recorded() -> bool:
-    """Whether autograd records: in inference mode, too, ``torch.is_grad_enabled()`` may be True."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+def _first_owner(cell: Cell) -> Cell:
+    """The first in the same memory whose tensor somebody holds."""
+    first = cell
+    while cell.is_view:
+        assert isinstance(cell.source, Call)
+        (cell,) = cell.source.cells
+        if cell.owner() is not None:
+            first = cell
+    return first
+
+
+def _views_of(cell: Cell) -> list[tuple[LazyLogits, Tensor]]:
+    """The tensor of ``cell`` and those that are views of it, with their values and histories."""
+    owner = cell.owner()
+    assert isinstance(owner, LazyLogits)
+    value = _values(owner)
+    if value is cell.value:
+        value = value.detach()
+    found: list[tuple[LazyLogits, Tensor]] = [(owner, value)]
+    pending = [(cell, value)]
+    while pending:
+        parent, of_parent = pending.pop()
+        for made in parent.made:
+            if made.is_view:
+                assert isinstance(made.source, Call)
+                view = made.source.run({parent: of_parent})
+                pending.append((made, view))
+                tensor = made.owner()
+                if isinstance(tensor, LazyLogits):
+                    found.append((tensor, view))
+    return found

@@ -1,13 +1,12 @@
 """The recipe of logits that are not computed yet: hidden states, head, and the steps from there on.
 
 A late computation is right only if nothing has changed since the model ran. A fingerprint tells:
-two numbers for each tensor that change when its contents do. ``Tensor._version`` would be cheaper,
+a number for each tensor that changes when its contents do. ``Tensor._version`` would be cheaper,
 but fused optimizers and writes through ``.data`` do not count it up, and a step that changes
-nothing (at a learning rate of 0) does. Here all bits are summed as 64-bit integers: the tensor is
-read twice and never copied. The order of such sums does not matter, so the numbers never differ
-while the contents are the same. A change of one element always shows. Several changes go unseen
-only if they cancel out twice, in sums over rows and over columns, modulo 2**64: that takes flips of
-nothing but sign bits, an even number of them in each row and in each column.
+nothing (at a learning rate of 0) does. Here the tensor's bits, as 64-bit integers, are multiplied
+by numbers for their rows and columns and summed: it is read once and never copied. The order of
+such a sum does not matter, so the number never differs while the contents are the same. That a
+change goes unseen, or that values change places unseen, takes a coincidence of 64 bits.
 """
 
 import enum
@@ -22,7 +21,11 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from ..compat.library import add_fake_kernel, define
-from .gradient_refusal import SETTING
+
+SETTING = (
+    "lmhead_pass.config.returned_logits (it counts when the model is compiled): 'keep' returns "
+    "logits as without lmhead_pass, 'detach' returns them computed, without a gradient"
+)
 
 
 class StepKind(enum.Enum):
@@ -98,71 +101,101 @@ class Recipe:
     """Logits that are not computed yet."""
 
     hidden: Tensor
-    """``[*rows, H]``"""
+    """``[*rows, H]``: nobody else writes to it."""
     weight: Tensor
     """``[V, H]``, or ``[H, V]`` if ``weight_is_transposed``: the parameter itself, no copy."""
     weight_is_transposed: bool
     bias: Tensor | None
     """``[V]``"""
     fingerprint: Tensor
-    """``[2 or 3, 2]``: of hidden states, weight and bias when the model ran."""
+    """``[2 or 3]``: of hidden states, weight and bias when the model ran."""
     steps: tuple[str, ...]
     """The steps in order, each encoded. The first is the cast of hidden states and weight before
     the product, the others follow the product."""
     vocab_dim: int
     """The vocabulary's dimension in the logits; their other dimensions are ``rows``, in order."""
+    strides: tuple[int, ...]
+    """Of the logits in the model; empty if it has dynamic sizes."""
     requires_grad: bool
     """Whether a gradient would flow into the logits, were they computed in the model."""
+    hidden_requires_grad: bool
+    """Whether it would flow to the hidden states. They are a result of the compiled function then,
+    which has its history once the function has returned."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Hidden states, weight, and the bias if there is one."""
+        return [self.hidden, self.weight, *([] if self.bias is None else [self.bias])]
+
+    @property
+    def versions(self) -> list[tuple[int, int]]:
+        """Which tensors these are, and how often each was written to."""
+        return [(id(t), 0 if t.is_inference() else t._version) for t in self.tensors[1:]]
+
+    @property
+    def wanted(self) -> list[bool]:
+        """Of which of these a gradient is wanted."""
+        if not self.requires_grad:
+            return [False] * len(self.tensors)
+        return [self.hidden_requires_grad, *(tensor.requires_grad for tensor in self.tensors[1:])]
 
     def like(self) -> Tensor:
         """A tensor with the logits' size, strides and dtype, on the meta device."""
-        vocab_size = self.weight.size(1 if self.weight_is_transposed else 0)
-        shape = (*self.hidden.shape[:-1], vocab_size)
-        product = torch.empty(shape, dtype=self._product_dtype, device="meta")
-        bias = None if self.bias is None else torch.empty_like(self.bias, device="meta")
-        return torch.empty_like(self._after_steps(product, bias)).movedim(-1, self.vocab_dim)
+        like = self._apply(*(torch.empty_like(tensor, device="meta") for tensor in self.tensors))
+        if self.strides and like.stride() != self.strides:
+            like = torch.empty_strided(like.shape, self.strides, dtype=like.dtype, device="meta")
+        return like
 
     def compute(self) -> Tensor:
         """The logits, detached; RuntimeError if what they are computed from has changed."""
-        self._check_unchanged()
-        dtype = self._product_dtype
-        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
-            weight = self.weight.t() if self.weight_is_transposed else self.weight
-            weight = weight.flatten(1)  # of a convolution
-            is_apart = Step(StepKind.ADD_BIAS) in self._decoded
-            fused = None if self.bias is None or is_apart else self.bias.to(dtype)
-            product = F.linear(self.hidden.to(dtype), weight.to(dtype), fused)
-            logits = self._after_steps(product, self.bias)
-        # Not a view, to which autograd would allow no write.
-        return logits.movedim(-1, self.vocab_dim).detach()
+        self.check_unchanged()
+        with torch.no_grad():
+            # Not a view, to which autograd would allow no write.
+            return self.apply(*self.tensors).detach()
+
+    def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The logits of other tensors than the recipe's, with the strides of the model's."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self._apply(hidden, weight, bias)
+        if self.strides and logits.stride() != self.strides:
+            logits = logits.new_empty_strided(logits.shape, self.strides).copy_(logits)
+        return logits
+
+    def _apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        dtype = self.product_dtype
+        matrix = (weight.t() if self.weight_is_transposed else weight).flatten(1)
+        is_apart = Step(StepKind.ADD_BIAS) in self._decoded
+        fused = None if bias is None or is_apart else bias.to(dtype)
+        logits = F.linear(hidden.to(dtype), matrix.to(dtype), fused)
+        for step in self._decoded[1:]:
+            logits = step.apply(logits, bias)
+        return logits.movedim(-1, self.vocab_dim) if self.vocab_dim != logits.dim() - 1 else logits
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether nothing but casts follows the product and the bias."""
+        return all(step.kind is StepKind.CAST for step in self._decoded)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of the product's operands."""
+        (dtype,) = self._decoded[0].operands
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     @cached_property
     def _decoded(self) -> tuple[Step, ...]:
         return tuple(map(Step.decode, self.steps))
 
-    @property
-    def _product_dtype(self) -> torch.dtype:
-        (dtype,) = self._decoded[0].operands
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
-    def _after_steps(self, logits: Tensor, bias: Tensor | None) -> Tensor:
-        """``[*rows, V]``: the result of the model's own steps after the product."""
-        for step in self._decoded[1:]:
-            logits = step.apply(logits, bias)
-        return logits
-
-    def _check_unchanged(self) -> None:
-        parts = {"hidden states": self.hidden, "weight": self.weight}
-        if self.bias is not None:
-            parts["bias"] = self.bias
+    def check_unchanged(self) -> None:
+        """RuntimeError if what the logits are computed from is not what it was."""
+        parts = dict(zip(("hidden states", "weight", "bias"), self.tensors, strict=False))
         for name, tensor in parts.items():
             if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
                 raise _too_late(name, "was freed")
             if tensor.device != self.fingerprint.device:
                 raise _too_late(name, "was moved to another device")
-        now = fingerprint(list(parts.values()))
-        differ = (now != self.fingerprint).any(1).tolist()
+        differ = (fingerprint(self.tensors) != self.fingerprint).tolist()
         for name, differs in zip(parts, differ, strict=True):
             if differs:
                 raise _too_late(name, "was changed")
@@ -176,14 +209,16 @@ def _too_late(part: str, event: str) -> RuntimeError:
     )
 
 
-# The weight of a position is a multiple of these bits of the golden ratio.
+_BLOCK = 1 << 16
+
+# Bits of the golden ratio: multiplied by them, numbers that follow each other come far apart.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """``[len(tensors), 2]`` int64, on the device of the first; waits for no device."""
+    """``[len(tensors)]`` int64, on the device of the first; waits for no device."""
     return cast(Tensor, torch.ops.lmhead_pass.fingerprint(list(tensors)))
 
 
@@ -193,15 +228,25 @@ def _fingerprint(tensors: list[Tensor]) -> Tensor:
 
 
 def _of_one(tensor: Tensor) -> Tensor:
-    """``[2]`` int64: a number for the sums of rows, and one for the sums of columns."""
+    """``[]`` int64: each element times a number for its row and one for its column, summed."""
     bits = _as_integers(tensor)
-    sums = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
-    return torch.stack([(s * _weights(s)).sum() for s in sums])
+    rows, columns = (_weights(size, bits) for size in bits.shape)
+    total = bits.new_zeros((), dtype=torch.int64)
+    # A block at a time, so that its products stay in the cache.
+    step = max(1, _BLOCK // max(1, bits.size(1))) if bits.is_cpu else max(1, len(bits))
+    for block, of_block in zip(torch.split(bits, step), torch.split(rows, step), strict=True):
+        products = block * columns
+        # Else two flips of highest bits would cancel out, whatever they are multiplied by.
+        products ^= products >> 32
+        total += (products.sum(1) * of_block).sum()
+    return total
 
 
-def _weights(sums: Tensor) -> Tensor:
-    """Odd, so that every change of one sum shows, and different, so that exchanged sums show."""
-    return torch.arange(1, len(sums) + 1, device=sums.device) * _GOLDEN | 1
+def _weights(size: int, like: Tensor) -> Tensor:
+    """``[size]`` odd numbers, so that every change of one element shows, each another one."""
+    numbers = torch.arange(1, size + 1, device=like.device)
+    mixed = (numbers ^ numbers << 13) * _GOLDEN
+    return (mixed ^ mixed >> 29) * _GOLDEN | 1
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
@@ -217,5 +262,5 @@ def _as_integers(tensor: Tensor) -> Tensor:
 
 define("fingerprint(Tensor[] tensors) -> Tensor", _fingerprint)
 add_fake_kernel(
-    "fingerprint", lambda tensors: tensors[0].new_empty([len(tensors), 2], dtype=torch.int64)
+    "fingerprint", lambda tensors: tensors[0].new_empty([len(tensors)], dtype=torch.int64)
 )

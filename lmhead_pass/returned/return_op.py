@@ -1,16 +1,17 @@
 """The node that makes lazy logits in a compiled graph.
 
     return_lazily(
-        hidden, weight, weight_is_transposed, bias, steps, vocab_dim, requires_grad, sources
+        hidden, weight, weight_is_transposed, bias, steps, vocab_dim, strides, requires_grad,
+        hidden_requires_grad
     )
 
-takes the fields of a ``Recipe``, except for the fingerprint, which it computes, and the inputs of
-the graph that a gradient of the logits would flow to. It has no kernel: when a graph is traced, all
-these tensors become outputs of the graph, and AOTAutograd's runtime makes lazy logits of them after
-each run.
+takes the fields of a ``Recipe``, except for the fingerprint, which it computes. It has no kernel:
+when a graph is traced, all these tensors become outputs of the graph, and AOTAutograd's runtime
+makes lazy logits of them after each run. Hidden states that require a gradient have to be a result
+of the graph themselves, too: autograd gives the very tensor that the lazy logits hold its history
+then.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from .lazy_logits import LazyLogits
 from .recipe import Recipe, fingerprint
 
 _TENSORS = ("hidden", "weight", "bias", "fingerprint")
-_SOURCE = "source_"
-_OPTIONS = ("weight_is_transposed", "steps", "vocab_dim", "requires_grad")
+_OPTIONS = (
+    *("weight_is_transposed", "steps", "vocab_dim", "strides", "requires_grad"),
+    "hidden_requires_grad",
+)
 
 
 class _TracedLogits(Tensor):
@@ -33,24 +36,20 @@ class _TracedLogits(Tensor):
     """
 
     recipe: Recipe
-    sources: Sequence[Tensor]
 
     @staticmethod
-    def __new__(cls, recipe: Recipe, sources: Sequence[Tensor]) -> "_TracedLogits":
+    def __new__(cls, recipe: Recipe) -> "_TracedLogits":
         like = recipe.like()
         self: _TracedLogits = make_wrapper(
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=recipe.hidden.device
         )
-        self.recipe, self.sources = recipe, sources
+        self.recipe = recipe
         for name in _TENSORS:  # where __tensor_flatten__ says they are
             setattr(self, name, getattr(recipe, name))
-        for number, source in enumerate(sources):
-            setattr(self, f"{_SOURCE}{number}", source)
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         tensors = [name for name in _TENSORS if getattr(self, name) is not None]
-        tensors += (f"{_SOURCE}{number}" for number in range(len(self.sources)))
         return tensors, tuple(getattr(self.recipe, name) for name in _OPTIONS)
 
     @staticmethod
@@ -58,9 +57,7 @@ class _TracedLogits(Tensor):
         inner: dict[str, Tensor], options: Any, outer_size: Any, outer_stride: Any
     ) -> Tensor:
         tensors: dict[str, Any] = {name: inner.get(name) for name in _TENSORS}
-        recipe = Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True)))
-        sources = [tensor for name, tensor in inner.items() if name.startswith(_SOURCE)]
-        return _logits(recipe, sources)
+        return _logits(Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True))))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
@@ -72,7 +69,7 @@ class _TracedLogits(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return _TracedLogits(args[0].recipe, args[0].sources)
+            return _TracedLogits(args[0].recipe)
         raise AssertionError(f"lazy logits are read in the graph that makes them, by {func}")
 
 
@@ -83,30 +80,34 @@ def _return_lazily(
     bias: Tensor | None,
     steps: list[str],
     vocab_dim: int,
+    strides: list[int],
     requires_grad: bool,
-    sources: list[Tensor],
+    hidden_requires_grad: bool,
 ) -> Tensor:
+    tensors = [part for part in (hidden, weight, bias) if part is not None]
     recipe = Recipe(
         hidden=hidden,
         weight=weight,
         weight_is_transposed=weight_is_transposed,
         bias=bias,
-        fingerprint=fingerprint([part for part in (hidden, weight, bias) if part is not None]),
+        fingerprint=fingerprint([tensor.detach() for tensor in tensors]),
         steps=tuple(steps),
         vocab_dim=vocab_dim,
+        strides=tuple(strides),
         requires_grad=requires_grad,
+        hidden_requires_grad=hidden_requires_grad,
     )
-    return _logits(recipe, sources)
+    return _logits(recipe)
 
 
-def _logits(recipe: Recipe, sources: Sequence[Tensor]) -> Tensor:
-    make = _TracedLogits if is_fake(recipe.hidden) else LazyLogits.from_recipe
-    return make(recipe, sources)
+def _logits(recipe: Recipe) -> Tensor:
+    return _TracedLogits(recipe) if is_fake(recipe.hidden) else LazyLogits.from_recipe(recipe)
 
 
 define(
     "return_lazily(Tensor hidden, Tensor weight, bool weight_is_transposed, Tensor? bias, "
-    "str[] steps, int vocab_dim, bool requires_grad, Tensor[] sources) -> Tensor",
+    "str[] steps, int vocab_dim, int[] strides, bool requires_grad, bool hidden_requires_grad) "
+    "-> Tensor",
     _return_lazily,
     "CompositeImplicitAutograd",
 )

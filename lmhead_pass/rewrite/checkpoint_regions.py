@@ -25,7 +25,7 @@ _STUCK = (
 )
 
 
-def find_across_regions(edit: GraphEdit) -> list[Rewrite | Refusal]:
+def find_across_regions(edit: GraphEdit, of_loss_alone: bool) -> list[Rewrite | Refusal]:
     """What ``find`` finds once heads and losses are lifted out of the regions in the graph.
 
     What was lifted for nothing is put back; the rest becomes part of ``edit``.
@@ -40,7 +40,7 @@ def find_across_regions(edit: GraphEdit) -> list[Rewrite | Refusal]:
                 stuck.append(Refusal(region, _STUCK))
             else:
                 edit.regions.append(lifted)
-    found = find(edit.graph)
+    found = find(edit.graph, of_loss_alone)
     rewritten: set[Node] = set()
     for item in found:
         if isinstance(item, Rewrite):

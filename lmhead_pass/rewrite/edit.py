@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
+from ..logits import Logits
 from .lifted_region import LiftedRegion
 
 
@@ -19,6 +20,10 @@ class GraphEdit:
     """What all users of a node are to read instead."""
     returned: dict[Node, Node] = field(default_factory=dict)
     """What the graph is to return instead of a node."""
+    deferred: list[Logits] = field(default_factory=list)
+    """Logits of which no loss is taken here: they leave the graph, to be computed if read."""
+    beside: list[Node] = field(default_factory=list)
+    """What the graph is to return after all else, unseen by Dynamo, which counts from the front."""
     erased: set[Node] = field(default_factory=set)
     regions: list[LiftedRegion] = field(default_factory=list)
     """What was lifted out of checkpointed regions."""
@@ -47,6 +52,9 @@ class GraphEdit:
             before.replace_all_uses_with(after, lambda user, after=after: user is not after)
         for before, after in self.returned.items():
             self.graph.output_node().replace_input_with(before, after)
+        output = self.graph.output_node()
+        if self.beside:
+            output.args = ((*output.args[0], *self.beside),)
         for node in reversed([node for node in self.graph.nodes if node in self.erased]):
             self.graph.erase_node(node)
 

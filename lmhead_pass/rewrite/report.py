@@ -12,6 +12,7 @@ from torch.fx import Node
 from .. import config
 from ..compat.compiling import attempt, counters, keep_artifact
 from ..graph import Refusal, describe, hint, place_of, tensor_of
+from ..logits import Logits
 from ..plan import Match
 
 log = logging.getLogger("lmhead_pass")
@@ -66,6 +67,19 @@ def rewritten(call: EmittedCall) -> None:
     log.debug("before:\n%s\nafter:\n%s", before, after)
     keep_artifact("lmhead_pass_before", before)
     keep_artifact("lmhead_pass_after", after)
+
+
+def deferred(logits: Logits) -> None:
+    """Report logits that leave a graph without a loss."""
+    hidden, weight = tensor_of(logits.head.hidden), tensor_of(logits.head.weight)
+    text = (
+        f"deferred: {_where(logits.head.node)}: hidden {_type(hidden.shape, hidden.dtype)}, weight "
+        f"{_type(weight.shape, weight.dtype)}; logits are returned lazily, computed if they are "
+        "read; losses that are taken of them are rewritten then"
+    )
+    if _is_news(text):
+        _count("deferred")
+        log.info("%s", text)
 
 
 def refused(refusal: Refusal) -> None:

@@ -16,36 +16,40 @@ from .emit_returned import emit_lazily
 from .report import EmittedCall
 
 
-def rewrite_graph(graph: Graph) -> None:
-    """Rewrite every match in ``graph``, and report on it.
+def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
+    """Rewrite every match in ``graph``, report on it, and return whether there were any.
 
     A failure inside leaves the graph as it was. It is reported, or raised if ``config.strict``.
     """
     if why_not_rewritten(graph) is not None:
-        return
+        return False
     edit = GraphEdit(graph)
     try:
-        calls, refusals = prepare(edit)
+        calls, refusals = prepare(edit, of_loss_alone)
         edit.check()
     except Exception as error:
         edit.roll_back()
         if config.strict:
             raise
         report.failure(error)
-        return
+        return False
     for refusal in refusals:
         report.refused(refusal)
     for call in calls:
         report.rewritten(call)
+    for logits in edit.deferred:
+        report.deferred(logits)
     edit.commit()
+    return bool(calls)
 
 
-def prepare(edit: GraphEdit) -> tuple[list[EmittedCall], list[Refusal]]:
+def prepare(edit: GraphEdit, of_loss_alone: bool = True) -> tuple[list[EmittedCall], list[Refusal]]:
     """Analyse and plan, and insert what takes the place of heads and their consumers.
 
-    Returns what is rewritten, and what is left alone. Nothing old is touched yet.
+    Returns what is rewritten, and what is left alone. Nothing old is touched yet. A head is left to
+    the graph if no loss is taken of it, unless ``of_loss_alone`` is False.
     """
-    found = find_across_regions(edit)
+    found = find_across_regions(edit, of_loss_alone)
     rewrites = [item for item in found if isinstance(item, Rewrite)]
     calls = _emit_fused_calls(edit, rewrites)
     fused = [call.match for call in calls]
@@ -53,6 +57,8 @@ def prepare(edit: GraphEdit) -> tuple[list[EmittedCall], list[Refusal]]:
         for match in rewrite.matches:
             if match not in fused:
                 calls.append(EmittedCall(match, _emit_call(edit, match), is_fused=False))
+        if not rewrite.matches:
+            edit.deferred += rewrite.returned
         _replace_head(edit, rewrite)
     return calls, [item for item in found if isinstance(item, Refusal)]
 
@@ -90,7 +96,9 @@ def _replace_head(edit: GraphEdit, rewrite: Rewrite) -> None:
             if consumer.kind is not ConsumerKind.RETURNED
         )
     for logits in rewrite.returned:
-        edit.returned[logits.node] = emit_lazily(edit.graph, logits)
+        edit.returned[logits.node], beside = emit_lazily(edit.graph, logits)
+        if beside is not None:
+            edit.beside.append(beside)
     for node, use in rewrite.metadata_uses.items():
         edit.replaced[node] = emit_metadata_use(edit.graph, node, use)
         edit.erased.add(node)

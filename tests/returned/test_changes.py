@@ -46,29 +46,34 @@ def train_step(model, compiled, optimizer):
 
 
 @pytest.mark.parametrize(("cls", "options"), [*optimizers()])
-def test_reading_after_an_optimizer_step_raises(cls, options):
+def test_reading_after_an_optimizer_step_gives_the_forwards_values(cls, options):
     model = Model(bias=False)
     compiled = rewrite(model)
     parameters = [p for p in model.parameters() if cls is not torch.optim.Muon or p.dim() == 2]
     optimizer = cls(parameters, **options)
-    read, unread, loss = train_step(model, compiled, optimizer)
+    _, unread, loss = train_step(model, compiled, optimizer)
+    expected = copy.deepcopy(unread._cell.root.source).compute()
     before = model.head.weight.detach().clone()
     if cls is torch.optim.LBFGS:
         optimizer.step(lambda: loss)
     else:
         optimizer.step()
     assert not torch.equal(model.head.weight, before)
-    read.argmax(-1)
-    with pytest.raises(RuntimeError, match=rf"weight was changed.*optimizer\.step.*{SETTING}"):
-        unread.argmax(-1)
+    assert is_unread(unread)
+    torch.testing.assert_close(unread.detach().clone(), expected)
 
 
-def test_reading_after_a_compiled_optimizer_step_raises(model):
+def test_reading_after_a_compiled_optimizer_step_gives_the_forwards_values_or_raises(model):
     optimizer = torch.optim.AdamW(model.parameters())
     _, unread, _ = train_step(model, torch.compile(model), optimizer)
+    expected = copy.deepcopy(unread._cell.root.source).compute()
     torch.compile(optimizer.step)()
-    with pytest.raises(RuntimeError, match=SETTING):
-        unread.argmax(-1)
+    try:
+        best = unread.argmax(-1)
+    except RuntimeError as error:
+        assert SETTING in str(error)
+    else:
+        assert torch.equal(best, expected.argmax(-1))
 
 
 def set_one(tensor):
@@ -116,19 +121,20 @@ def test_reading_after_the_parameter_got_another_tensor_raises(model):
 
 
 @pytest.mark.parametrize("backend", [rewrite, torch.compile])
-def test_reading_after_a_change_of_the_hidden_states_raises(backend):
+@pytest.mark.parametrize("is_view", [False, True])
+def test_hidden_states_of_the_callers_may_change(backend, is_view):
     weight = torch.randn(VOCAB, 16)
 
     def head(hidden, y):
-        logits = hidden @ weight.t()
+        logits = (hidden.view(-1, 16) if is_view else hidden) @ weight.t()
         return F.cross_entropy(logits, y), logits
 
     hidden, y = batch((7,))
     _, logits = backend(head)(hidden, y)
     assert is_unread(logits)
-    hidden[0, 0] = 0
-    with pytest.raises(RuntimeError, match=f"hidden states was changed.*{SETTING}"):
-        logits.sum()
+    expected = head(hidden, y)[1]
+    hidden.copy_(hidden.flip(0))
+    torch.testing.assert_close(logits.clone(), expected)
 
 
 @pytest.mark.parametrize("backend", [rewrite, torch.compile])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
@@ -35,16 +36,25 @@ def test_another_compiled_function_takes_them_and_compiles_once(model):
 
 
 @pytest.mark.parametrize("extra", [1.0, nn.Parameter(torch.ones(VOCAB))], ids=["alone", "more"])
-def test_a_gradient_out_of_another_compiled_function_is_refused(model, extra):
-    inputs = batch()
-    compiled = torch.compile(model)
-    second = torch.compile(
-        lambda logits, y: F.cross_entropy((logits * extra).flatten(0, 1), y.flatten())
-    )
-    for _ in range(2):
+def test_a_gradient_out_of_another_compiled_function(model, extra):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+
+    def second(logits, y):
+        return F.cross_entropy((logits * extra).flatten(0, 1), y.flatten())
+
+    compiled, compiled_second = torch.compile(model), torch.compile(second, backend=counter)
+    for _ in range(3):
+        inputs = batch()
         loss, logits = compiled(*inputs)
-        with pytest.raises(RuntimeError, match=SETTING):
-            (loss + second(logits, inputs[1])).backward()
+        (loss + compiled_second(logits, inputs[1])).backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        model.zero_grad()
+        loss, logits = model(*inputs)
+        (loss + second(logits, inputs[1])).backward()
+        for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
+        model.zero_grad()
+    assert counter.frame_count == 1
 
 
 def test_a_graph_break_between_making_and_reading():

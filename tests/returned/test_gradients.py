@@ -1,4 +1,4 @@
-"""Gradients that would flow through returned logits are refused, and no others."""
+"""Gradients through returned logits, and of them."""
 
 import pytest
 import torch
@@ -25,25 +25,28 @@ USES = {
     "sum": lambda x: x.sum(),
     "view": lambda x: x[:, -1].float().sum(),
     "cast": lambda x: x.double().sum(),
-    "custom function": Doubled.apply,
+    "custom function": lambda x: Doubled.apply(x.clone()),
     "with other gradients": lambda x: (x * torch.ones(VOCAB, requires_grad=True)).sum(),
     "written": lambda x: x.mul_(2).sum(),
 }
 
 
+def assert_gradients(model, compiled, use, inputs, more=()):
+    """Of the loss and ``use(logits)``, as of the model uncompiled."""
+    leaves = [leaf for leaf in (*model.parameters(), *more) if leaf.requires_grad]
+    results = []
+    for function in (compiled, model):
+        loss, logits = function(*inputs)
+        total = loss + use(logits)
+        results.append((total.detach(), *torch.autograd.grad(total, leaves)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 @pytest.mark.parametrize("backend", [rewrite, torch.compile])
-def test_a_gradient_is_refused(model, use, backend):
-    inputs = batch()
-    loss, logits = backend(model)(*inputs)
-    second = use(logits)
-    plain = use(model(*inputs)[1]).detach()
-    torch.testing.assert_close(second.detach(), plain, rtol=1e-5, atol=1e-6)
-    with pytest.raises(RuntimeError, match=SETTING):
-        (loss + second).backward()
-    loss, logits = backend(model)(*inputs)
-    with pytest.raises(RuntimeError, match=SETTING):
-        torch.autograd.grad(loss + use(logits), model.head.weight)
+def test_a_gradient_through_returned_logits(model, use, backend):
+    assert_gradients(model, backend(model), use, batch())
 
 
 class Frozen(Model):
@@ -92,26 +95,102 @@ class Checkpointed(Model):
         return super().forward(x, y)
 
 
-@pytest.mark.parametrize("cls", [Model, Frozen, Cut, Written, Tied, Checkpointed])
+class ViewOfInput(Model):
+    """Its hidden states are a view of an input, and those it returns are its own."""
+
+    def forward(self, x, y):
+        logits = self.head(x.view(-1, 16)[1:])
+        return F.cross_entropy(logits, y.view(-1)[1:]) + x.sum() * 0, logits
+
+
+class InPlace(Model):
+    """An input's own values are changed on the way."""
+
+    def forward(self, x, y):
+        x.mul_(2)
+        return super().forward(x, y)
+
+
+MODELS = [Model, Frozen, Cut, Written, Tied, Checkpointed, ViewOfInput, InPlace]
+
+
+@pytest.mark.parametrize("cls", MODELS)
 @pytest.mark.parametrize("backend", [rewrite, torch.compile])
-def test_a_gradient_is_refused_whatever_it_is_asked_of(cls, backend):
+def test_a_gradient_whatever_it_is_asked_of(cls, backend):
     model, (_, y) = cls(), batch()
-    embedded, scale = torch.randn(2, 5, 16, requires_grad=True), torch.ones(1, requires_grad=True)
     compiled = backend(model)
-    leaves = [leaf for leaf in (*model.parameters(), embedded, scale) if leaf.requires_grad]
-    for use in (lambda logits: logits.logsumexp(-1).mean(), Doubled.apply):
-        for asked in (*leaves, "scaled", "hidden states"):
-            scaled = embedded * scale
-            hidden = scaled + 1
-            inputs = {"scaled": scaled, "hidden states": hidden}.get(asked, asked)
-            loss, logits = compiled(hidden, y)
-            with pytest.raises(RuntimeError, match=SETTING):
-                torch.autograd.grad(loss + use(logits), inputs)
-            # Autograd knows no other way from here to there than through the logits.
-            _, logits = compiled(hidden, y)
-            del loss, hidden
-            with pytest.raises(RuntimeError, match=SETTING):
-                torch.autograd.grad(scale.sum() + use(logits), inputs)
+    for use in (lambda logits: logits.logsumexp(-1).mean(), lambda logits: logits.square().mean()):
+        embedded = torch.randn(2, 5, 16, requires_grad=True)
+        results = []
+        for function in (compiled, model):
+            hidden = embedded * 1.5 + 1
+            loss, logits = function(hidden, y)
+            leaves = [leaf for leaf in (*model.parameters(), embedded) if leaf.requires_grad]
+            results.append(torch.autograd.grad(loss + use(logits), leaves, allow_unused=True))
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_and_gradients_of_the_logits(model):
+    inputs, seen = batch(), []
+    uses = (
+        lambda logits: F.cross_entropy(logits.view(-1, VOCAB), inputs[1].view(-1)),
+        lambda logits: logits.log_softmax(-1)[:, 1:].gather(-1, inputs[1][:, 1:, None]).mean(),
+        lambda logits: logits.logsumexp(-1).square().sum() + logits.square().sum(),
+    )
+    for use in uses:
+        results = []
+        for function in (rewrite(model), model):
+            logits = function(*inputs)[1]
+            logits.register_hook(lambda gradient: seen.append(gradient + 0))
+            (gradient,) = torch.autograd.grad(use(logits), logits, retain_graph=True)
+            leaf = logits.detach().requires_grad_()
+            use(leaf).backward()
+            use(leaf).backward()
+            logits.retain_grad()
+            use(logits).backward()
+            results.append((gradient + 0, leaf.grad + 0, logits.grad + 0, *seen))
+            seen.clear()
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_a_custom_function_of_what_was_returned_refuses_a_gradient(model):
+    _, logits = torch.compile(model)(*batch())
+    with pytest.raises(RuntimeError, match=rf"logits\.clone\(\).*{SETTING}"):
+        Doubled.apply(logits).backward()
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_two_backwards(model, use):
+    inputs, results = batch(), []
+    for function in (rewrite(model), model):
+        loss, logits = function(*inputs)
+        use(logits).backward(retain_graph=True)
+        loss.backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives(model):
+    inputs, results = batch(), []
+    for function in (rewrite(model), model):
+        logits = function(*inputs)[1]
+        loss = F.cross_entropy(logits.view(-1, VOCAB), inputs[1].view(-1))
+        (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), model.head.weight)[0])
+    torch.testing.assert_close(*results)
+
+
+def test_no_gradient_twice_without_retain_graph(model):
+    inputs = batch()
+    logits = rewrite(model)(*inputs)[1]
+    loss = F.cross_entropy(logits.view(-1, VOCAB), inputs[1].view(-1))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
 def test_a_gradient_that_does_not_flow_through_logits_is_not_refused():

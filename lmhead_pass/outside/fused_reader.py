@@ -1,0 +1,157 @@
+"""Computes what is taken of lazy logits and has no vocabulary, by the op.
+
+The way from the hidden states to the result is a graph like those that Dynamo makes, and the pass
+rewrites it like any other. The result is kept for each way of use, and run as it is: the op's calls
+and little else.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .. import config
+from ..compat import lazy_tensors as compat
+from ..compat.settings import settings_of
+from ..returned import reading
+from ..returned.cells import Call, Cell
+from ..returned.recipe import Recipe
+from ..rewrite import rewrite_graph
+from .recording import Recorder
+
+log = logging.getLogger("lmhead_pass")
+
+Reader = Callable[..., Tensor]
+
+_MOST = 64
+_readers: OrderedDict[Any, Reader | None] = OrderedDict()
+"""The ways of use so far, the latest last. Old ones are let go: sizes and numbers may change."""
+
+
+def reader_of(call: Call, root: Cell) -> Reader | None:
+    """A function of the tensors of the root's recipe that computes ``call``; None if the op cannot.
+
+    Those that call it may be leaves: it has gradients where they require some.
+    """
+    recipe = root.source
+    assert isinstance(recipe, Recipe)
+    way = _Way(recipe)
+    key = (way.describe(call), *_world(recipe, call))
+    if key not in _readers:
+        _readers[key] = _rewritten(call, root, way.others)
+        if len(_readers) > _MOST:
+            _readers.popitem(last=False)
+    _readers.move_to_end(key)
+    reader = _readers[key]
+    if reader is None:
+        return None
+    others = way.others
+    return lambda *tensors: reader(*tensors, *others)
+
+
+class _Way:
+    """A way of use: what was called on the logits, and the other tensors that it was given."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.others: list[Tensor] = []
+        self._numbers: dict[Cell, int] = {}
+
+    def describe(self, call: Call) -> Any:
+        """Something hashable that is the same for the same way."""
+        leaves, spec = compat.tree_flatten((call.args, call.kwargs))
+        return (
+            call.function,
+            call.item,
+            call.autocast,
+            repr(spec),
+            *(self._describe(leaf) for leaf in leaves),
+        )
+
+    def _describe(self, leaf: Any) -> Any:
+        if isinstance(leaf, Cell):
+            if leaf in self._numbers:
+                return self._numbers[leaf]
+            self._numbers[leaf] = len(self._numbers)
+            if isinstance(leaf.source, Recipe):
+                return "logits"
+            assert isinstance(leaf.source, Call)
+            return self.describe(leaf.source)
+        if isinstance(leaf, Tensor):
+            self.others.append(leaf)
+            return _looks(leaf)
+        return type(leaf), repr(leaf)
+
+
+def _looks(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _world(recipe: Recipe, call: Call) -> tuple[Any, ...]:
+    """What else a rewritten graph depends on."""
+    return (
+        *(_looks(tensor) for tensor in recipe.tensors),
+        *recipe.wanted,
+        *(recipe.weight_is_transposed, recipe.steps, recipe.vocab_dim, recipe.strides),
+        *(torch.is_grad_enabled(), repr(sorted(settings_of(config).items()))),
+    )
+
+
+def _rewritten(call: Call, root: Cell, others: list[Tensor]) -> Reader | None:
+    recipe = root.source
+    assert isinstance(recipe, Recipe)
+    mode = compat.new_fake_mode()
+    try:
+        with compat.outside_of_modes():
+            wanted = [*recipe.wanted, *(False for _ in others)]
+            tensors = zip((*recipe.tensors, *others), wanted, strict=True)
+            fakes = [
+                mode.from_tensor(t.detach()).requires_grad_(is_wanted) for t, is_wanted in tensors
+            ]
+            module = _record(call, root, fakes, mode)
+        if not rewrite_graph(module.graph, of_loss_alone=False):
+            return None
+    except Exception as error:
+        if config.strict:
+            raise
+        log.info(
+            "left alone: what is taken of returned logits, which fails in lmhead_pass: %s", error
+        )
+        return None
+    module.recompile()
+    return lambda *tensors: module(*tensors)[0]
+
+
+def _record(call: Call, root: Cell, fakes: list[Tensor], mode: Any) -> GraphModule:
+    """The graph of ``call``, from the tensors of the root's recipe and the other ones."""
+    recipe = root.source
+    assert isinstance(recipe, Recipe)
+    recorder = Recorder(reading.user_stack())
+    for number, fake in enumerate(fakes):
+        recorder.input(f"input_{number}", fake)
+    given = len(recipe.tensors)
+    others = iter(fakes[given:])
+    known: dict[Cell, Tensor] = {}
+
+    def run(one: Call) -> Tensor:
+        args, kwargs = compat.tree_map(value_of, (one.args, one.kwargs))
+        with compat.autocast_as(one.autocast):
+            result = one.function(*args, **kwargs)
+            value: Tensor = result if one.item is None else result[one.item]
+            return value
+
+    def value_of(leaf: Any) -> Any:
+        if isinstance(leaf, Cell):
+            if leaf not in known:
+                assert isinstance(leaf.source, Call)
+                known[leaf] = run(leaf.source)
+            return known[leaf]
+        return next(others) if isinstance(leaf, Tensor) else leaf
+
+    with mode, recorder:
+        known[root] = recipe.apply(*fakes[:given])
+        result = run(call)
+    return recorder.module(result)

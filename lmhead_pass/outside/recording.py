@@ -1,0 +1,84 @@
+"""Makes a graph of calls, as Dynamo does: it runs them on fake tensors and writes them down."""
+
+import builtins
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.overrides import TorchFunctionMode
+
+from ..compat import lazy_tensors as compat
+from ..compat.graphs import EXAMPLE_VALUE
+
+
+class Recorder(TorchFunctionMode):
+    """Inside of it, calls on tensors that it knows go into its graph."""
+
+    def __init__(self, stack_trace: str) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self._stack_trace = stack_trace
+        self._nodes: dict[int, Node] = {}
+        self._values: list[Any] = []  # so that no number of another object is theirs
+        self._is_inside = False
+
+    def input(self, name: str, value: Tensor) -> Tensor:
+        """``value``, as an input of the graph."""
+        self._know(value, self.graph.placeholder(name))
+        return value
+
+    def module(self, result: Tensor) -> GraphModule:
+        """The graph so far, which returns ``result``."""
+        self.graph.output((self._nodes[id(result)],))
+        return GraphModule({}, self.graph)
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        read = [leaf for leaf in compat.tree_leaves((args, kwargs)) if id(leaf) in self._nodes]
+        if read and compat.holds_tensors(result):
+            kind, target = _target(func)
+            # An index, for one, is a tuple: in a graph these are not told from lists.
+            given = compat.tree_map(lambda leaf: self._nodes.get(id(leaf), leaf), (args, kwargs))
+            extra = ("T",) if target is builtins.getattr else ()
+            if extra:
+                given = ((*given[0], _attribute(func)), given[1])
+            self._know(result, self.graph.create_node(kind, target, *given))
+        return result
+
+    def _know(self, value: Any, node: Node) -> None:
+        node.meta.update({EXAMPLE_VALUE: value, "stack_trace": self._stack_trace})
+        self._nodes[id(value)] = node
+        self._values.append(value)
+        if isinstance(value, tuple | list):
+            for number, item in enumerate(value):
+                self._know(item, self.graph.call_function(operator.getitem, (node, number)))
+
+
+def _target(func: Any) -> tuple[str, Any]:
+    """How Dynamo writes a call of ``func``."""
+    name = func.__name__
+    if name == "__get__":
+        return (
+            ("call_method", "detach")
+            if _attribute(func) == "data"
+            else (
+                "call_function",
+                builtins.getattr,
+            )
+        )
+    if getattr(torch.Tensor, name, None) is func:
+        plain = name.strip("_")
+        if name.startswith("__") and hasattr(operator, plain) and name != "__rmul__":
+            return "call_function", getattr(operator, plain)
+        return "call_method", name
+    return "call_function", func
+
+
+def _attribute(func: Any) -> str:
+    return str(func.__self__.__name__)

@@ -1,0 +1,135 @@
+"""What a lazy tensor stands for: a value that is computed when it is first read, and kept."""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat import lazy_tensors as compat
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function of torch. Where it is given unread logits, its arguments have a Cell."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    item: int | None = None
+    """Which of the tensors that the function returns is meant; None if it returns one."""
+    autocast: tuple[Any, ...] = ()
+    """``compat.autocast_state`` where it was called."""
+
+    @property
+    def cells(self) -> "list[Cell]":
+        """Each once."""
+        leaves = compat.tree_leaves((self.args, self.kwargs))
+        return list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Cell)))
+
+    def run(self, values: "Mapping[Cell, Tensor]") -> Any:
+        """The result for ``values`` in place of the cells, in today's modes."""
+        args, kwargs = compat.tree_map(
+            lambda leaf: values[leaf] if isinstance(leaf, Cell) else leaf, (self.args, self.kwargs)
+        )
+        result = self.function(*args, **kwargs)
+        return result if self.item is None else result[self.item]
+
+    def gradients(self, gradient: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Of each cell the gradient, from that of the result; None where it is not wanted."""
+        with torch.enable_grad(), compat.autocast_as(self.autocast):
+            leaves = {
+                cell: cell.read().detach().requires_grad_(is_wanted)
+                for cell, is_wanted in zip(self.cells, wanted, strict=True)
+            }
+            result = self.run(leaves)
+        asked = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        given = iter(torch.autograd.grad(result, asked, gradient))
+        return [next(given) if leaf.requires_grad else None for leaf in leaves.values()]
+
+
+class Cell:
+    """A value that is computed when it is first read, and kept from then on.
+
+    All that was made of it before is computed at the same time: the reader may change it next.
+    """
+
+    def __init__(self, source: Recipe | Call | None, like: Tensor, value: Tensor | None = None):
+        """``like`` has the size, strides and dtype of the value, and is on the meta device."""
+        self.source = source
+        self.like = like
+        self.value = value
+        """Without a gradient."""
+        self.owner: Callable[[], Tensor | None] = lambda: None
+        """The tensor that stands for this, as long as somebody holds it."""
+        self.versions = source.versions if isinstance(source, Recipe) else []
+        """Of what they are computed from, when they were returned."""
+        self.is_detached = False
+        """Whether a gradient ends on the way from here to the hidden states and the weight."""
+        self.root: Cell | None = self if isinstance(source, Recipe) else None
+        """The logits as the model returned them, if all comes from the same."""
+        self._made: list[weakref.ref[Cell]] = []
+        if isinstance(source, Call):
+            cells = source.cells
+            roots = {cell.root for cell in cells}
+            self.root = roots.pop() if len(roots) == 1 else None
+            self.is_detached = any(cell.is_detached for cell in cells)
+            for cell in cells:
+                cell._made.append(weakref.ref(self))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the head of these logits has been written to since they were returned."""
+        recipe = self.source
+        return not isinstance(recipe, Recipe) or self.versions != recipe.versions
+
+    @property
+    def made(self) -> "list[Cell]":
+        """What was made of this and is still held by somebody."""
+        return [cell for ref in self._made if (cell := ref()) is not None]
+
+    def read(self) -> Tensor:
+        """The value. RuntimeError if it can no longer be computed."""
+        if self.value is None:
+            first = self._unread_sources()
+            # It may be read again elsewhere, so no mode or transform of this reader applies.
+            with compat.outside_of_modes(), torch.inference_mode(False), torch.no_grad():
+                for cell in first:
+                    cell._compute()
+        assert self.value is not None
+        return self.value
+
+    def _unread_sources(self) -> "list[Cell]":
+        if isinstance(self.source, Call):
+            unread = [cell for cell in self.source.cells if cell.value is None]
+            if unread:
+                return [first for cell in unread for first in cell._unread_sources()]
+        return [self]
+
+    def _compute(self) -> None:
+        if self.value is None:
+            if isinstance(self.source, Recipe):
+                self.value = self.source.compute()
+            elif isinstance(self.source, Call):
+                values = {cell: cell.value for cell in self.source.cells}
+                if None in values.values():
+                    return  # once the others are read
+                with compat.autocast_as(self.source.autocast):
+                    self.value = self.source.run(values).detach()  # type: ignore[arg-type]
+        for cell in self.made:
+            cell._compute()
+        if isinstance(self.source, Recipe) or not self.is_view:
+            self.source = None
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the value is in the memory of that which it was made of."""
+        if not isinstance(self.source, Call) or self.value is None:
+            return False
+        (*_, cell) = self.source.cells
+        return cell.value is not None and compat.memory_of(cell.value) == compat.memory_of(
+            self.value
+        )

@@ -1,0 +1,261 @@
+"""How autograd sees lazy logits: nodes between hidden states, logits, and what is made of them.
+
+Lazy logits are tensors with a history like others, so that hooks, ``torch.autograd.grad`` and
+leaves work as ever. What comes back through these nodes is a ``LazyGradient`` if the op computed
+it, and a plain tensor of the logits' size if somebody has read the logits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat import lazy_tensors as compat
+from .cells import Call
+from .lazy_gradient import LazyGradient, Sources, Term, terms_of, through
+from .recipe import SETTING, Recipe
+
+Inputs = tuple[Tensor | None, ...]
+
+
+class Head(torch.autograd.Function):
+    """Logits of hidden states, weight and bias: nothing is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, make: Callable[[], Tensor], recipe: Recipe, is_late: bool, *inputs: Tensor
+    ) -> Tensor:
+        """``inputs`` may lack the way back to what the hidden states were made of, and have an
+        empty tensor after all then. ``is_late`` says that they have changed since."""
+        ctx.recipe, ctx.is_late = recipe, is_late
+        ctx.is_cut_off = recipe.hidden_requires_grad and not inputs[0].requires_grad
+        ctx.save_for_backward(*inputs[: len(recipe.tensors)])
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3 : 3 + len(inputs)]
+        extra = (None,) * (len(ctx.needs_input_grad) - 3 - len(inputs))
+        terms = terms_of(gradient)
+        if ctx.is_cut_off:
+            _refuse(
+                terms,
+                "DistributedDataParallel cuts its graph into parts, which may return no more than "
+                "they did. Compute the loss inside the compiled model, set "
+                "torch._dynamo.config.optimize_ddp = False",
+            )
+        results: Sources = (None,) * len(needed)
+        plain = [term.dense() for term in terms if term.sources is None]
+        parts = [term.sources for term in terms if term.sources is not None]
+        if plain:
+            if ctx.is_late:
+                raise RuntimeError(
+                    "lmhead_pass: the head of logits that a compiled model returned has been "
+                    "modified by an inplace operation, and their gradient needs it as it was"
+                )
+            parts.append(_gradients(ctx.recipe, inputs, needed, sum(plain[1:], plain[0])))
+        for part in parts:
+            pairs = zip(results, part, strict=True)
+            results = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
+        wanted = (r if is_needed else None for r, is_needed in zip(results, needed, strict=True))
+        return None, None, None, *wanted, *extra
+
+
+def _refuse(terms: Sequence[Term], why: str) -> None:
+    """Zeros or None come from code that wraps all outputs of a model: they are no gradient."""
+    if any(term.sources is not None or term.dense().any() for term in terms):
+        raise RuntimeError(
+            "lmhead_pass: a gradient would flow into logits that a compiled model returned without "
+            f"computing them, and it cannot get through to the model: {why}, or set {SETTING}."
+        )
+
+
+def _gradients(
+    recipe: Recipe, inputs: Sequence[Tensor], needed: Sequence[bool], gradient: Tensor
+) -> Sources:
+    """Of hidden states, weight and bias, from that of the logits."""
+    if recipe.is_linear and not torch.is_grad_enabled():
+        return _linear_gradients(recipe, inputs, needed, gradient)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not create_graph:
+            inputs = [
+                tensor.detach().requires_grad_(is_needed)
+                for tensor, is_needed in zip(inputs, needed, strict=True)
+            ]
+        logits = recipe.apply(*inputs)
+    asked = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    given = iter(torch.autograd.grad(logits, asked, gradient, create_graph=create_graph))
+    return tuple(next(given) if is_needed else None for is_needed in needed)
+
+
+def _linear_gradients(
+    recipe: Recipe, inputs: Sequence[Tensor], needed: Sequence[bool], gradient: Tensor
+) -> Sources:
+    """The same without the logits, where they are ``hidden @ weight.T + bias``."""
+    hidden, weight, *bias = inputs
+    dtype = recipe.product_dtype
+    matrix = (weight.t() if recipe.weight_is_transposed else weight).flatten(1).to(dtype)
+    by_rows = gradient.movedim(recipe.vocab_dim, -1)
+    flat = by_rows.reshape(-1, by_rows.size(-1)).to(dtype)
+    results: list[Tensor | None] = [None] * len(inputs)
+    if needed[0]:
+        results[0] = (flat @ matrix).view(hidden.shape).to(hidden.dtype)
+    if needed[1]:
+        rows = hidden.reshape(-1, hidden.size(-1)).to(dtype)
+        of_weight = rows.t() @ flat if recipe.weight_is_transposed else flat.t() @ rows
+        results[1] = of_weight.view(weight.shape).to(weight.dtype)
+    if bias and needed[2]:
+        results[2] = flat.sum(0).view(bias[0].shape).to(bias[0].dtype)
+    return tuple(results)
+
+
+class Derive(torch.autograd.Function):
+    """Logits that are made of others, by a call that is written down."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], Tensor], call: Call, *logits: Tensor) -> Tensor:
+        ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return None, None, *_differentiable(ctx.call, ctx.logits, gradient, needed)
+        if not isinstance(gradient, LazyGradient):
+            return None, None, *ctx.call.gradients(gradient, needed)
+        first = needed.index(True)
+        results: list[Tensor | None] = []
+        for number, (like, device) in enumerate(ctx.likes):
+            terms = [
+                through(term, _change(ctx.call, needed, number), number == first)
+                for term in gradient.terms
+            ]
+            results.append(LazyGradient(like, device, terms) if needed[number] else None)
+        return None, None, *results
+
+
+def _change(call: Call, needed: Sequence[bool], number: int) -> Callable[[Tensor], Tensor]:
+    def change(gradient: Tensor) -> Tensor:
+        wanted = [place == number and needed[place] for place in range(len(needed))]
+        result = call.gradients(gradient, wanted)[number]
+        assert result is not None
+        return result
+
+    return change
+
+
+class Consume(torch.autograd.Function):
+    """What a call makes of logits and that has no vocabulary, computed by the op."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, compute: Callable[..., Tensor], call: Call, inputs: Inputs, *logits: Tensor
+    ) -> Tensor:
+        """``inputs`` are hidden states, weight and bias as leaves, those that get a gradient."""
+        ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
+        ctx.inputs = inputs
+        with torch.enable_grad():
+            ctx.result = compute()
+        result: Tensor = ctx.result.detach()
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():
+            return None, None, None, *_differentiable(ctx.call, ctx.logits, gradient, needed)
+        if ctx.result is None:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time. Specify retain_graph=True"
+            )
+        keep = compat.keeps_graph()
+        sources: Sources = (None,) * len(ctx.inputs)
+        asked = [tensor for tensor in ctx.inputs if tensor is not None and tensor.requires_grad]
+        if asked and ctx.result.requires_grad:
+            given = iter(torch.autograd.grad(ctx.result, asked, gradient, retain_graph=keep))
+            sources = tuple(
+                next(given) if tensor is not None and tensor.requires_grad else None
+                for tensor in ctx.inputs
+            )
+        if not keep:
+            ctx.result = None
+        first = needed.index(True)
+        results: list[Tensor | None] = []
+        for number, (like, device) in enumerate(ctx.likes):
+            change = _change(ctx.call, needed, number)
+            term = Term(lambda: gradient, sources)
+            terms = [through(term, change, number == first)]
+            results.append(LazyGradient(like, device, terms) if needed[number] else None)
+        return None, None, None, *results
+
+
+def _differentiable(
+    call: Call, logits: Sequence[Any], gradient: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, of the logits' values."""
+    values = [
+        Values.apply(tensor) if tensor.requires_grad else tensor._cell.read()  # type: ignore[no-untyped-call]
+        for tensor in logits
+    ]
+    with compat.autocast_as(call.autocast):
+        result = call.run(dict(zip(call.cells, values, strict=True)))
+    asked = [value for value, is_needed in zip(values, needed, strict=True) if is_needed]
+    given = iter(torch.autograd.grad(result, asked, gradient, create_graph=True))
+    return [next(given) if is_needed else None for is_needed in needed]
+
+
+def _likes(logits: Sequence[Any]) -> list[tuple[Tensor, torch.device]]:
+    return [(tensor._cell.like, tensor.device) for tensor in logits]
+
+
+class Values(torch.autograd.Function):
+    """The values of lazy logits, as a plain tensor with their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any) -> Tensor:
+        value: Tensor = logits._cell.read().detach()
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Become(torch.autograd.Function):
+    """Gives a lazy tensor the history of ``value``, which somebody has written to its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, value: Tensor) -> Tensor:
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+class Gate(torch.autograd.Function):
+    """The history of logits that were just returned, before anybody has touched them.
+
+    A custom function that is given such logits may not know them by another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, anything: Tensor) -> Tensor:
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None]:
+        if gradient is not None:
+            _refuse(
+                terms_of(gradient),
+                "it came from a torch.autograd.Function that was given them as they were returned. "
+                "Give it logits.clone()",
+            )
+        return None, None

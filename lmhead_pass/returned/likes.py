@@ -1,0 +1,54 @@
+"""What a function returns, without its values."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat import lazy_tensors as compat
+from .cells import Cell
+
+
+def likes_of(func: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
+    """Tensors on the meta device, like those that ``func`` returns for ``args``, Cells among them.
+
+    None if that depends on values, is on another device, or is an error, which eager will raise.
+    """
+    if func is Tensor.to:
+        options = {name: value for name, value in kwargs.items() if name != "copy"}
+        read = compat.read_to(*args[1:], **options)
+        if read is None or read[0] not in (None, device):
+            return None
+        kwargs = {"dtype": read[1] or args[0].like.dtype, "memory_format": read[3]}
+        args = args[:1]
+    try:
+        with torch.no_grad():
+            return _run(func, args, kwargs, device)
+    except Exception:
+        return None
+
+
+def _run(func: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
+    if not torch.is_autocast_enabled(device.type):
+        given, named = compat.tree_map(_like, (args, kwargs))
+        return func(*given, **named)
+    # Autocast looks at the device, and there is none for the meta device.
+    with compat.new_fake_mode():
+        given, named = compat.tree_map(lambda leaf: _as(leaf, device), (args, kwargs))
+        result = func(*given, **named)
+    return compat.tree_map(lambda leaf: _as(leaf, torch.device("meta")), result)
+
+
+def _like(leaf: Any) -> Any:
+    if isinstance(leaf, Cell):
+        return leaf.like
+    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+
+def _as(leaf: Any, device: torch.device) -> Any:
+    if isinstance(leaf, Cell):
+        leaf = leaf.like
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device=device)

@@ -1,0 +1,74 @@
+"""Which functions of lazy logits are written down instead of run: they keep the vocabulary."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cells import Cell
+
+_NAMESPACES = (Tensor, torch, F)
+
+
+def _functions(*names: str) -> set[Any]:
+    return {
+        getattr(namespace, name)
+        for namespace in _NAMESPACES
+        for name in names
+        if hasattr(namespace, name)
+    }
+
+
+_VIEWS = {
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
+    *_functions(
+        *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "view_as"),
+        *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t"),
+        *("reshape_as", "__getitem__", "select", "narrow", "detach"),
+    ),
+}
+_CASTS = _functions("to", "float", "half", "bfloat16", "double", "contiguous", "type_as")
+_VALUES = _functions(
+    *("mul", "multiply", "div", "divide", "true_divide", "add", "sub", "subtract", "neg"),
+    *("__mul__", "__rmul__", "__truediv__", "__add__", "__radd__", "__sub__", "__neg__"),
+    *("tanh", "sigmoid", "log_softmax", "softmax", "log", "masked_fill", "where"),
+)
+PIECES = _functions("chunk", "split", "tensor_split", "unbind")
+DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+COMPUTED = {
+    Tensor.__getitem__,
+    *_functions(
+        *("cross_entropy", "nll_loss", "gather", "take_along_dim", "logsumexp"),
+        *("argmax", "amax", "max", "sum", "mean"),
+    ),
+}
+"""These have no vocabulary in their result, and the op may compute them."""
+_WRITTEN_DOWN = _VIEWS | _CASTS | _VALUES
+# Of so many words at least one remains in what is written down.
+_FEWER = 16
+
+
+def is_written_down(func: Callable[..., Any], likes: Any, cells: Sequence[Cell]) -> bool:
+    """Whether ``likes``, what ``func`` makes of ``cells``, still has the vocabulary."""
+    if func in PIECES:
+        return isinstance(likes, tuple | list)
+    if func not in _WRITTEN_DOWN or not isinstance(likes, Tensor):
+        return False
+    return likes.is_floating_point() and (
+        func not in (Tensor.__getitem__, torch.select, Tensor.select)
+        or likes.numel() * _FEWER >= max(cell.like.numel() for cell in cells)
+        or (likes.dim() > 0 and any(likes.size(-1) == cell.like.size(-1) for cell in cells))
+    )
+
+
+def is_in_place(func: Callable[..., Any]) -> bool:
+    """Whether ``func`` writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITERS)
+    return name.endswith("_") and func is not Tensor.requires_grad_
+
+
+_NO_WRITERS = ("__init__", "__init_subclass__", "__int__", "__index__", "__invert__", "__iter__")
