@@ -16,8 +16,8 @@ from ..compat.compiling import counted_apart, uncompiled, without_recompile_limi
 from ..compat.graphs import autograd_function_call, namespace_of, why_not_rewritten
 from ..compat.lookup import NO_REWRITE
 from ..graph import Place, Refusal, describe, hint, place_of, tensor_of
-from ..logits import class_count, is_head, is_loss
-from ..plan import has_no_head, is_whole, unread_heads
+from ..logits import class_count
+from ..plan import has_no_head, is_whole, unread_heads, way_up
 from ..rewrite import GraphEdit, prepare, summary
 from .graph_breaks import TOPICS, Break, break_after, take_untraced
 
@@ -208,13 +208,7 @@ def _at(place: Place | None) -> str:
 
 def _opaque_source(loss: Node) -> Node | None:
     """Find the call that hides where the logits of ``loss`` come from."""
-    node = loss if is_loss(loss) else None
-    while node is not None and not _is_opaque(node):
-        if is_head(node):
-            return None
-        source = node.args[0] if node.args else node.kwargs.get("input")
-        node = source if isinstance(source, Node) else None
-    return node
+    return next(filter(_is_opaque, way_up(loss)), None)
 
 
 def _is_opaque(node: Node) -> bool:

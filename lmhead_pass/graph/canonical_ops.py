@@ -58,6 +58,7 @@ _NAMES = {
     "softmax": ["softmax"],
     "log_softmax": ["log_softmax"],
     "log": ["log"],
+    "exp": ["exp"],
     "logsumexp": ["logsumexp"],
     "one_hot": ["one_hot"],
     "arange": ["arange"],

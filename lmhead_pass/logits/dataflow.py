@@ -35,6 +35,7 @@ from .softmaxes import follow_softmax, is_softmax_step, less_logsumexp, times, t
 from .types import (
     CastLike,
     Consumer,
+    ConsumerKind,
     ExpandLike,
     Head,
     Logits,
@@ -44,6 +45,8 @@ from .types import (
 )
 from .value_steps import Cast
 from .values import fill_tail, filled_tail, follow_values, is_value_step
+
+_OF_A_LOSS = (ConsumerKind.LOSS, ConsumerKind.LOG_PROBABILITY, ConsumerKind.LOGSUMEXP)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,16 @@ class Flow:
     """Logits that leave the graph."""
     metadata_uses: dict[Node, MetadataUse] = field(default_factory=dict)
     """What reads the logits' shape or dtype, and not their values."""
+
+    @property
+    def losses(self) -> list[Consumer]:
+        """The consumers that make a loss. Others alone are no reason to rewrite a head."""
+        return [consumer for consumer in self.consumers if consumer.kind in _OF_A_LOSS]
+
+    @property
+    def claimed(self) -> set[Node]:
+        """What need not be computed any more once the op serves the consumers."""
+        return self.nodes | {consumer.node for consumer in self.consumers}
 
 
 def follow_logits(head: Head) -> Flow:
