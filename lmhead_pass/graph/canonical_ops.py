@@ -59,6 +59,8 @@ _NAMES = {
     "log_softmax": ["log_softmax"],
     "log": ["log"],
     "exp": ["exp"],
+    "entr": ["entr"],
+    "clamp": ["clamp", "clip", "clamp_min"],
     "logsumexp": ["logsumexp"],
     "one_hot": ["one_hot"],
     "arange": ["arange"],

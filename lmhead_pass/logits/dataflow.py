@@ -24,12 +24,13 @@ from ..graph import (
     is_inference,
     is_pieces,
     memory_of,
+    passing,
     same,
     same_shape,
     tensor_of,
     value_of,
 )
-from .consumers import consumers_of_largest, read
+from .consumers import consumers_of_largest, differentiated, read
 from .rows import follow_pieces, follow_rows, is_row_step
 from .softmaxes import follow_softmax, is_softmax_step, less_logsumexp, times, times_one_hot
 from .types import (
@@ -46,7 +47,10 @@ from .types import (
 from .value_steps import Cast
 from .values import fill_tail, filled_tail, follow_values, is_value_step
 
-_OF_A_LOSS = (ConsumerKind.LOSS, ConsumerKind.LOG_PROBABILITY, ConsumerKind.LOGSUMEXP)
+_OF_A_LOSS = (
+    *(ConsumerKind.LOSS, ConsumerKind.LOG_PROBABILITY, ConsumerKind.LOGSUMEXP),
+    ConsumerKind.MEAN_LOG_PROBABILITY,
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class _LogitsTracker:
         ``logits - logsumexp``. They go with the logits, unless somebody else reads them."""
         self.without_history: set[Node] = set()
         """Made without autograd: no gradient gets through, even if the node requires one."""
+        self.passing = passing(head.node.graph)
 
     def run(self) -> Flow:
         inference = is_inference(self.logits.node)
@@ -146,7 +151,7 @@ class _LogitsTracker:
         if (use := self._metadata_use(logits, node)) is not None:
             self.flow.metadata_uses[node] = use
         elif (consumer := read(logits, node)) is not None:
-            self.flow.consumers.append(consumer)
+            self._consume(consumer, node)
         elif (largest := consumers_of_largest(logits, node)) is not None:
             self._hold(node, largest)
         elif canonical_op(node) == "broadcast_tensors":
@@ -187,12 +192,12 @@ class _LogitsTracker:
             return replace(logits, stage=stage, index=hot[0])
         if len(inputs) > 1:
             raise Refused(f"{describe(node)} puts logits together")
+        if is_softmax_step(logits, node):
+            return follow_softmax(logits, node)
         if is_value_step(node):
             return follow_values(logits, node)
         if not node.args or node.args[0] is not logits.node:
             raise Refused("")
-        if is_softmax_step(node):
-            return follow_softmax(logits, node)
         if is_row_step(node):
             return follow_rows(logits, node)
         raise Refused("")
@@ -217,9 +222,14 @@ class _LogitsTracker:
         self.holds[node] = held
         self.flow.nodes.add(node)
 
+    def _consume(self, consumer: Consumer, reader: Node) -> None:
+        if tensor_of(consumer.node).requires_grad and consumer.node in self.passing:
+            consumer = differentiated(consumer, reader)
+        self.flow.consumers.append(consumer)
+
     def _take(self, node: Node, item: Any) -> None:
         if isinstance(item, Consumer):
-            self.flow.consumers.append(replace(item, node=node))
+            self._consume(replace(item, node=node), node.args[0])
         elif item is not None:
             before = next(source for source in node.args[0].all_input_nodes if source in self.holds)
             self._hold(node, self._checked(self.holds[before], item, node))
