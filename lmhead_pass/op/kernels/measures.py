@@ -75,11 +75,13 @@ def _parse(word: str) -> Measure:
         (k,) = map(int, count if kind in _OF_LARGEST else [*count, "0"])
     except ValueError:
         raise _wrong(f"has no measure '{word}'") from None
+    if kind in _OF_LARGEST and k < 1:
+        raise _wrong(f"takes at least 1 word in '{word}'")
     return Measure(kind, k)
 
 
 def _wrong(what: str) -> ValueError:
-    names = ", ".join(kind.value for kind in MeasureKind)
+    names = ", ".join(kind.value + ":k" * (kind in _OF_LARGEST) for kind in MeasureKind)
     return ValueError(f"lmhead_pass: linear_cross_entropy {what}. It has {names}.")
 
 
@@ -98,6 +100,9 @@ def allocate(problem: Problem, measures: Sequence[Measure]) -> dict[Measure, Ten
         if measure.kind is MeasureKind.LOGITS:
             shape.append(problem.weight.size(0))
         elif measure.kind in _OF_LARGEST:
+            words = problem.weight.size(0)
+            if isinstance(words, int) and measure.k > words:
+                raise _wrong(f"takes {measure.k} of {words} words in '{measure.kind.value}'")
             shape.append(measure.k)
         results[measure] = problem.hidden.new_empty(shape, dtype=dtype)
     return results
