@@ -3,12 +3,16 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.fx import Node
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in .*(?:\n[ \t]+(?P<code>.*))?')
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+# Torch, and this package, which calls what it explains.
+_NOT_THE_USERS = tuple(
+    f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
+)
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,14 @@ class Place:
 
 
 def place_of(node: Node) -> Place | None:
-    """Find the innermost line outside of torch that made ``node``; None if Dynamo knew none."""
+    """Find the innermost line of the user's that made ``node``; None if Dynamo knew none."""
     return place_in(node.stack_trace or "")
 
 
 def place_in(stack_trace: str) -> Place | None:
-    """Find the innermost line outside of torch in ``stack_trace``; None if it has no lines."""
+    """Find the innermost line of the user's in ``stack_trace``; None if it has no lines."""
     frames = list(_FRAME.finditer(stack_trace))
-    users = [frame for frame in frames if not frame["file"].startswith(_TORCH)]
+    users = [frame for frame in frames if not frame["file"].startswith(_NOT_THE_USERS)]
     if not frames:
         return None
     frame = (users or frames)[-1]
