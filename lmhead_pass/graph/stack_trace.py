@@ -9,8 +9,7 @@ import torch
 from torch.fx import Node
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in .*(?:\n[ \t]+(?P<code>.*))?')
-# Torch, and this package, which calls what it explains.
-_NOT_THE_USERS = tuple(
+_TORCH, _OURS = (
     f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
 )
 
@@ -34,8 +33,9 @@ def place_of(node: Node) -> Place | None:
 
 def place_in(stack_trace: str) -> Place | None:
     """Find the innermost line of the user's in ``stack_trace``; None if it has no lines."""
-    frames = list(_FRAME.finditer(stack_trace))
-    users = [frame for frame in frames if not frame["file"].startswith(_NOT_THE_USERS)]
+    # Not from where ``explain`` calls what it explains.
+    frames = [f for f in _FRAME.finditer(stack_trace) if not f["file"].startswith(_OURS)]
+    users = [frame for frame in frames if not frame["file"].startswith(_TORCH)]
     if not frames:
         return None
     frame = (users or frames)[-1]

@@ -8,7 +8,7 @@ tells of losses that no head was followed to. Nothing is changed here.
 
 from .call_fusion import FusedCall, plan_fused_calls
 from .matcher import find, unread_heads
-from .returned_plan import is_whole, recipe_of, sources_of
+from .returned_plan import is_whole, must_copy_hidden, recipe_of, sources_of
 from .types import Match, Rewrite
 from .unreached import has_no_head, way_up
 
@@ -19,6 +19,7 @@ __all__ = [
     "find",
     "has_no_head",
     "is_whole",
+    "must_copy_hidden",
     "plan_fused_calls",
     "recipe_of",
     "sources_of",

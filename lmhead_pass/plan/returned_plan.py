@@ -68,7 +68,50 @@ def check_returned(logits: Logits) -> Logits:
             f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
         )
     _check_sources(logits)
+    results = _results(logits.node.graph)
+    for result in results:
+        others = [other for other in results if other not in (result, logits.node)]
+        if result is not logits.node and _is_named_by_views(memory_of(result), others, result):
+            raise Refused(
+                "the logits are returned, and other results are views of the same memory, which "
+                f"torch.compile takes with no tensors that are computed later. {_INSTEAD}"
+            )
     return logits
+
+
+def must_copy_hidden(logits: Logits) -> bool:
+    """Whether what stands for ``logits`` may share no memory with the hidden states.
+
+    Where a result is a view of what is no result, AOTAutograd returns that too, if a second result
+    is in the same memory, and cannot do so beside tensors that are computed later.
+    """
+    others = [other for other in _results(logits.node.graph) if other is not logits.node]
+    return _is_named_by_views(memory_of(logits.head.hidden), others)
+
+
+def _results(graph: Graph) -> list[Node]:
+    """The tensors that the graph returns, each once."""
+    leaves = dict.fromkeys(tree_leaves(graph.output_node().args))
+    return [leaf for leaf in leaves if isinstance(value_of(leaf), torch.Tensor)]
+
+
+def _is_named_by_views(memory: set[int], results: list[Node], view: Node | None = None) -> bool:
+    """Whether ``results`` in ``memory`` are views of what is no input and no result itself.
+
+    ``view`` is one more of them, if there is one.
+    """
+    within = [node for node in results if not memory.isdisjoint(memory_of(node))]
+    named = within if view is None else [*within, view]
+    graph = next((node.graph for node in named), None)
+    if not within or graph is None:
+        return False
+    differentiable = [value for value in map(tensor_of, named) if value.requires_grad]
+    if not differentiable or not all(value._is_view() for value in differentiable):
+        return False
+    return not any(
+        node.op in ("placeholder", "get_attr") and not memory.isdisjoint(memory_of(node))
+        for node in graph.nodes
+    )
 
 
 def _check_sources(logits: Logits) -> None:

@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 
 from ..graph import Emitter, tensor_of, value_of
 from ..logits import Logits
-from ..plan import recipe_of, sources_of
+from ..plan import must_copy_hidden, recipe_of, sources_of
 from .emit_inputs import emit_hidden
 
 
@@ -19,6 +19,8 @@ def emit_lazily(graph: Graph, logits: Logits) -> Node:
     constant = replace(logits.head, hidden=emit("detach", logits.head.hidden))
     steps = tuple(step.with_nodes(partial(_constant, emit)) for step in logits.steps)
     hidden = emit_hidden(emit, replace(logits, head=constant), steps)
+    if must_copy_hidden(logits):
+        hidden = emit("clone", hidden)
     head, value = logits.head, tensor_of(logits.node)
     bias, recipe = recipe_of(logits)
     with graph.inserting_before(emit.place):
