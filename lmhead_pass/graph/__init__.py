@@ -6,7 +6,7 @@ draw random numbers, and ``gradients`` which pass gradients on; ``stack_trace`` 
 line, and ``Emitter`` inserts nodes. What cannot be said raises ``Refused``.
 """
 
-from ..compat.graphs import ENTER_AUTOCAST, ENTER_INFERENCE, EXIT_INFERENCE
+from ..compat.graphs import ENTER_AUTOCAST
 from . import mutation
 from .canonical_ops import arguments, canonical_op, describe, is_in_place, is_pieces
 from .emitter import Emitter, size_of
@@ -18,8 +18,8 @@ from .tensors import (
     AUTOCAST_SWITCHES,
     gradients_are_recorded,
     hint,
+    in_inference,
     is_cut_off,
-    is_inference,
     is_number,
     is_plain,
     is_symbol,
@@ -36,8 +36,6 @@ from .tensors import (
 __all__ = [
     "AUTOCAST_SWITCHES",
     "ENTER_AUTOCAST",
-    "ENTER_INFERENCE",
-    "EXIT_INFERENCE",
     "Emitter",
     "Place",
     "Refusal",
@@ -49,9 +47,9 @@ __all__ = [
     "draws",
     "gradients_are_recorded",
     "hint",
+    "in_inference",
     "is_cut_off",
     "is_in_place",
-    "is_inference",
     "is_number",
     "is_pieces",
     "is_plain",

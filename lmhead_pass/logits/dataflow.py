@@ -12,16 +12,14 @@ import torch
 from torch.fx import Node
 
 from ..graph import (
-    ENTER_INFERENCE,
-    EXIT_INFERENCE,
     Refused,
     at,
     canonical_op,
     describe,
     gradients_are_recorded,
+    in_inference,
     is_cut_off,
     is_in_place,
-    is_inference,
     is_pieces,
     memory_of,
     passing,
@@ -114,14 +112,10 @@ class _LogitsTracker:
         self.passing = passing(head.node.graph)
 
     def run(self) -> Flow:
-        inference = is_inference(self.logits.node)
+        inference = in_inference(self.logits.node.graph)
         for node in _from(self.logits.node):
-            if node.target is ENTER_INFERENCE:
-                inference = True
-            elif node.target is EXIT_INFERENCE:
-                inference = False
             inputs = [source for source in node.all_input_nodes if source in self.holds]
-            if inference or (inputs and is_cut_off(node)):
+            if node in inference or (inputs and is_cut_off(node)):
                 self.without_history.add(node)
             if inputs:
                 try:

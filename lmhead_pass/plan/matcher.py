@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph
 
 from .. import config
-from ..graph import Refusal, Refused, at, canonical_op, describe, is_inference, tensor_of
+from ..graph import Refusal, Refused, at, canonical_op, describe, in_inference, tensor_of
 from ..logits import (
     Consumer,
     ConsumerKind,
@@ -63,9 +63,10 @@ def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
         raise Refused(why or f"{describe(user)}{at(user)} reads the logits too")
     if is_mixed:
         raise Refused("the logits are mixed with those of another head")
-    if is_inference(flow.head.node):
+    inference = in_inference(flow.head.node.graph)
+    if flow.head.node in inference:
         for consumer in flow.consumers:
-            if not is_inference(consumer.node):  # which is an error, or as good as one
+            if consumer.node not in inference:  # which is an error, or as good as one
                 raise Refused(
                     "the head is inside torch.inference_mode in the compiled function, and "
                     f"{describe(consumer.node)}{at(consumer.node)} is not"

@@ -105,7 +105,7 @@ def _is_named_by_views(memory: set[int], results: list[Node], view: Node | None 
     graph = next((node.graph for node in named), None)
     if not within or graph is None:
         return False
-    differentiable = [value for value in map(tensor_of, named) if value.requires_grad]
+    differentiable = [value for value in map(value_of, named) if value.requires_grad]
     if not differentiable or not all(value._is_view() for value in differentiable):
         return False
     return not any(

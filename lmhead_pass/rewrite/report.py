@@ -38,7 +38,7 @@ class _Once:
 def _tell_once(record: logging.LogRecord) -> bool:
     """A filter of the logger: handlers may be added at any time."""
     for handler in log.handlers if log.propagate else ():
-        handler.addFilter(_Once(handler))  # type: ignore[arg-type]
+        handler.addFilter(_Once(handler))
     return True
 
 

@@ -381,3 +381,21 @@ def test_an_index_before_the_first_word_is_an_error():
     with pytest.raises(IndexError):
         rewrite(function)(h, w, torch.tensor([1, -V - 1, 3, 4]))
     assert counters["lmhead_pass"]["rewritten"] == 1
+
+
+def test_an_inference_block_inside_another_mode():
+    """Behind it, and where it is switched off, gradients are recorded as before."""
+
+    def function(h, w, b, y):
+        with torch.inference_mode():
+            with torch.inference_mode(False):
+                z = F.linear(h, w, b)
+                loss = forms.flat(z, y)
+            count = y.numel() + F.relu(h.detach()).sum() * 0
+        return loss + 1e-3 * z.logsumexp(-1).pow(2).mean(), count
+
+    tensors, graphs = forms.inputs(), []
+    expected = function(*map(reference.leaf, tensors))
+    results = rewrite(function, graphs)(*tensors)
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    torch.testing.assert_close(results, expected)
