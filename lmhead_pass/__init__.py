@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import compat, config
 from . import op as _op  # noqa: F401  torch.ops.lmhead_pass, for compiled code from a cache too
 from . import returned as _returned  # noqa: F401
-from .registration import disabled, register, unregister
+from .registration import disabled, register, unregister, why_not_run
 
 if TYPE_CHECKING:
     from .explanation import Explanation
@@ -25,13 +25,16 @@ __all__ = ["config", "disabled", "explain", "register", "unregister"]
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> "Explanation":
-    """Run ``fn(*args, **kwargs)`` once and report on every loss over logits in it.
+    """Run ``fn(*args, **kwargs)`` once and tell what the pass makes of each loss over logits.
 
-    See :func:`lmhead_pass.explanation.explain`, which this calls.
+    ``fn`` is a module or function, compiled or not. Its graphs are captured by Dynamo as
+    ``torch.compile`` would and run as they are, without Inductor and its caches; whatever ``fn``
+    does (update buffers, step an optimizer) is done once. Random numbers are drawn from a copy of
+    the generators' state. Settings are those of ``lmhead_pass.config``.
     """
     from .explanation import explain
 
-    return explain(fn, *args, **kwargs)
+    return explain(fn, args, kwargs, why_not_run(fn))
 
 
 compat.warn_of_unknown_version()

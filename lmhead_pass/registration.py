@@ -8,12 +8,14 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from .compat import settings
+from .compat.compiling import inductor_settings
 from .graph_pass import the_pass
 
 _INDUCTOR_CONFIG = "torch._inductor.config"
@@ -33,6 +35,32 @@ def unregister() -> None:
         sys.meta_path.remove(_registers_later)
     if _INDUCTOR_CONFIG in sys.modules:
         _update(add=False)
+
+
+def why_not_run(function: Callable[..., Any]) -> str:
+    """What keeps the pass from the graphs of ``function``, compiled or not; "" if nothing does."""
+    is_registered = the_pass() in settings.registered_passes(
+        importlib.import_module(_INDUCTOR_CONFIG)
+    )
+    compiled_with = inductor_settings(function)
+    if compiled_with is None:
+        return (
+            "the function is compiled with a backend other than Inductor, and the pass runs in "
+            "Inductor alone. Compile it without `backend=`"
+        )
+    if the_pass() in settings.passes_of(compiled_with) or (is_registered and not compiled_with):
+        return ""
+    if is_registered:
+        return (
+            'options={"pre_grad_custom_pass": ...} of torch.compile replaces the registered passes '
+            "for this function, this one too. Set torch._inductor.config.pre_grad_custom_pass "
+            "before importing lmhead_pass instead, or call lmhead_pass.register() after it"
+        )
+    return (
+        "the pass is not registered, by lmhead_pass.unregister(), inside of "
+        "lmhead_pass.disabled(), or since something was assigned to "
+        "torch._inductor.config.pre_grad_custom_pass. lmhead_pass.register() adds it again"
+    )
 
 
 @contextlib.contextmanager

@@ -90,6 +90,18 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def inductor_settings(function: Callable[..., Any]) -> dict[str, Any] | None:
+    """Inductor's settings for what ``function`` compiles, options of ``torch.compile`` among them.
+
+    None if its backend has no such settings; empty if ``torch.compile`` did not give it.
+    """
+    for compiled in (function, getattr(function, "_compiled_call_impl", None)):
+        if (ask := getattr(compiled, "get_compiler_config", None)) is not None:
+            found: dict[str, Any] | None = ask()
+            return found
+    return {}
+
+
 def without_recompile_limit() -> AbstractContextManager[Any]:
     """Let Dynamo compile one function as often as it likes inside of the block."""
     config: Any = find("torch._dynamo.config", "explain may miss graphs")

@@ -47,6 +47,11 @@ def pass_setting(passes: Sequence[GraphPass]) -> Any:
     return passes[0] if len(passes) == 1 else PassChain(passes)
 
 
+def passes_of(inductor: dict[str, Any]) -> list[GraphPass]:
+    """The passes in a copy of Inductor's settings."""
+    return passes_in(inductor.get(_SETTING))
+
+
 def registered_passes(config: ModuleType) -> list[GraphPass]:
     """The passes in Inductor's ``config``."""
     return passes_in(getattr(config, _SETTING, None))

@@ -16,8 +16,8 @@ from ..compat.compiling import counted_apart, uncompiled, without_recompile_limi
 from ..compat.graphs import autograd_function_call, namespace_of, why_not_rewritten
 from ..compat.lookup import NO_REWRITE
 from ..graph import Place, Refusal, describe, hint, place_of, tensor_of
-from ..logits import class_count, is_head, is_loss
-from ..plan import has_no_head, is_whole, unread_heads
+from ..logits import class_count
+from ..plan import has_no_head, is_whole, unread_heads, way_up
 from ..rewrite import GraphEdit, prepare, summary
 from .graph_breaks import TOPICS, Break, break_after, take_untraced
 
@@ -60,14 +60,11 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Run ``fn(*args, **kwargs)`` once and tell what the pass makes of each loss over logits.
-
-    ``fn`` is a module or function, compiled or not. Its graphs are captured by Dynamo as
-    ``torch.compile`` would and run as they are, without Inductor and its caches; whatever ``fn``
-    does (update buffers, step an optimizer) is done once. Random numbers are drawn from a copy of
-    the generators' state. Settings are those of ``lmhead_pass.config``, whether or not the pass is
-    registered.
+def explain(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], not_run: str = ""
+) -> Explanation:
+    """See :func:`lmhead_pass.explain`. ``not_run`` says what keeps the pass from running, if
+    anything does: then nothing is rewritten.
     """
     explanation = Explanation()
     graphs: list[_Captured] = []
@@ -76,7 +73,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         before = take_untraced(counters)
         captured = _Captured(before, break_after(module, before))
         graphs.append(captured)
-        captured.look_at(module, explanation)
+        captured.look_at(module, explanation, not_run)
         forward: Callable[..., Any] = module.forward
         return forward
 
@@ -118,7 +115,7 @@ class _Captured:
     opaque_readers: list[str] = field(default_factory=list)
     """A sentence for each call that reads a head and hides what it makes of it."""
 
-    def look_at(self, module: GraphModule, explanation: Explanation) -> None:
+    def look_at(self, module: GraphModule, explanation: Explanation, not_run: str) -> None:
         """Note what is in the graph of ``module`` and in its parts, and explain it."""
         if lacking := why_not_rewritten(module.graph):
             explanation.refused.append(f"this torch has no {lacking}: {NO_REWRITE}")
@@ -127,9 +124,12 @@ class _Captured:
             if isinstance(part, GraphModule):
                 edit = GraphEdit(part.graph)
                 calls, refusals = prepare(edit)
-                explanation.rewritten += map(summary, calls)
-                explanation.refused += map(summary, refusals)
                 self.has_losses |= bool(calls or refusals)
+                if not_run:
+                    refusals += [Refusal(call.match.node, not_run) for call in calls]
+                else:
+                    explanation.rewritten += map(summary, calls)
+                explanation.refused += map(summary, refusals)
                 self._look(part.graph, refusals)
                 edit.roll_back()
 
@@ -208,13 +208,7 @@ def _at(place: Place | None) -> str:
 
 def _opaque_source(loss: Node) -> Node | None:
     """Find the call that hides where the logits of ``loss`` come from."""
-    node = loss if is_loss(loss) else None
-    while node is not None and not _is_opaque(node):
-        if is_head(node):
-            return None
-        source = node.args[0] if node.args else node.kwargs.get("input")
-        node = source if isinstance(source, Node) else None
-    return node
+    return next(filter(_is_opaque, way_up(loss)), None)
 
 
 def _is_opaque(node: Node) -> bool:

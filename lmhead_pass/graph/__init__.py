@@ -1,15 +1,16 @@
 """What can be said of any pre-grad graph, whoever made it.
 
 ``canonical_ops`` maps every spelling of an operation to one name, ``tensors`` reads what Dynamo
-knows of a node's value, ``mutation`` tells which nodes may write to a tensor, and ``randomness``
-which draw random numbers; ``stack_trace`` finds the user's line, and ``Emitter`` inserts nodes.
-What cannot be said raises ``Refused``.
+knows of a node's value, ``mutation`` tells which nodes may write to a tensor, ``randomness`` which
+draw random numbers, and ``gradients`` which pass gradients on; ``stack_trace`` finds the user's
+line, and ``Emitter`` inserts nodes. What cannot be said raises ``Refused``.
 """
 
-from ..compat.graphs import ENTER_AUTOCAST, ENTER_INFERENCE, EXIT_INFERENCE
+from ..compat.graphs import ENTER_AUTOCAST
 from . import mutation
 from .canonical_ops import arguments, canonical_op, describe, is_in_place, is_pieces
 from .emitter import Emitter, size_of
+from .gradients import passing
 from .randomness import draws
 from .refusal import Refusal, Refused
 from .stack_trace import Place, at, place_in, place_of
@@ -17,8 +18,8 @@ from .tensors import (
     AUTOCAST_SWITCHES,
     gradients_are_recorded,
     hint,
+    in_inference,
     is_cut_off,
-    is_inference,
     is_number,
     is_plain,
     is_symbol,
@@ -35,8 +36,6 @@ from .tensors import (
 __all__ = [
     "AUTOCAST_SWITCHES",
     "ENTER_AUTOCAST",
-    "ENTER_INFERENCE",
-    "EXIT_INFERENCE",
     "Emitter",
     "Place",
     "Refusal",
@@ -48,9 +47,9 @@ __all__ = [
     "draws",
     "gradients_are_recorded",
     "hint",
+    "in_inference",
     "is_cut_off",
     "is_in_place",
-    "is_inference",
     "is_number",
     "is_pieces",
     "is_plain",
@@ -58,6 +57,7 @@ __all__ = [
     "memory_of",
     "mutation",
     "number_of",
+    "passing",
     "place_in",
     "place_of",
     "product",

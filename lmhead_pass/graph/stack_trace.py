@@ -3,12 +3,15 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.fx import Node
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in .*(?:\n[ \t]+(?P<code>.*))?')
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+_TORCH, _OURS = (
+    f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
+)
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,14 @@ class Place:
 
 
 def place_of(node: Node) -> Place | None:
-    """Find the innermost line outside of torch that made ``node``; None if Dynamo knew none."""
+    """Find the innermost line of the user's that made ``node``; None if Dynamo knew none."""
     return place_in(node.stack_trace or "")
 
 
 def place_in(stack_trace: str) -> Place | None:
-    """Find the innermost line outside of torch in ``stack_trace``; None if it has no lines."""
-    frames = list(_FRAME.finditer(stack_trace))
+    """Find the innermost line of the user's in ``stack_trace``; None if it has no lines."""
+    # Not from where ``explain`` calls what it explains.
+    frames = [f for f in _FRAME.finditer(stack_trace) if not f["file"].startswith(_OURS)]
     users = [frame for frame in frames if not frame["file"].startswith(_TORCH)]
     if not frames:
         return None

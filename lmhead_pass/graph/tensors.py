@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from ..compat import graphs
 from ..compat.graphs import ENTER_AUTOCAST, ENTER_INFERENCE, EXIT_AUTOCAST, EXIT_INFERENCE
@@ -125,22 +125,31 @@ class _GradMode(NamedTuple):
     inference: bool
 
 
-def gradients_are_recorded(node: Node) -> bool:
-    """Whether the graph is outside ``no_grad`` and ``inference_mode`` at ``node``."""
+def _modes(graph: Graph) -> Iterator[tuple[Node, _GradMode]]:
+    """Each node, and the mode in which it runs."""
     mode = _GradMode(recorded=True, inference=False)
     before_block: dict[Node, _GradMode] = {}
-    for earlier in node.graph.nodes:
-        if earlier is node:
-            return mode.recorded and not mode.inference
-        if earlier.target is graphs.SET_GRAD_ENABLED:
-            mode = mode._replace(recorded=bool(earlier.args[0]))
-        elif earlier.target is ENTER_INFERENCE:
-            before_block[earlier] = mode
-            enters = bool(earlier.args[0]) if earlier.args else True
+    for node in graph.nodes:
+        yield node, mode
+        if node.target is graphs.SET_GRAD_ENABLED:
+            mode = mode._replace(recorded=bool(node.args[0]))
+        elif node.target is ENTER_INFERENCE:
+            before_block[node] = mode
+            enters = bool(node.args[0]) if node.args else True
             mode = _GradMode(recorded=not enters, inference=enters)
-        elif earlier.target is EXIT_INFERENCE:
-            mode = before_block[earlier.args[0]]
-    raise AssertionError("a node is in its graph")
+        elif node.target is EXIT_INFERENCE:
+            mode = before_block[node.args[0]]
+
+
+def gradients_are_recorded(node: Node) -> bool:
+    """Whether the graph is outside ``no_grad`` and ``inference_mode`` at ``node``."""
+    mode = next(mode for earlier, mode in _modes(node.graph) if earlier is node)
+    return mode.recorded and not mode.inference
+
+
+def in_inference(graph: Graph) -> set[Node]:
+    """The nodes that run in inference mode."""
+    return {node for node, mode in _modes(graph) if mode.inference}
 
 
 def is_cut_off(node: Node) -> bool:
@@ -155,11 +164,3 @@ def is_cut_off(node: Node) -> bool:
         return value.grad_fn is None
     except RuntimeError:  # some views raise it once somebody has written to what they view
         return True
-
-
-def is_inference(node: Node) -> bool:
-    """Whether the graph enters inference mode before ``node``, and leaves it after."""
-    while (node := node.prev).op not in ("placeholder", "root"):
-        if node.target in (ENTER_INFERENCE, EXIT_INFERENCE):
-            return node.target is ENTER_INFERENCE
-    return False

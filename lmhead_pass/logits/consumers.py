@@ -1,6 +1,7 @@
 """Reads what takes single numbers out of each row of logits: a loss, a word's logit, a maximum."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .types import Consumer, ConsumerKind, Logits, Stage, TargetUse
 
 # What has no gradient in the op.
 _MEASURES = (
-    *(ConsumerKind.ARGMAX, ConsumerKind.MAX),
+    *(ConsumerKind.ARGMAX, ConsumerKind.MAX, ConsumerKind.TOPK_VALUES, ConsumerKind.PROBABILITY),
     *(ConsumerKind.ENTROPY, ConsumerKind.EXPECTED_LOGIT),
 )
 
@@ -28,10 +29,15 @@ def read(logits: Logits, node: Node) -> Consumer | None:
         return Consumer(node, logits, ConsumerKind.LOSS, loss.target_use, loss.reduction)
     if canonical_op(node) not in _CONSUMERS:
         return None
-    consumer = _CONSUMERS[canonical_op(node)](logits, node)
-    if consumer is not None and consumer.kind in _MEASURES and tensor_of(node).requires_grad:
-        raise Refused(f"{describe(node)} needs a gradient, and has one only if all logits are kept")
-    return consumer
+    return _CONSUMERS[canonical_op(node)](logits, node)
+
+
+def differentiated(consumer: Consumer, reader: Node) -> Consumer:
+    """``consumer``, which a gradient may reach; Refused if the op has none for what it reads."""
+    if consumer.kind in _MEASURES:
+        name = describe(reader)
+        raise Refused(f"{name} needs a gradient, and has one only if all logits are kept")
+    return replace(consumer, is_differentiated=True)
 
 
 def _gather(logits: Logits, node: Node) -> Consumer:
@@ -69,6 +75,8 @@ def _word(
             kind = ConsumerKind.LOGIT
         case Stage.LOG_PROBABILITIES | Stage.TARGET_LOG_PROBABILITIES:
             kind = ConsumerKind.LOG_PROBABILITY
+        case Stage.PROBABILITIES:
+            kind = ConsumerKind.PROBABILITY
         case stage:
             raise Refused(f"{describe(node)} reads {stage.value}")
     use = TargetUse(target, words=words)
@@ -129,10 +137,19 @@ def _only_adds_dims(index: Any) -> bool:
     return all(part is None or part is ... or part == slice(None) for part in parts)
 
 
+_SUMMED = {
+    Stage.P_LOG_P: (ConsumerKind.ENTROPY, -1),
+    Stage.P_LOGIT: (ConsumerKind.EXPECTED_LOGIT, 1),
+    Stage.LOGITS: (ConsumerKind.MEAN_LOGIT, 1),
+    Stage.LOG_PROBABILITIES: (ConsumerKind.MEAN_LOG_PROBABILITY, 1),
+}
+_MEANS = (ConsumerKind.MEAN_LOGIT, ConsumerKind.MEAN_LOG_PROBABILITY)
+
+
 def _sum(logits: Logits, node: Node) -> Consumer | None:
     summed = summed_dims(node)
     of_target = logits.stage in (Stage.TARGET_LOGITS, Stage.TARGET_LOG_PROBABILITIES)
-    if summed is None or not (of_target or logits.stage in (Stage.P_LOG_P, Stage.P_LOGIT)):
+    if summed is None or not (of_target or logits.stage in _SUMMED):
         return None
     dim, keeps_dim = summed
     if dim is not None and (
@@ -142,10 +159,30 @@ def _sum(logits: Logits, node: Node) -> Consumer | None:
     options: dict[str, Any] = {"keeps_dim": keeps_dim, "is_summed": dim is None}
     if of_target:
         assert logits.index is not None
-        return _word(logits, node, logits.index, **options)
-    if logits.stage is Stage.P_LOG_P:
-        return Consumer(node, logits, ConsumerKind.ENTROPY, factor=-logits.factor, **options)
-    return Consumer(node, logits, ConsumerKind.EXPECTED_LOGIT, factor=logits.factor, **options)
+        consumer = _word(logits, node, logits.index, **options)
+    else:
+        kind, sign = _SUMMED[logits.stage]
+        consumer = Consumer(node, logits, kind, factor=sign * logits.factor, **options)
+    shape = tensor_of(logits.node).shape
+    words, all_of_it = shape[logits.vocab_dim], shape.numel()
+    factor = consumer.factor
+    if consumer.kind in _MEANS:
+        _check_mean(logits, node)
+        factor *= words
+    if canonical_op(node) == "mean":
+        count = words if dim is not None else all_of_it
+        if not isinstance(count, int):
+            raise Refused(f"{describe(node)} is taken over logits of dynamic sizes")
+        factor /= count
+    return replace(consumer, factor=factor)
+
+
+def _check_mean(logits: Logits, node: Node) -> None:
+    """Refused unless the mean logit is the mean row of the weight times the hidden states."""
+    if logits.values.cap is not None or logits.is_masked:
+        raise Refused(f"{describe(node)} is taken over logits after a softcap or mask")
+    if not all(isinstance(size, int) for size in tensor_of(logits.node).shape):
+        raise Refused(f"{describe(node)} is taken over logits of dynamic sizes")
 
 
 def _over_words(kind: ConsumerKind) -> Callable[[Logits, Node], Consumer | None]:
@@ -160,14 +197,20 @@ def _over_words(kind: ConsumerKind) -> Callable[[Logits, Node], Consumer | None]
             raise Refused(f"{describe(node)} is taken over more than the vocabulary")
         if dim % tensor_of(logits.node).dim() != logits.vocab_dim:
             raise Refused(f"{describe(node)} is not taken over the vocabulary")
-        # The largest of all of these is in the same place.
-        alike = (Stage.LOGITS, Stage.LOG_PROBABILITIES, Stage.PROBABILITIES)
-        is_argmax = kind is ConsumerKind.ARGMAX and logits.stage in alike and logits.factor > 0
-        if not is_argmax and logits.stage is not Stage.LOGITS:
+        if kind is ConsumerKind.LOGSUMEXP and logits.stage is not Stage.LOGITS:
             raise Refused(f"{describe(node)} is taken of {logits.stage.value}")
-        return Consumer(node, logits, kind, keeps_dim=call["keepdim"] or call["keepdims"])
+        _check_order(logits, node)
+        keeps_dim = call["keepdim"] or call["keepdims"]
+        return Consumer(node, logits, kind, keeps_dim=keeps_dim, factor=logits.factor)
 
     return read_over_words
+
+
+def _check_order(logits: Logits, node: Node) -> None:
+    """Refused unless the largest of what is held is in the place of the largest logit."""
+    alike = (Stage.LOGITS, Stage.LOG_PROBABILITIES, Stage.PROBABILITIES)
+    if logits.stage not in alike or not logits.factor > 0:
+        raise Refused(f"{describe(node)} is taken of {logits.stage.value}")
 
 
 _CONSUMERS: dict[str | None, Callable[[Logits, Node], Consumer | None]] = {
@@ -175,6 +218,7 @@ _CONSUMERS: dict[str | None, Callable[[Logits, Node], Consumer | None]] = {
     "take_along_dim": _take_along_dim,
     "getitem": _getitem,
     "sum": _sum,
+    "mean": _sum,
     "logsumexp": _over_words(ConsumerKind.LOGSUMEXP),
     "argmax": _over_words(ConsumerKind.ARGMAX),
     "amax": _over_words(ConsumerKind.MAX),
@@ -185,8 +229,6 @@ def consumers_of_largest(logits: Logits, node: Node) -> list[Consumer] | None:
     """The consumers that ``max(dim)`` or ``topk`` is, for values and indices; None if neither."""
     if canonical_op(node) not in ("max", "topk") or not isinstance(value_of(node), tuple):
         return None
-    if value_of(node)[0].requires_grad:
-        raise Refused(f"{describe(node)} needs a gradient, and has one only if all logits are kept")
     if canonical_op(node) == "topk":
         return _topk(logits, node)
     pair = [_over_words(kind)(logits, node) for kind in (ConsumerKind.MAX, ConsumerKind.ARGMAX)]
@@ -201,6 +243,7 @@ def _topk(logits: Logits, node: Node) -> list[Consumer]:
     if call["dim"] % dims != logits.vocab_dim or logits.vocab_dim != dims - 1:
         raise Refused(f"{describe(node)} is not taken over a vocabulary that comes last")
     kept, kinds = logits.values.vocab_slice, (ConsumerKind.TOPK_VALUES, ConsumerKind.TOPK_INDICES)
-    if logits.stage is not Stage.LOGITS or (kept and call["k"] > kept[1] - kept[0]):
-        raise Refused(f"{describe(node)} is taken of other than logits, or of more than there are")
-    return [Consumer(node, logits, kind, k=call["k"]) for kind in kinds]
+    _check_order(logits, node)
+    if kept and call["k"] > kept[1] - kept[0]:
+        raise Refused(f"{describe(node)} is taken of more words than there are")
+    return [Consumer(node, logits, kind, k=call["k"], factor=logits.factor) for kind in kinds]

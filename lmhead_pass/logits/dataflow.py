@@ -12,29 +12,29 @@ import torch
 from torch.fx import Node
 
 from ..graph import (
-    ENTER_INFERENCE,
-    EXIT_INFERENCE,
     Refused,
     at,
     canonical_op,
     describe,
     gradients_are_recorded,
+    in_inference,
     is_cut_off,
     is_in_place,
-    is_inference,
     is_pieces,
     memory_of,
+    passing,
     same,
     same_shape,
     tensor_of,
     value_of,
 )
-from .consumers import consumers_of_largest, read
+from .consumers import consumers_of_largest, differentiated, read
 from .rows import follow_pieces, follow_rows, is_row_step
 from .softmaxes import follow_softmax, is_softmax_step, less_logsumexp, times, times_one_hot
 from .types import (
     CastLike,
     Consumer,
+    ConsumerKind,
     ExpandLike,
     Head,
     Logits,
@@ -44,6 +44,11 @@ from .types import (
 )
 from .value_steps import Cast
 from .values import fill_tail, filled_tail, follow_values, is_value_step
+
+_OF_A_LOSS = (
+    *(ConsumerKind.LOSS, ConsumerKind.LOG_PROBABILITY, ConsumerKind.LOGSUMEXP),
+    ConsumerKind.MEAN_LOG_PROBABILITY,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,16 @@ class Flow:
     """Logits that leave the graph."""
     metadata_uses: dict[Node, MetadataUse] = field(default_factory=dict)
     """What reads the logits' shape or dtype, and not their values."""
+
+    @property
+    def losses(self) -> list[Consumer]:
+        """The consumers that make a loss. Others alone are no reason to rewrite a head."""
+        return [consumer for consumer in self.consumers if consumer.kind in _OF_A_LOSS]
+
+    @property
+    def claimed(self) -> set[Node]:
+        """What need not be computed any more once the op serves the consumers."""
+        return self.nodes | {consumer.node for consumer in self.consumers}
 
 
 def follow_logits(head: Head) -> Flow:
@@ -94,16 +109,13 @@ class _LogitsTracker:
         ``logits - logsumexp``. They go with the logits, unless somebody else reads them."""
         self.without_history: set[Node] = set()
         """Made without autograd: no gradient gets through, even if the node requires one."""
+        self.passing = passing(head.node.graph)
 
     def run(self) -> Flow:
-        inference = is_inference(self.logits.node)
+        inference = in_inference(self.logits.node.graph)
         for node in _from(self.logits.node):
-            if node.target is ENTER_INFERENCE:
-                inference = True
-            elif node.target is EXIT_INFERENCE:
-                inference = False
             inputs = [source for source in node.all_input_nodes if source in self.holds]
-            if inference or (inputs and is_cut_off(node)):
+            if node in inference or (inputs and is_cut_off(node)):
                 self.without_history.add(node)
             if inputs:
                 try:
@@ -133,7 +145,7 @@ class _LogitsTracker:
         if (use := self._metadata_use(logits, node)) is not None:
             self.flow.metadata_uses[node] = use
         elif (consumer := read(logits, node)) is not None:
-            self.flow.consumers.append(consumer)
+            self._consume(consumer, node)
         elif (largest := consumers_of_largest(logits, node)) is not None:
             self._hold(node, largest)
         elif canonical_op(node) == "broadcast_tensors":
@@ -174,12 +186,12 @@ class _LogitsTracker:
             return replace(logits, stage=stage, index=hot[0])
         if len(inputs) > 1:
             raise Refused(f"{describe(node)} puts logits together")
+        if is_softmax_step(logits, node):
+            return follow_softmax(logits, node)
         if is_value_step(node):
             return follow_values(logits, node)
         if not node.args or node.args[0] is not logits.node:
             raise Refused("")
-        if is_softmax_step(node):
-            return follow_softmax(logits, node)
         if is_row_step(node):
             return follow_rows(logits, node)
         raise Refused("")
@@ -204,9 +216,14 @@ class _LogitsTracker:
         self.holds[node] = held
         self.flow.nodes.add(node)
 
+    def _consume(self, consumer: Consumer, reader: Node) -> None:
+        if tensor_of(consumer.node).requires_grad and consumer.node in self.passing:
+            consumer = differentiated(consumer, reader)
+        self.flow.consumers.append(consumer)
+
     def _take(self, node: Node, item: Any) -> None:
         if isinstance(item, Consumer):
-            self.flow.consumers.append(replace(item, node=node))
+            self._consume(replace(item, node=node), node.args[0])
         elif item is not None:
             before = next(source for source in node.args[0].all_input_nodes if source in self.holds)
             self._hold(node, self._checked(self.holds[before], item, node))

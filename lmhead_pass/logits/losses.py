@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..compat.graphs import reduction_of
-from ..graph import Refused, arguments, canonical_op, number_of, tensor_of
+from ..graph import Refused, arguments, canonical_op, describe, number_of, tensor_of
 from .types import Logits, Stage, TargetUse
 
 
@@ -59,11 +59,19 @@ def is_loss(node: Node) -> bool:
 
 
 def class_count(node: Node) -> int | torch.SymInt:
-    """How many classes a loss node distinguishes."""
-    logits = tensor_of(_call(node)["input"])
+    """How many classes a loss node distinguishes, or over how many words a softmax runs."""
+    if is_loss(node):
+        logits = tensor_of(_call(node)["input"])
+        dim = _class_dim(logits.dim())
+    else:
+        logits = tensor_of(node.all_input_nodes[0])
+        call = arguments(node, lambda input, dim=-1, *_, **__: locals())
+        dim = -1 if call is None else call["dim"]
     if logits.dim() == 0:
         raise Refused("the logits are a single number")
-    return logits.size(_class_dim(logits.dim()))
+    if not isinstance(dim, int):
+        raise Refused(f"{describe(node)} runs over several dimensions")
+    return logits.size(dim)
 
 
 def read_loss(node: Node) -> Loss:

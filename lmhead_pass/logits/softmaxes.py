@@ -1,12 +1,24 @@
 """Follows softmaxes of logits, and what is made of them before a single word is read."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-from ..graph import Refused, arguments, canonical_op, same, same_shape, tensor_of
+from ..graph import (
+    Refused,
+    arguments,
+    canonical_op,
+    describe,
+    hint,
+    number_of,
+    same,
+    same_shape,
+    tensor_of,
+)
 from .types import Logits, Stage
 
 # How a node that a tensor was reshaped or cast from is found again.
@@ -15,13 +27,15 @@ _SHAPED = ("reshape", "cast", "expand")
 _WITH_SOFTMAX = (Stage.LOGITS, Stage.LOG_PROBABILITIES)
 
 
-def is_softmax_step(node: Node) -> bool:
-    return canonical_op(node) in _FOLLOWERS
+def is_softmax_step(logits: Logits, node: Node) -> bool:
+    """Whether ``node`` takes a softmax, or goes on with one."""
+    is_logits = logits.stage is Stage.LOGITS
+    return canonical_op(node) in (_FOLLOWERS if is_logits else _FOLLOWERS | _AFTER_SOFTMAX)
 
 
 def follow_softmax(logits: Logits, node: Node) -> Logits:
     """What ``node`` holds: a softmax of ``logits``, or the log of one."""
-    return _FOLLOWERS[canonical_op(node)](logits, node)
+    return (_FOLLOWERS | _AFTER_SOFTMAX)[canonical_op(node)](logits, node)
 
 
 def _log_softmax(logits: Logits, node: Node) -> Logits:
@@ -33,15 +47,69 @@ def _log_softmax(logits: Logits, node: Node) -> Logits:
 
 def _softmax(logits: Logits, node: Node) -> Logits:
     _check_dim(logits, node)
-    if logits.stage is not Stage.LOGITS:
+    if logits.stage not in _WITH_SOFTMAX or logits.factor != 1:
         raise Refused(f"softmax is taken of {logits.stage.value}")
     return replace(logits, stage=Stage.PROBABILITIES)
 
 
 def _log(logits: Logits, node: Node) -> Logits:
-    if logits.stage is not Stage.PROBABILITIES or logits.factor != 1:
+    after = {
+        Stage.PROBABILITIES: Stage.LOG_PROBABILITIES,
+        Stage.RAISED_PROBABILITIES: Stage.RAISED_LOG_PROBABILITIES,
+    }
+    if logits.stage not in after or logits.factor != 1:
         raise Refused(f"log is taken of {logits.stage.value}")
-    return replace(logits, stage=Stage.LOG_PROBABILITIES)
+    return replace(logits, stage=after[logits.stage])
+
+
+def _exp(logits: Logits, node: Node) -> Logits:
+    if logits.stage is not Stage.LOG_PROBABILITIES or logits.factor != 1:
+        raise Refused(f"exp is taken of {logits.stage.value}")
+    return replace(logits, stage=Stage.PROBABILITIES)
+
+
+def _entr(logits: Logits, node: Node) -> Logits:
+    """``entr(p)`` is ``-p log(p)``."""
+    if logits.stage is not Stage.PROBABILITIES or logits.factor != 1:
+        raise Refused(f"{describe(node)} is taken of {logits.stage.value}")
+    return replace(logits, stage=Stage.P_LOG_P, factor=-1.0)
+
+
+def _clamp(logits: Logits, node: Node) -> Logits:
+    call = arguments(node, lambda input, min=None, max=None: locals())
+    if call is None or call["input"] is not logits.node or call["min"] is None:
+        raise Refused(f"{describe(node)} is done to {logits.stage.value}")
+    largest = {Stage.PROBABILITIES: 1, Stage.LOG_PROBABILITIES: 0}.get(logits.stage, math.inf)
+    if call["max"] is not None and number_of(call["max"]) < largest:
+        raise Refused(f"{describe(node)} is done to {logits.stage.value}")
+    return _raised(logits, node, number_of(call["min"]))
+
+
+def _plus(logits: Logits, node: Node) -> Logits:
+    call = arguments(node, lambda input, other: locals())
+    others = [] if call is None else [v for v in call.values() if v is not logits.node]
+    if logits.stage is not Stage.PROBABILITIES or len(others) != 1:
+        raise Refused(f"{describe(node)} is done to {logits.stage.value}")
+    return _raised(logits, node, number_of(others[0]))
+
+
+def _raised(logits: Logits, node: Node, least: float) -> Logits:
+    """``logits`` of at least ``least``: so little that an entropy is the same but for rounding.
+
+    ``p log(max(p, least))`` and ``p log(p + least)`` differ from ``p log(p)`` by at most ``least``.
+    """
+    limits = torch.finfo(tensor_of(logits.node).dtype)
+    if logits.stage is Stage.LOG_PROBABILITIES and logits.factor == 1 and least <= limits.min:
+        return replace(logits, stage=Stage.RAISED_LOG_PROBABILITIES)
+    words = hint(tensor_of(logits.node).size(logits.vocab_dim))
+    if logits.stage is not Stage.PROBABILITIES or logits.factor != 1:
+        raise Refused(f"{describe(node)} is done to {logits.stage.value}")
+    if not 0 <= least * words <= limits.eps:
+        raise Refused(
+            f"{describe(node)} changes probabilities by {least}: over {words} words that is more "
+            "than rounding"
+        )
+    return replace(logits, stage=Stage.RAISED_PROBABILITIES)
 
 
 def _check_dim(logits: Logits, node: Node) -> None:
@@ -59,6 +127,12 @@ _FOLLOWERS: dict[str | None, Callable[[Logits, Node], Logits]] = {
     "log_softmax": _log_softmax,
     "softmax": _softmax,
     "log": _log,
+}
+_AFTER_SOFTMAX: dict[str | None, Callable[[Logits, Node], Logits]] = {
+    "exp": _exp,
+    "entr": _entr,
+    "clamp": _clamp,
+    "add": _plus,
 }
 
 
@@ -135,7 +209,7 @@ def times(first: Logits, second: Logits) -> Logits:
     match second.stage:
         case Stage.LOGITS:
             made = Stage.P_LOGIT
-        case Stage.LOG_PROBABILITIES:
+        case Stage.LOG_PROBABILITIES | Stage.RAISED_LOG_PROBABILITIES:
             made = Stage.P_LOG_P
         case _:
             raise Refused("probabilities are multiplied by probabilities")

@@ -46,6 +46,8 @@ class Stage(enum.Enum):
     LOG_PROBABILITIES = "log-probabilities"
     TARGET_LOGITS = "logits times a one-hot"
     TARGET_LOG_PROBABILITIES = "log-probabilities times a one-hot"
+    RAISED_PROBABILITIES = "probabilities of at least some small number"
+    RAISED_LOG_PROBABILITIES = "log-probabilities of at least some number"
     P_LOG_P = "probabilities times their logs"
     P_LOGIT = "probabilities times logits"
 
@@ -147,16 +149,23 @@ class ConsumerKind(enum.Enum):
     """A cross entropy, which may be reduced."""
     LOG_PROBABILITY = "log_probability"
     """Of the word that is the target."""
+    PROBABILITY = "probability"
+    """The same."""
     LOGIT = "logit"
+    """The same."""
+    MEAN_LOG_PROBABILITY = "mean_log_probability"
+    """Over the words."""
+    MEAN_LOGIT = "mean_logit"
     """The same."""
     LOGSUMEXP = "logsumexp"
     ARGMAX = "argmax"
     MAX = "max"
+    """Of logits or what their softmax makes of them, as ``Logits.stage`` says."""
     ENTROPY = "entropy"
     EXPECTED_LOGIT = "expected_logit"
     """The sum of probabilities times logits."""
     TOPK_VALUES = "topk_values"
-    """``k`` numbers of each row."""
+    """``k`` numbers of each row, of what ``MAX`` is."""
     TOPK_INDICES = "topk_indices"
     """The same."""
     RETURNED = "returned"
@@ -182,6 +191,8 @@ class Consumer:
     """Whether the vocabulary's dimension is kept, with a size of 1."""
     is_summed: bool = False
     """Whether the rows' numbers are summed as well."""
+    is_differentiated: bool = False
+    """Whether a gradient may reach what is read."""
 
 
 @dataclass(frozen=True)

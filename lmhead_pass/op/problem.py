@@ -9,6 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_BY_ROW = ("coefficient", "logsumexp_coefficient", "z_loss")
+
+
+def _wrong(what: str) -> ValueError:
+    return ValueError(f"lmhead_pass: linear_cross_entropy {what}")
+
+
+def _differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are known to be different: to ask a dynamic one would fix it."""
+    return isinstance(a, int) and isinstance(b, int) and a != b
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -47,13 +58,48 @@ class Problem:
     """At most this many rows of logits exist at once."""
 
     def __post_init__(self) -> None:
-        by_row = ("coefficient", "logsumexp_coefficient", "z_loss")
-        given = [name for name in by_row if getattr(self, name) is not None]
+        self._check_options()
+        self._check_tensors()
+        given = [name for name in _BY_ROW if getattr(self, name) is not None]
         if given and self.reduction != "sum":
-            raise ValueError(
-                f"lmhead_pass: linear_cross_entropy takes a {given[0]} for each row with reduction "
-                f"'sum' only, not with '{self.reduction}'"
+            raise _wrong(
+                f"takes a {given[0]} for each row with reduction 'sum' only, not with "
+                f"'{self.reduction}'"
             )
+
+    def _check_options(self) -> None:
+        """ValueError, with its name, for an option that means nothing."""
+        rows = self.batch_chunk_size
+        for name, takes, good in (
+            ("reduction", "'mean', 'sum' or 'none'", self.reduction in ("mean", "sum", "none")),
+            ("label_smoothing", "a number from 0 to 1", 0 <= self.label_smoothing <= 1),
+            ("logit_scale", "a number other than 0", self.logit_scale != 0),
+            ("softcap", "a positive number or None", self.softcap is None or self.softcap > 0),
+            ("compute_dtype", "a floating dtype", self.compute_dtype.is_floating_point),
+            # A dynamic number is not asked: that would fix it.
+            ("batch_chunk_size", "at least 1 row", not isinstance(rows, int) or rows >= 1),
+        ):
+            if not good:
+                raise _wrong(f"takes {takes} as {name}, not {getattr(self, name)!r}")
+
+    def _check_tensors(self) -> None:
+        """ValueError, with its name, for a tensor of another shape or kind than the others'."""
+        for name in ("hidden", "weight"):
+            if getattr(self, name).dim() != 2:
+                shape = list(getattr(self, name).shape)
+                raise _wrong(f"takes a matrix as {name}, not a tensor of shape {shape}")
+        (tokens, features), (words, of_weight) = self.hidden.shape, self.weight.shape
+        if _differ(features, of_weight):
+            raise _wrong(f"takes a weight of {features} columns, as hidden has, not {of_weight}")
+        if self.target.dtype != torch.int64:
+            raise _wrong(f"takes a target of torch.int64, not {self.target.dtype}")
+        sizes = dict.fromkeys(("target", *_BY_ROW), (tokens, "row of hidden"))
+        sizes |= dict.fromkeys(("bias", "class_weight"), (words, "row of weight"))
+        for name, (size, of_what) in sizes.items():
+            tensor = getattr(self, name)
+            if tensor is not None and (tensor.dim() != 1 or _differ(tensor.size(0), size)):
+                shape = list(tensor.shape)
+                raise _wrong(f"takes one number for each {of_what} as {name}: {size}, not {shape}")
 
     @property
     def has_logsumexp_terms(self) -> bool:

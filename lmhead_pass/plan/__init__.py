@@ -2,14 +2,15 @@
 
 ``matcher`` goes from each head to a ``Rewrite``. ``call_planning`` decides which consumers share a
 call of the op, and where it stands; ``call_fusion`` which calls become one, because they end in one
-sum; ``returned_plan`` whether logits that leave the graph can be computed later. Nothing is changed
-here.
+sum; ``returned_plan`` whether logits that leave the graph can be computed later. ``unreached``
+tells of losses that no head was followed to. Nothing is changed here.
 """
 
 from .call_fusion import FusedCall, plan_fused_calls
-from .matcher import find, has_no_head, unread_heads
+from .matcher import find, unread_heads
 from .returned_plan import is_whole, leaves_its_hidden_states, recipe_of
 from .types import Match, Rewrite
+from .unreached import has_no_head, way_up
 
 __all__ = [
     "FusedCall",
@@ -22,4 +23,5 @@ __all__ = [
     "plan_fused_calls",
     "recipe_of",
     "unread_heads",
+    "way_up",
 ]

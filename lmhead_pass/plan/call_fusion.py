@@ -90,7 +90,7 @@ def plan_fused_calls(rewrites: list[Rewrite]) -> Iterator[FusedCall]:
 def _sums(group: list[Match]) -> Iterator[LinearReduction]:
     """The sums through which all gradients of ``group`` pass."""
     consumers = [consumer for match in group for consumer in match.consumers]
-    if any(c.kind is ConsumerKind.RETURNED or c.is_summed for c in consumers):
+    if any(c.kind is ConsumerKind.RETURNED for c in consumers):
         return
     differentiable = [(match, consumer) for match in group for consumer in match.differentiable]
     if all(_is_of_all_rows(match, consumer) for match, consumer in differentiable):
@@ -104,7 +104,7 @@ def _sums(group: list[Match]) -> Iterator[LinearReduction]:
 
 
 def _is_of_all_rows(match: Match, consumer: Consumer) -> bool:
-    """Whether the consumer has a single number, or one for each row of the call in their order."""
+    """Whether the consumer has a number for each row of the call in their order, or their sum."""
     if consumer.reduction != "none":
         return True
     return row_order(consumer.logits.steps) == row_order(match.logits.steps)

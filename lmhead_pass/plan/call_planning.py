@@ -11,6 +11,10 @@ from ..op import plan_rows
 from .types import Match
 
 LOSS, RETURNED = ConsumerKind.LOSS, ConsumerKind.RETURNED
+_OF_ALL_WORDS = (
+    *(ConsumerKind.LOGSUMEXP, ConsumerKind.MEAN_LOGIT),
+    ConsumerKind.MEAN_LOG_PROBABILITY,
+)
 
 
 @dataclass
@@ -66,7 +70,7 @@ def _place(consumers: list[Consumer], order: dict[Node, int]) -> Node | None:
         return None  # a target that is made of the same logits
     first_user = min(users, key=order.__getitem__, default=consumers[0].node)
     # Where a gradient is wanted, it is recorded.
-    wanting = [consumer.node for consumer in consumers if tensor_of(consumer.node).requires_grad]
+    wanting = [consumer.node for consumer in consumers if consumer.is_differentiated]
     place = min(wanting or [consumers[0].node], key=order.__getitem__)
     return place if order[place] <= order[first_user] else None
 
@@ -113,7 +117,7 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
     assert place is not None, "a call with no place was never begun"
     moved = _late_inputs(call.target_use, place, order) or ()
     reduction = _reduction(consumers)
-    differentiable = any(tensor_of(consumer.node).requires_grad for consumer in consumers)
+    differentiable = any(consumer.is_differentiated for consumer in consumers)
     # What is needed in the backward is read again: where gradients are computed there, and where
     # hidden states are multiplied by a tensor.
     is_scaled = any(isinstance(step, ScaleRows) for step in consumers[0].logits.steps)
@@ -174,8 +178,9 @@ def _reduction(consumers: list[Consumer]) -> str:
         return "sum"
     # The gradient of a measure, and a second reading of the losses, take each row's own.
     by_row = any(
-        consumer.kind in (ConsumerKind.LOG_PROBABILITY, ConsumerKind.LOGIT)
-        or (consumer.kind is ConsumerKind.LOGSUMEXP and tensor_of(consumer.node).requires_grad)
+        consumer.kind
+        in (ConsumerKind.LOG_PROBABILITY, ConsumerKind.LOGIT, ConsumerKind.PROBABILITY)
+        or (consumer.kind in _OF_ALL_WORDS and consumer.is_differentiated)
         for consumer in consumers
     )
     # Of a call with a loss, that is the first consumer.

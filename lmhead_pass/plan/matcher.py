@@ -8,20 +8,16 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from .. import config
-from ..graph import Refusal, Refused, at, canonical_op, describe, hint, is_inference, tensor_of
+from ..graph import Refusal, Refused, at, canonical_op, describe, in_inference, tensor_of
 from ..logits import (
     Consumer,
     ConsumerKind,
     Flow,
-    class_count,
     follow_logits,
-    is_head,
-    is_loss,
     large_heads,
-    read_head,
 )
 from .call_planning import plan_calls
 from .returned_plan import (
@@ -32,15 +28,9 @@ from .returned_plan import (
     is_worth_deferring,
 )
 from .types import Rewrite
+from .unreached import unreached
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Consumers that make a loss. Others alone are no reason to rewrite a head.
-_OF_A_LOSS = (ConsumerKind.LOSS, ConsumerKind.LOG_PROBABILITY, ConsumerKind.LOGSUMEXP)
-_INPUT = (
-    "the logits are an input of this graph: their head was compiled in another one, or not at all. "
-    "Compile head and loss together, without a graph break between them (lmhead_pass.explain names "
-    "it)"
-)
 
 
 def find(graph: Graph, of_loss_alone: bool = True) -> list[Rewrite | Refusal]:
@@ -49,55 +39,34 @@ def find(graph: Graph, of_loss_alone: bool = True) -> list[Rewrite | Refusal]:
     Unless ``of_loss_alone``, everything that reads logits and that the op can compute.
     """
     flows = [follow_logits(head) for head in large_heads(graph)]
-    claims = Counter(node for flow in flows for node in _claimed(flow))
+    claims = Counter(node for flow in flows for node in flow.claimed)
     found: list[Rewrite | Refusal] = []
     for flow in flows:
-        losses = [
-            consumer
-            for consumer in flow.consumers
-            if consumer.kind in _OF_A_LOSS or not of_loss_alone
-        ]
+        losses = flow.losses if of_loss_alone else flow.consumers
+        is_mixed = any(claims[node] > 1 for node in flow.claimed)
         try:
             if losses:
-                _check_nobody_else(flow, any(claims[node] > 1 for node in _claimed(flow)))
+                _check_nobody_else(flow, is_mixed)
                 _check_derivatives(graph)
                 found.append(_rewrite(flow))
             elif _only_leave(flow):
-                found += _deferred(flow, any(claims[node] > 1 for node in _claimed(flow)))
-            else:
-                found += _unread_log_softmaxes(flow)
+                found += _deferred(flow, is_mixed)
         except Refused as refused:
             if flow.returned and not is_whole(graph):
                 continue  # who calls this part of a graph tells what becomes of its logits
             named = [
-                consumer for consumer in losses if consumer.kind is ConsumerKind.LOSS
-            ] or losses[:1]
+                consumer for consumer in flow.losses if consumer.kind is ConsumerKind.LOSS
+            ] or flow.losses[:1]
             found += (Refusal(consumer.node, str(refused)) for consumer in named)
-    served = {consumer.node for flow in flows for consumer in flow.consumers}
-    unsupported = {node: why for flow in flows for node, why in flow.unsupported.items()}
-    for node in graph.nodes:
-        if is_loss(node) and node not in served:
-            why = _why_no_flow_reached(node, unsupported)
-            if is_whole(graph) or why is not _INPUT:
-                found.append(Refusal(node, why))
-    return found
-
-
-def has_no_head(refusal: Refusal) -> bool:
-    """Whether a loss is left alone because its logits come from outside of the graph."""
-    return refusal.reason == _INPUT
+    return [*found, *unreached(graph, flows)]
 
 
 def unread_heads(graph: Graph) -> Iterator[Flow]:
     """What becomes of the large linear layers in ``graph`` that no loss reads."""
     for head in large_heads(graph):
         flow = follow_logits(head)
-        if not any(consumer.kind in _OF_A_LOSS for consumer in flow.consumers):
+        if not flow.losses:
             yield flow
-
-
-def _claimed(flow: Flow) -> set[Node]:
-    return flow.nodes | {consumer.node for consumer in flow.consumers}
 
 
 def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
@@ -106,9 +75,10 @@ def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
         raise Refused(why or f"{describe(user)}{at(user)} reads the logits too")
     if is_mixed:
         raise Refused("the logits are mixed with those of another head")
-    if is_inference(flow.head.node):
+    inference = in_inference(flow.head.node.graph)
+    if flow.head.node in inference:
         for consumer in flow.consumers:
-            if not is_inference(consumer.node):  # which is an error, or as good as one
+            if consumer.node not in inference:  # which is an error, or as good as one
                 raise Refused(
                     "the head is inside torch.inference_mode in the compiled function, and "
                     f"{describe(consumer.node)}{at(consumer.node)} is not"
@@ -171,47 +141,3 @@ def _deferred(flow: Flow, is_mixed: bool) -> Iterator[Rewrite]:
         yield _rewrite(flow)
     except Refused:
         return
-
-
-def _unread_log_softmaxes(flow: Flow) -> Iterator[Refusal]:
-    """A log_softmax of a head that no loss takes. It may be a loss in an unknown spelling."""
-    for node in flow.nodes:
-        if canonical_op(node) == "log_softmax" and flow.unsupported:
-            user, why = next(iter(flow.unsupported.items()))
-            yield Refusal(node, why or f"log_softmax goes to {describe(user)}{at(user)}")
-            return
-
-
-def _why_no_flow_reached(loss: Node, unsupported: dict[Node, str]) -> str:
-    """Why no head was followed to ``loss``: the first reason on the way up from it."""
-    try:
-        classes = class_count(loss)
-        if hint(classes) < config.min_vocab_size:
-            return (
-                f"{classes} classes are fewer than config.min_vocab_size ({config.min_vocab_size})"
-            )
-    except Refused as refused:
-        return str(refused)
-    if loss in unsupported:
-        return unsupported[loss]
-    node = loss.args[0] if loss.args else loss.kwargs["input"]
-    while True:
-        if unsupported.get(node):
-            return unsupported[node]
-        if is_head(node):
-            return _why_no_head(node)
-        if node in unsupported or not node.args or not isinstance(node.args[0], Node):
-            break
-        node = node.args[0]
-    if node.op == "placeholder":
-        return _INPUT
-    return f"the logits come from {describe(node)}{at(node)}, which is not understood"
-
-
-def _why_no_head(node: Node) -> str:
-    try:
-        read_head(node)
-        tensor_of(node)
-    except Refused as refused:
-        return str(refused)
-    return f"the logits come from {describe(node)}{at(node)}, which is not understood"

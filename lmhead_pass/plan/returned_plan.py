@@ -4,6 +4,7 @@ stands for them."""
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch.fx import Graph, Node
 from typing_extensions import assert_never
 
@@ -19,6 +20,7 @@ from ..graph import (
     memory_of,
     mutation,
     tensor_of,
+    value_of,
 )
 from ..logits import (
     AddNumber,
@@ -68,7 +70,40 @@ def check_returned(logits: Logits) -> Logits:
             f"the logits are returned, and {describe(writer)} may change the head's input, weight "
             f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
         )
+    results = _results(logits.node.graph)
+    for result in results:
+        others = [other for other in results if other not in (result, logits.node)]
+        if result is not logits.node and _is_named_by_views(memory_of(result), others, result):
+            raise Refused(
+                "the logits are returned, and other results are views of the same memory, which "
+                f"torch.compile takes with no tensors that are computed later. {_INSTEAD}"
+            )
     return logits
+
+
+def _results(graph: Graph) -> list[Node]:
+    """The tensors that the graph returns, each once."""
+    leaves = dict.fromkeys(tree_leaves(graph.output_node().args))
+    return [leaf for leaf in leaves if isinstance(value_of(leaf), torch.Tensor)]
+
+
+def _is_named_by_views(memory: set[int], results: list[Node], view: Node | None = None) -> bool:
+    """Whether ``results`` in ``memory`` are views of what is no input and no result itself.
+
+    ``view`` is one more of them, if there is one.
+    """
+    within = [node for node in results if not memory.isdisjoint(memory_of(node))]
+    named = within if view is None else [*within, view]
+    graph = next((node.graph for node in named), None)
+    if not within or graph is None:
+        return False
+    differentiable = [value for value in map(value_of, named) if value.requires_grad]
+    if not differentiable or not all(value._is_view() for value in differentiable):
+        return False
+    return not any(
+        node.op in ("placeholder", "get_attr") and not memory.isdisjoint(memory_of(node))
+        for node in graph.nodes
+    )
 
 
 def is_worth_deferring(flow: Flow) -> bool:

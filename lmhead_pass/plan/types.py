@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from ..graph import tensor_of
 from ..logits import Consumer, Logits, MetadataUse, TargetUse
 
 
@@ -40,8 +39,8 @@ class Match:
 
     @property
     def differentiable(self) -> tuple[Consumer, ...]:
-        """The consumers that require a gradient."""
-        return tuple(c for c in self.consumers if tensor_of(c.node).requires_grad)
+        """The consumers that a gradient may reach."""
+        return tuple(c for c in self.consumers if c.is_differentiated)
 
     @property
     def node(self) -> Node:

@@ -14,7 +14,7 @@ from ..logits import NOTHING_IGNORED, TargetUse, row_order
 from ..plan import FusedCall, Match
 from .emit_coefficients import Coefficients, concatenated, emit_coefficients
 from .emit_inputs import emit_bias, emit_hidden, emit_weight
-from .emit_results import emit_result, measures_of, needs_gradient
+from .emit_results import emit_result, measures_of
 
 
 def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]:
@@ -152,7 +152,7 @@ def _emit_op(
     # Without a target to look at, each row has one that is ignored.
     use = match.target_use or TargetUse(target)
     weight, bias = emit_weight(emit, match.logits), emit_bias(emit, match.logits)
-    if not needs_gradient(match):
+    if not match.differentiable:
         # No gradient may flow where none did: no_grad around the loss, a detach on the way.
         hidden, weight = emit("detach", hidden), emit("detach", weight)
         bias = None if bias is None else emit("detach", bias)

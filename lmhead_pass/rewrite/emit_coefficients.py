@@ -66,7 +66,7 @@ def concatenated(emit: Emitter, parts: list[Node]) -> Node:
 
 def _of_rows(emit: Emitter, consumer: Consumer, weight: Node, target: Node) -> Node:
     """``[N]``: the weight of each row, from that of the consumer's numbers."""
-    if consumer.reduction == "none":
+    if consumer.reduction == "none" and not consumer.is_summed:
         return emit("reshape", weight, -1)
     if consumer.reduction == "mean":
         assert consumer.target_use is not None
@@ -96,6 +96,10 @@ def _shares(
             yield "of_logsumexps", times(factor)
         case ConsumerKind.LOGSUMEXP, 1:
             yield "of_logsumexps", times(factor)
+        case ConsumerKind.MEAN_LOG_PROBABILITY, _:  # the mean logit has its gradient in the graph
+            yield "of_logsumexps", times(-factor)
+        case ConsumerKind.MEAN_LOGIT, _:
+            pass
         case ConsumerKind.LOGSUMEXP, 2:  # of factor (lse + shift)
             yield "of_squares", times(factor**2)
             if shift := match.logits.values.shift:
@@ -111,7 +115,7 @@ def _ones(emit: Emitter, match: Match, consumer: Consumer, rows: Node, target: N
     ones_like: Callable[[Node], Node] = partial(
         emit, torch.ones_like, dtype=dtype, memory_format=torch.contiguous_format
     )
-    if consumer.reduction != "none":
+    if consumer.reduction != "none" or consumer.is_summed:
         return emit("new_ones", rows, (), dtype=dtype)
     if consumer.kind is ConsumerKind.LOSS:
         assert consumer.target_use is not None

@@ -9,36 +9,42 @@ from typing_extensions import assert_never
 
 from ..compat.graphs import EXAMPLE_VALUE
 from ..graph import Emitter, mutation, size_of, tensor_of
-from ..logits import Cast, Consumer, ConsumerKind, Logits, RowStep, TargetUse, row_order
+from ..logits import Cast, Consumer, ConsumerKind, Logits, RowStep, Stage, TargetUse, row_order
 from ..plan import Match
-from .emit_inputs import on_numbers, on_rows
+from .emit_inputs import emit_bias, emit_weight, on_numbers, on_rows
 
 
 def measures_of(consumer: Consumer) -> tuple[str, ...]:
     """What the op has to return, besides losses, for ``consumer``."""
     match consumer.kind:
-        case ConsumerKind.LOSS | ConsumerKind.LOG_PROBABILITY:
+        case (
+            ConsumerKind.LOSS
+            | ConsumerKind.LOG_PROBABILITY
+            | ConsumerKind.PROBABILITY
+            | ConsumerKind.MEAN_LOGIT
+        ):
             return ()
-        case ConsumerKind.LOGIT:
+        case ConsumerKind.LOGIT | ConsumerKind.MEAN_LOG_PROBABILITY:
             return ("logsumexp",)
         case ConsumerKind.EXPECTED_LOGIT:
             return ("logsumexp", "entropy")
         case ConsumerKind.RETURNED:
             return ("logits",)
-        case ConsumerKind.TOPK_VALUES | ConsumerKind.TOPK_INDICES:
+        case ConsumerKind.TOPK_VALUES:
+            return (f"{consumer.kind.value}:{consumer.k}", *_of_softmax(consumer))
+        case ConsumerKind.TOPK_INDICES:
             return (f"{consumer.kind.value}:{consumer.k}",)
-        case ConsumerKind.LOGSUMEXP | ConsumerKind.ARGMAX | ConsumerKind.MAX | ConsumerKind.ENTROPY:
+        case ConsumerKind.MAX:
+            return (consumer.kind.value, *_of_softmax(consumer))
+        case ConsumerKind.LOGSUMEXP | ConsumerKind.ARGMAX | ConsumerKind.ENTROPY:
             return (consumer.kind.value,)
         case _:
             assert_never(consumer.kind)
 
 
-def needs_gradient(match: Match) -> bool:
-    return any(
-        tensor_of(consumer.node).requires_grad
-        for consumer in match.consumers
-        if consumer.kind is not ConsumerKind.RETURNED
-    )
+def _of_softmax(consumer: Consumer) -> tuple[str, ...]:
+    """What a log-probability takes besides the logit."""
+    return () if consumer.logits.stage is Stage.LOGITS else ("logsumexp",)
 
 
 def emit_result(
@@ -51,11 +57,11 @@ def emit_result(
     """
     value = _value(emit, match, consumer, rows, results)
     before = tensor_of(consumer.node)
-    if consumer.kind is ConsumerKind.RETURNED:
+    if not consumer.is_differentiated:
         before = before.detach()
     if tensor_of(value).dtype != before.dtype:
         value = emit("to", value, before.dtype)
-    if needs_gradient(match) and not before.requires_grad:
+    if match.differentiable and not consumer.is_differentiated:
         value = emit("detach", value)
     later = mutation.nodes_between(consumer.node, emit.graph.output_node())
     if any(mutation.writers(later, of=[consumer.node])):
@@ -73,14 +79,27 @@ def _value(
     def shifted(value: Node) -> Node:
         return emit("add", value, shift) if shift else value
 
+    def at_stage(value: Node) -> Node:
+        """Of logits ``value``, what the stage is of which they are the largest."""
+        if consumer.logits.stage is Stage.LOGITS:
+            return shifted(value)
+        lse = results["logsumexp"]
+        value = emit("sub", value, emit("unsqueeze", lse, -1) if consumer.k else lse)
+        if consumer.logits.stage is Stage.PROBABILITIES:
+            value = emit("exp", value)
+        return value if consumer.factor == 1 else emit("mul", value, consumer.factor)
+
     match consumer.kind:
         case ConsumerKind.LOSS:
             return _loss(emit, consumer, match.reduction, results["loss"])
         case ConsumerKind.RETURNED:
             return _returned(emit, match, consumer.logits, rows, shifted(results["logits"]))
         case ConsumerKind.TOPK_VALUES:
-            (name,) = measures_of(consumer)
-            return _in_rows(emit, match, consumer.logits, rows, shifted(results[name]))
+            name, *_ = measures_of(consumer)
+            return _in_rows(emit, match, consumer.logits, rows, at_stage(results[name]))
+        case ConsumerKind.MAX:
+            value = at_stage(results["max"])
+            return of_each_row(emit, match, consumer, rows, value)
         case ConsumerKind.TOPK_INDICES:
             (name,) = measures_of(consumer)
             return _in_rows(emit, match, consumer.logits, rows, results[name])
@@ -92,8 +111,14 @@ def _value(
             value = shifted(emit("sub", results["logsumexp"], results["loss"]))
         case ConsumerKind.EXPECTED_LOGIT:
             value = shifted(emit("sub", results["logsumexp"], results["entropy"]))
-        case ConsumerKind.LOGSUMEXP | ConsumerKind.MAX:
-            value = shifted(results[consumer.kind.value])
+        case ConsumerKind.PROBABILITY:
+            value = emit("exp", emit("neg", results["loss"]))
+        case ConsumerKind.MEAN_LOGIT:
+            value = shifted(_mean_logit(emit, consumer, rows))
+        case ConsumerKind.MEAN_LOG_PROBABILITY:
+            value = emit("sub", _mean_logit(emit, consumer, rows), results["logsumexp"])
+        case ConsumerKind.LOGSUMEXP:
+            value = shifted(results["logsumexp"])
         case ConsumerKind.ENTROPY:
             value = results["entropy"]
         case ConsumerKind.ARGMAX:
@@ -105,6 +130,26 @@ def _value(
     if consumer.is_summed:
         return emit("sum", value)
     return of_each_row(emit, match, consumer, rows, value)
+
+
+def _mean_logit(emit: Emitter, consumer: Consumer, rows: Node) -> Node:
+    """``[N]``, in FP32 or FP64: what a mean over the words is of each row, but for the shift.
+
+    That of the products is one with the mean row of the weight.
+    """
+    logits, hidden = consumer.logits, rows
+    weight, bias = emit_weight(emit, logits), emit_bias(emit, logits)
+    if not consumer.is_differentiated:
+        hidden, weight = emit("detach", hidden), emit("detach", weight)
+        bias = None if bias is None else emit("detach", bias)
+    wide = torch.promote_types(tensor_of(logits.head.node).dtype, torch.float32)
+    row = emit("mean", weight, 0, dtype=wide)
+    # Not a matrix product, which an autocast would round.
+    value = emit("reshape", emit("sum", emit("mul", emit("to", hidden, wide), row), -1), -1)
+    if bias is not None:
+        value = emit("add", value, emit("mean", bias, 0, dtype=wide))
+    scale = logits.values.scale
+    return value if scale == 1 else emit("mul", value, scale)
 
 
 def of_each_row(emit: Emitter, match: Match, consumer: Consumer, rows: Node, value: Node) -> Node:

@@ -19,6 +19,34 @@ log = logging.getLogger("lmhead_pass")
 
 
 @dataclass(frozen=True)
+class _Once:
+    """Lets a handler pass over what a handler of the root logger writes to the same stream.
+
+    With ``TORCH_LOGS`` torch adds one to this package's logger, and ``logging.basicConfig`` one to
+    the root.
+    """
+
+    handler: logging.Handler
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        stream = getattr(self.handler, "stream", None)
+        return stream is None or not any(
+            getattr(root, "stream", None) is stream and record.levelno >= root.level
+            for root in logging.getLogger().handlers
+        )
+
+
+def _tell_once(record: logging.LogRecord) -> bool:
+    """A filter of the logger: handlers may be added at any time."""
+    for handler in log.handlers if log.propagate else ():
+        handler.addFilter(_Once(handler))
+    return True
+
+
+log.addFilter(_tell_once)
+
+
+@dataclass(frozen=True)
 class EmittedCall:
     """What is rewritten."""
 

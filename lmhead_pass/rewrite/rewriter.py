@@ -30,7 +30,10 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
     except Exception as error:
         edit.roll_back()
         if config.strict:
-            raise
+            raise RuntimeError(
+                "lmhead_pass failed on a graph, which lmhead_pass.config.strict has it raise; "
+                f"otherwise the graph is left as it was. {type(error).__name__}: {error}"
+            ) from error
         report.failure(error)
         return False
     for refusal in refusals:

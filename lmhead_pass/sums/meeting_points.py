@@ -1,22 +1,17 @@
 """Finds the single numbers through which all gradients of some other numbers pass."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from ..compat.graphs import tree_leaves
-from ..graph import is_plain, memory_of, mutation, value_of
-
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+from ..graph import is_plain, memory_of, mutation, passing, value_of
 
 
 def meeting_points(numbers: Iterable[Node]) -> Iterator[Node]:
     """Each single number through which all gradients of ``numbers`` pass, in graph order."""
     numbers = set(numbers)
     graph = min(numbers).graph
-    passing = _passing(graph)
+    on_the_way = passing(graph)
     carriers: set[Node] = set()
     """Nodes through which a gradient of the numbers may pass."""
     written: set[int] = set()
@@ -27,7 +22,7 @@ def meeting_points(numbers: Iterable[Node]) -> Iterator[Node]:
             if is_user:
                 return
             carriers.add(node)
-        elif node in passing and (is_user or not written.isdisjoint(memory_of(node))):
+        elif node in on_the_way and (is_user or not written.isdisjoint(memory_of(node))):
             carriers.add(node)
             if is_user and mutation.may_write(node):
                 written |= mutation.memory_written(node)
@@ -39,29 +34,9 @@ def meeting_points(numbers: Iterable[Node]) -> Iterator[Node]:
             is_number = is_plain(value) and value.dim() == 0 and value.is_floating_point()
             if is_number and numbers <= carriers:
                 others = (user for name in carriers - {node} for user in name.users)
-                if all(user <= node for user in others if user in passing):
+                if all(user <= node for user in others if user in on_the_way):
                     yield node
 
 
 def _before(node: Node) -> Iterator[Node]:
     return mutation.nodes_between(node.graph._root, node)
-
-
-def _passing(graph: Graph) -> set[Node]:
-    """The nodes that may pass a gradient on to what they read: not those that are detached."""
-    passing: set[Node] = set()
-    for node in reversed(graph.nodes):
-        if node.op == "output" or (
-            _may_have_gradient(value_of(node))
-            and (mutation.may_write(node) or not passing.isdisjoint(node.users))
-        ):
-            passing.add(node)
-    return passing
-
-
-def _may_have_gradient(value: Any) -> bool:
-    """True as well inside a torch.func transform, and for values of unknown kinds."""
-    return any(
-        not isinstance(leaf, _NUMBERS) and (not is_plain(leaf) or leaf.requires_grad)
-        for leaf in tree_leaves(value)
-    )

@@ -1,5 +1,7 @@
 """``lmhead_pass.explain``."""
 
+import re
+
 import pytest
 import torch
 import torch.nn as nn
@@ -7,6 +9,8 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import lmhead_pass
+from lmhead_pass import compat
+from lmhead_pass.graph_pass import the_pass
 
 from ..forms import V, flat
 from ..model import Model
@@ -89,3 +93,50 @@ def test_keyword_arguments_and_functions(tokens):
         return F.cross_entropy(hidden @ weight.t(), tokens[0])
 
     assert len(lmhead_pass.explain(function, tokens, hidden=torch.randn(7, 16)).rewritten) == 1
+
+
+def other_pass(graph):
+    """Somebody else's."""
+
+
+def test_another_backend_runs_no_pass(tokens):
+    for compiled in (torch.compile(Model(), backend="aot_eager"), Model()):
+        if not hasattr(compiled, "_orig_mod"):
+            compiled.compile(backend="eager")
+        explanation = lmhead_pass.explain(compiled, tokens)
+        assert explanation.rewritten == []
+        assert "backend other than Inductor" in explanation.refused[0]
+
+
+def test_options_that_replace_the_passes(tokens):
+    options = {"pre_grad_custom_pass": compat.pass_setting([other_pass])}
+    explanation = lmhead_pass.explain(torch.compile(Model(), options=options), tokens)
+    assert explanation.rewritten == []
+    assert "replaces the registered passes" in explanation.refused[0]
+    options = {"pre_grad_custom_pass": compat.pass_setting([other_pass, the_pass()])}
+    assert lmhead_pass.explain(torch.compile(Model(), options=options), tokens).rewritten
+    assert lmhead_pass.explain(torch.compile(Model(), mode="max-autotune"), tokens).rewritten
+
+
+def test_without_registration(tokens):
+    lmhead_pass.unregister()
+    try:
+        for model in (Model(), torch.compile(Model())):
+            explanation = lmhead_pass.explain(model, tokens)
+            assert explanation.rewritten == []
+            assert "lmhead_pass.register() adds it again" in explanation.refused[0]
+    finally:
+        lmhead_pass.register()
+    with lmhead_pass.disabled():
+        assert not lmhead_pass.explain(Model(), tokens).rewritten
+
+
+def test_places_are_the_users(tokens):
+    """Not the line of this package that calls the function."""
+    model = nn.Sequential(nn.Embedding(V, 8), nn.Linear(8, V), nn.Flatten(0, 1), nn.LogSoftmax(-1))
+    explanation = lmhead_pass.explain(model, tokens)
+    assert not re.search(r"explanation.explain\.py", str(explanation)), explanation
+    criterion = torch.compile(nn.CrossEntropyLoss())
+    explanation = lmhead_pass.explain(criterion, torch.randn(3, V), tokens[:, 0])
+    assert "an input of this graph" in str(explanation)
+    assert not re.search(r"explanation.explain\.py", str(explanation)), explanation

@@ -24,6 +24,21 @@ def with_loss(measure):
     return function
 
 
+def entropy(z, y):
+    log_probs = z.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def entropy_with(raised):
+    """With a smallest probability, as many write it to keep the log finite."""
+
+    def measure(z, y):
+        p = z.softmax(-1)
+        return -(p * raised(p).log()).sum(-1)
+
+    return measure
+
+
 def entropy_from_logits(z, y):
     """As TRL and verl have it."""
     return torch.logsumexp(z, -1) - (torch.softmax(z, -1) * z).sum(-1)
@@ -50,13 +65,56 @@ MEASURES = {
     "top_2_values": lambda z, y: (z + 3).topk(2)[0],
     "top_of_slices": lambda z, y: z[:, 1:].topk(4),
     "chosen_of_slices": lambda z, y: torch.stack([row.argmax(-1) for row in z]),
+    "entropy_of_log_probabilities": entropy,
+    "entropy_of_categorical": lambda z, y: torch.distributions.Categorical(logits=z).entropy(),
+    "entropy_by_function": lambda z, y: torch.special.entr(F.softmax(z, -1)).sum(-1),
+    "entropy_plus_epsilon": entropy_with(lambda p: p + 1e-12),
+    "entropy_clamped": entropy_with(lambda p: p.clamp(min=1e-12)),
+    "entropy_mean_of_all": lambda z, y: (z.softmax(-1) * z.softmax(-1).log()).mean(-1),
+    "confidence": lambda z, y: z.softmax(-1).max(-1)[0],
+    "confidence_by_amax": lambda z, y: torch.softmax(z, -1).amax(-1, keepdim=True),
+    "log_confidence": lambda z, y: z.log_softmax(-1).max(-1).values,
+    "scaled_confidence": lambda z, y: (2 * z.softmax(-1)).amax(-1),
+    "top_3_probabilities": lambda z, y: z.softmax(-1).topk(3),
+    "probability_of_target": lambda z, y: z.softmax(-1).gather(-1, y[..., None]).squeeze(-1),
+    "is_confident": lambda z, y: (z.softmax(-1).max(-1)[0] > 0.05).float().mean(),
+}
+# Of all words alike: served where no size is dynamic.
+MEANS = {
+    "mean_logit": lambda z, y: (z + 2).mean(-1),
+    "sum_of_logits": lambda z, y: z.sum(-1, keepdim=True),
+    "mean_log_probability": lambda z, y: z.log_softmax(-1).mean(-1),
+    "mean_log_probability_of_all": lambda z, y: z.log_softmax(-1).mean(),
+    "sum_of_log_probabilities": lambda z, y: z.log_softmax(-1).sum(-1),
 }
 
 
+def detached(result):
+    return tuple(map(torch.Tensor.detach, result)) if isinstance(result, tuple) else result.detach()
+
+
+def with_loss_and_gradients(measure):
+    """The same where gradients are recorded, though none gets to what is measured."""
+
+    def function(h, w, b, y):
+        z = F.linear(h, w, b) * 0.7
+        return forms.flat(z, y), detached(measure(z, y))
+
+    return function
+
+
+@pytest.mark.parametrize("name", MEASURES | MEANS)
+@pytest.mark.parametrize("beside", [with_loss, with_loss_and_gradients])
+def test_measures_beside_the_loss(name, beside):
+    check_beside(beside((MEASURES | MEANS)[name]), dynamic=False)
+
+
 @pytest.mark.parametrize("name", MEASURES)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_measures_beside_the_loss(name, dynamic):
-    function = with_loss(MEASURES[name])
+def test_measures_of_dynamic_sizes(name):
+    check_beside(with_loss(MEASURES[name]), dynamic=True)
+
+
+def check_beside(function, dynamic):
     tensors = forms.inputs()
     exact = function(*reference.doubles(tensors))
     leaves = [reference.leaf(t) for t in tensors]
@@ -84,6 +142,108 @@ def _assert_close(results, unfused, exact):
             reference.assert_no_worse([result], [other], [true.double()], torch.float32)
         else:
             assert torch.equal(result, true)
+
+
+REACHED = {
+    "returned": lambda z, y: z.max(-1)[0],
+    "in_the_loss": lambda z, y: 0.01 * entropy(z, y).mean(),
+    "written_to_a_buffer": lambda z, y: torch.zeros(y.shape).copy_(z.softmax(-1).amax(-1)).sum(),
+}
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_measures_that_a_gradient_reaches_keep_the_logits(name):
+    def function(h, w, b, y):
+        z = F.linear(h, w, b)
+        return forms.flat(z, y) + REACHED[name](z, y).sum()
+
+    tensors = forms.inputs()
+    expected = reference.run(function, list(map(reference.leaf, tensors)))
+    results = reference.run(rewrite(function), tensors)
+    assert counters["lmhead_pass"] == {"refused": 1}
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [lambda p: p + 1e-6, lambda p: p.clamp(min=1e-5), lambda p: p.clamp(1e-12, 0.5)],
+)
+def test_a_larger_epsilon_is_more_than_rounding(raised):
+    rewrite(with_loss(entropy_with(raised)))(*forms.inputs())
+    assert counters["lmhead_pass"] == {"refused": 1}
+
+
+def test_confidence_in_low_precision():
+    """A largest logit rounded to BF16 would make probabilities above 1."""
+    h, w, b, y = forms.inputs(torch.bfloat16)
+    with torch.no_grad():
+        w *= 6
+    function = with_loss_and_gradients(lambda z, y: z.float().softmax(-1).amax(-1))
+    _, measured = rewrite(function)(h, w, b, y)
+    exact, unfused = (
+        function(*inputs)[1] for inputs in (reference.doubles((h, w, b, y)), (h, w, b, y))
+    )
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    reference.assert_no_worse([measured], [unfused], [exact.double()], torch.bfloat16)
+    assert measured.max() <= 1
+
+
+def as_in_fairseq(z, y):
+    log_probs = F.log_softmax(z, -1).view(-1, V)
+    target = y.view(-1, 1)
+    nll = -log_probs.gather(dim=-1, index=target)
+    smooth = -log_probs.sum(dim=-1, keepdim=True)
+    ignored = target.eq(3)
+    nll.masked_fill_(ignored, 0.0)
+    smooth.masked_fill_(ignored, 0.0)
+    share = 0.1 / (log_probs.size(-1) - 1)
+    return (0.9 - share) * nll.sum() + share * smooth.sum()
+
+
+def by_row(z, y):
+    log_probs = z.log_softmax(-1)
+    return (-0.9 * log_probs.gather(-1, y[..., None])[..., 0] - 0.1 * log_probs.mean(-1)).mean()
+
+
+SMOOTHED = {
+    "as_in_fairseq": as_in_fairseq,
+    "by_row": by_row,
+    "of_shifted_rows": lambda z, y: by_row(z[:, :-1] * 0.5 - 1, y[:, 1:]),
+    "of_few_words": lambda z, y: by_row(z[..., :90], y % 90),
+    "beside_cross_entropy": lambda z, y: 0.9 * forms.flat(z, y) - 0.1 * z.log_softmax(-1).mean(),
+    "summed": lambda z, y: 0.9 * forms.flat(z, y, reduction="sum") - 1e-3 * z.log_softmax(-1).sum(),
+    "of_logits": lambda z, y: forms.flat(z, y) + 0.1 * (z.logsumexp(-1) - z.mean(-1)).mean(),
+    "one_hot": lambda z, y: (
+        -(F.one_hot(y, V) * z.log_softmax(-1)).sum() / 9 - z.log_softmax(-1).mean()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_label_smoothing_by_hand(name):
+    """What is linear in log-probabilities takes one call, and three products."""
+
+    def function(h, w, b, y):
+        return SMOOTHED[name](F.linear(h, w, b), y)
+
+    graphs = []
+    check(function, forms.inputs(), rewrite(function, graphs))
+    assert graphs[1].count("lmhead_pass.linear_cross_entropy") == 1
+    assert "'none'" not in graphs[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda z: torch.tanh(z), "after a softcap or mask"),
+        (lambda z: z.masked_fill(torch.arange(V) > 90, -torch.inf), "after a softcap or mask"),
+    ],
+)
+def test_means_that_are_no_product(change, reason, caplog):
+    with caplog.at_level("INFO", logger="lmhead_pass"):
+        rewrite(lambda h, w, b, y: by_row(change(F.linear(h, w, b)), y % 90))(*forms.inputs())
+    assert counters["lmhead_pass"] == {"refused": 1}
+    assert reason in caplog.text
 
 
 def test_measures_share_one_call():
@@ -221,3 +381,21 @@ def test_an_index_before_the_first_word_is_an_error():
     with pytest.raises(IndexError):
         rewrite(function)(h, w, torch.tensor([1, -V - 1, 3, 4]))
     assert counters["lmhead_pass"]["rewritten"] == 1
+
+
+def test_an_inference_block_inside_another_mode():
+    """Behind it, and where it is switched off, gradients are recorded as before."""
+
+    def function(h, w, b, y):
+        with torch.inference_mode():
+            with torch.inference_mode(False):
+                z = F.linear(h, w, b)
+                loss = forms.flat(z, y)
+            count = y.numel() + F.relu(h.detach()).sum() * 0
+        return loss + 1e-3 * z.logsumexp(-1).pow(2).mean(), count
+
+    tensors, graphs = forms.inputs(), []
+    expected = function(*map(reference.leaf, tensors))
+    results = rewrite(function, graphs)(*tensors)
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    torch.testing.assert_close(results, expected)

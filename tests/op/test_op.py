@@ -244,6 +244,43 @@ def test_coefficients_need_a_sum(name, reduction, requires_grad, fake):
             call(*inputs, reduction=reduction, **{name: torch.rand(37)})
 
 
+NONSENSE = {
+    "reduction": ({"reduction": "avg"}, "'mean', 'sum' or 'none' as reduction, not 'avg'"),
+    "label_smoothing": ({"label_smoothing": 1.5}, "as label_smoothing, not 1.5"),
+    "negative_smoothing": ({"label_smoothing": -0.1}, "as label_smoothing, not -0.1"),
+    "logit_scale": ({"logit_scale": 0.0}, "as logit_scale, not 0.0"),
+    "softcap": ({"softcap": 0.0}, "as softcap, not 0.0"),
+    "no_rows": ({"rows": 0}, "as batch_chunk_size, not 0"),
+    "negative_rows": ({"rows": -3}, "as batch_chunk_size, not -3"),
+    "target": ({"target": torch.zeros(36, dtype=torch.int64)}, r"as target: 37, not \[36\]"),
+    "one_target": ({"target": torch.zeros(1, dtype=torch.int64)}, r"as target: 37, not \[1\]"),
+    "target_dtype": ({"target": torch.zeros(37)}, "a target of torch.int64, not torch.float32"),
+    "bias": ({"bias": torch.zeros(100)}, r"as bias: 101, not \[100\]"),
+    "class_weight": ({"class_weight": torch.ones(1)}, r"as class_weight: 101, not \[1\]"),
+    "weight": ({"weight": torch.zeros(101, 15)}, "a weight of 16 columns, as hidden has, not 15"),
+    "hidden": ({"hidden": torch.zeros(37, 1, 16)}, "a matrix as hidden"),
+    "coefficient": (
+        {"coefficient": torch.ones(1), "reduction": "sum"}, r"as coefficient: 37, not \[1\]"
+    ),
+    "measure": ({"measures": ["perplexity"]}, "no measure 'perplexity'.* has logsumexp"),
+    "no_count": ({"measures": ["topk_values"]}, "no measure 'topk_values'.* topk_values:k"),
+    "count_of_others": ({"measures": ["max:2"]}, "no measure 'max:2'"),
+    "largest_0": ({"measures": ["topk_values:0"]}, "at least 1 word in 'topk_values:0'"),
+    "largest_of_too_many": ({"measures": ["topk_indices:102"]}, "102 of 101 words"),
+    "measure_twice": ({"measures": ["max", "max"]}, "each measure once"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_refused_by_name(name, fake):
+    options, message = NONSENSE[name]
+    inputs = dict(zip(("hidden", "weight", "bias", "target"), tensors(), strict=True)) | options
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+    with mode, pytest.raises(ValueError, match=message):
+        call(**inputs)
+
+
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 @pytest.mark.parametrize("logit_scale", [2.0**12, -(2.0**12)])
 def test_float16_scaling_knows_the_logit_scale(logit_scale, factor):

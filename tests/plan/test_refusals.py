@@ -246,9 +246,9 @@ REFUSED = {
         ),
         "gather at .* picks other than one word of each row",
     ),
-    "mean_of_words": (
-        lambda h, w, b, y: -F.log_softmax(F.linear(h, w), -1).mean(),
-        "log_softmax goes to mean at",
+    "deviation_of_words": (
+        lambda h, w, b, y: -F.log_softmax(F.linear(h, w), -1).std(),
+        "log_softmax goes to std at",
     ),
     "two_softcaps": (
         lambda h, w, b, y: flat(torch.tanh(torch.tanh(F.linear(h, w))), y),

@@ -1,5 +1,6 @@
 """What users see: log lines, counters and tlparse artifacts."""
 
+import io
 import logging
 import re
 
@@ -102,3 +103,35 @@ def test_counters():
     with lmhead_pass.config.patch(returned_logits="keep"):
         rewrite(function)(hidden, weight, target)
     assert counters["lmhead_pass"] == {"rewritten": 2, "refused": 1}
+
+
+ONCE = """
+    import logging, torch, torch.nn.functional as F
+    import lmhead_pass
+    logging.basicConfig(level=logging.WARNING)
+    torch.compile(lambda h, w, y: F.cross_entropy(h @ w.t(), y), fullgraph=True)(
+        torch.randn(8, 16), torch.randn(5000, 16), torch.arange(8)
+    )
+"""
+
+
+def test_each_line_appears_once_beside_basic_config():
+    """Torch's handler for TORCH_LOGS and that of the root logger write to the same stream."""
+    done = run_python(ONCE, is_fresh=True, TORCH_LOGS="lmhead_pass")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("rewritten: cross_entropy") == 1
+
+
+def test_handlers_of_other_streams_have_each_line_too(caplog):
+    hidden, weight, _, target = inputs()
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    log = logging.getLogger("lmhead_pass")
+    log.addHandler(handler)
+    try:
+        with caplog.at_level(logging.INFO, logger="lmhead_pass"):
+            rewrite(lambda h, w, y: flat(h @ w.t(), y))(hidden, weight, target)
+    finally:
+        log.removeHandler(handler)
+    assert stream.getvalue().count("rewritten: cross_entropy") == 1
+    assert caplog.text.count("rewritten: cross_entropy") == 1

@@ -4,8 +4,9 @@ With logits ``z`` and probabilities ``p``, of each row, whether or not it has a 
 
     logsumexp   log(sum_v exp z_v)          [N], in the accumulation dtype
     argmax      as of torch.argmax(z, -1)   [N] int64, of z rounded to the compute dtype
-    max         the largest z_v             [N], in the compute dtype
-    topk_values:k, topk_indices:k           [N, k], in the compute dtype; int64, as of torch.topk
+    max         the largest z_v             [N], in the accumulation dtype
+    topk_values:k, topk_indices:k           [N, k], in the accumulation dtype; int64, as of
+                                            torch.topk, of z rounded to the compute dtype
     entropy     -sum_v p_v log p_v          [N], in the accumulation dtype; 0 log 0 is 0
     logits      z                           [N, V], in the compute dtype
     losses      each row's loss             [N], in the accumulation dtype; before coefficient and
@@ -74,11 +75,13 @@ def _parse(word: str) -> Measure:
         (k,) = map(int, count if kind in _OF_LARGEST else [*count, "0"])
     except ValueError:
         raise _wrong(f"has no measure '{word}'") from None
+    if kind in _OF_LARGEST and k < 1:
+        raise _wrong(f"takes at least 1 word in '{word}'")
     return Measure(kind, k)
 
 
 def _wrong(what: str) -> ValueError:
-    names = ", ".join(kind.value for kind in MeasureKind)
+    names = ", ".join(kind.value + ":k" * (kind in _OF_LARGEST) for kind in MeasureKind)
     return ValueError(f"lmhead_pass: linear_cross_entropy {what}. It has {names}.")
 
 
@@ -87,18 +90,19 @@ def allocate(problem: Problem, measures: Sequence[Measure]) -> dict[Measure, Ten
     results = {}
     for measure in measures:
         match measure.kind:
-            case MeasureKind.LOGSUMEXP | MeasureKind.ENTROPY | MeasureKind.LOSSES:
-                dtype = problem.accumulate_dtype
-            case MeasureKind.MAX | MeasureKind.LOGITS | MeasureKind.TOPK_VALUES:
+            case MeasureKind.LOGITS:
                 dtype = problem.compute_dtype
             case MeasureKind.ARGMAX | MeasureKind.TOPK_INDICES:
                 dtype = torch.int64
             case _:
-                assert_never(measure.kind)
+                dtype = problem.accumulate_dtype
         shape = [problem.hidden.size(0)]
         if measure.kind is MeasureKind.LOGITS:
             shape.append(problem.weight.size(0))
         elif measure.kind in _OF_LARGEST:
+            words = problem.weight.size(0)
+            if isinstance(words, int) and measure.k > words:
+                raise _wrong(f"takes {measure.k} of {words} words in '{measure.kind.value}'")
             shape.append(measure.k)
         results[measure] = problem.hidden.new_empty(shape, dtype=dtype)
     return results
@@ -132,13 +136,13 @@ class Measures:
                 case MeasureKind.ARGMAX:
                     result[rows] = rounded().argmax(1)
                 case MeasureKind.MAX:
-                    result[rows] = largest().values.squeeze(1).to(self._compute_dtype)
+                    result[rows] = largest().values.squeeze(1)
                 case MeasureKind.ENTROPY:
                     result[rows] = _entropy(logits, *largest())
                 case MeasureKind.LOGITS:
                     result[rows] = rounded()
                 case MeasureKind.TOPK_VALUES:
-                    result[rows] = topk(measure.k).values
+                    result[rows] = logits.gather(1, topk(measure.k).indices)
                 case MeasureKind.TOPK_INDICES:
                     result[rows] = topk(measure.k).indices
                 case _:
