@@ -53,6 +53,8 @@ _NAMES = {
     "tanh": ["tanh"],
     "sigmoid": ["sigmoid", "expit"],
     "masked_fill": ["masked_fill"],
+    "index_fill": ["index_fill"],
+    "fill": ["fill", "zero"],
     "setitem": ["setitem", "__setitem__"],
     # Softmaxes, and what is read of them.
     "softmax": ["softmax"],
@@ -89,7 +91,7 @@ _METHODS = {name: operation for operation, names in _NAMES.items() for name in n
 # ``x.div_(2)`` and ``x /= 2``: the same, written to the first argument.
 _CHANGED = (
     *("mul", "div", "add", "sub", "neg", "tanh", "sigmoid", "masked_fill"),
-    *("index_add", "scatter_add"),
+    *("index_fill", "fill", "index_add", "scatter_add"),
 )
 _IN_PLACE = {
     name: operation

@@ -29,12 +29,12 @@ from .value_steps import (
     AddTensor,
     Bias,
     Cast,
-    FillMasked,
-    FillTail,
+    Fill,
     KeepWords,
     Scale,
     Sigmoid,
     Tanh,
+    ValueStep,
 )
 
 __all__ = [
@@ -47,8 +47,7 @@ __all__ = [
     "Consumer",
     "ConsumerKind",
     "ExpandLike",
-    "FillMasked",
-    "FillTail",
+    "Fill",
     "Flow",
     "Index",
     "KeepWords",
@@ -65,6 +64,7 @@ __all__ = [
     "Stage",
     "Tanh",
     "TargetUse",
+    "ValueStep",
     "class_count",
     "follow_logits",
     "is_head",

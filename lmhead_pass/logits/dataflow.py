@@ -30,6 +30,7 @@ from ..graph import (
     value_of,
 )
 from .consumers import consumers_of_largest, read
+from .row_steps import row_order
 from .rows import follow_pieces, follow_rows, is_row_step
 from .softmaxes import follow_softmax, is_softmax_step, less_logsumexp, times, times_one_hot
 from .types import (
@@ -43,7 +44,7 @@ from .types import (
     Stage,
 )
 from .value_steps import Cast
-from .values import fill_tail, filled_tail, follow_values, is_value_step
+from .values import fill_words, follow_values, is_fill, is_value_step, read_fill
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,10 @@ class _LogitsTracker:
             is_clear = (
                 is_recorded
                 and isinstance(held, Logits)
-                and held.alias_region.is_within(before.alias_region)
+                and (
+                    held.alias_region.is_within(before.alias_region)
+                    or _fills_all(node, before, held)
+                )
                 and tensor_of(other).requires_grad == tensor_of(written).requires_grad
             )
             self.holds[other] = (change(held) if is_clear else None) or _UnknownContents(node)
@@ -277,9 +281,9 @@ class _LogitsTracker:
         """
         if written.stage is not Stage.LOGITS:
             raise Refused(f"{describe(node)} writes to {written.stage.value} in place")
-        if canonical_op(node) == "setitem":
-            step = filled_tail(written, node)
-            return lambda held: fill_tail(held, step) if _words_agree(held, written) else None
+        if is_fill(node):
+            step = read_fill(written, node)
+            return lambda held: fill_words(held, written, step)
         follow_values(written, node)
         by_number = len(node.all_input_nodes) == 1
 
@@ -316,9 +320,9 @@ def _from(node: Node) -> Iterator[Node]:
         yield node
 
 
-def _words_agree(a: Logits, b: Logits) -> bool:
-    """Whether word 0 of both is the same."""
-    return (a.values.vocab_slice or (0, 0))[0] == (b.values.vocab_slice or (0, 0))[0]
+def _fills_all(node: Node, written: Logits, held: Logits) -> bool:
+    """Whether ``node`` sets words in all rows of ``held``, which may have others than ``written``."""
+    return is_fill(node) and row_order(held.steps) == row_order(written.steps)
 
 
 def _look_alike(a: Logits, b: Logits) -> bool:

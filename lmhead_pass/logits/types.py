@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ..graph import tensor_of
 from .row_steps import RowStep, ScaleRows, row_order
-from .value_steps import FillMasked, FillTail, Values, ValueStep, values_after
+from .value_steps import Fill, Values, ValueStep, values_after
 
 # The ignore_index of consumers that ignore nothing: no row has this target, except those of calls
 # that have no target at all.
@@ -97,13 +97,9 @@ class Logits:
     def inputs(self) -> set[Node]:
         """What they are computed from: the op reads it later than the head did."""
         biases = [bias.node for bias in self.values.biases]
-        operands = [node for step in self.steps for node in step.nodes]
+        fills = [step for step in self.values.masking if isinstance(step, Fill)]
+        operands = [node for step in (*self.steps, *fills) for node in step.nodes]
         return {self.head.hidden, self.head.weight, *biases, *operands}
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether some words are so unlikely that they count for nothing."""
-        return any(isinstance(step, FillMasked | FillTail) for step in self.history)
 
     def same_values(self, other: "Logits") -> bool:
         """Whether both hold the same function of the same logits, row by row."""

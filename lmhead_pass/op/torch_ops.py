@@ -3,8 +3,9 @@
 ``torch.ops.lmhead_pass.linear_cross_entropy`` is what stands in a rewritten graph:
 
     linear_cross_entropy(hidden, weight, bias, target, class_weight, coefficient,
-                         logsumexp_coefficient, z_loss, reduction, ignore_index, label_smoothing,
-                         logit_scale, softcap, compute_dtype, batch_chunk_size) -> loss
+                         logsumexp_coefficient, z_loss, fill, reduction, ignore_index,
+                         label_smoothing, logit_scale, softcap, compute_dtype, batch_chunk_size)
+        -> loss
     linear_cross_entropy_and_measures(..., measures) -> [loss, *measures]
 
 Their arguments are the fields of ``Problem`` (``problem.py``). The loss is ``[]``, or ``[N]``
@@ -12,6 +13,7 @@ for reduction "none", in the accumulation dtype: FP32, or FP64 for FP64 products
 
     logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
     logits = softcap * torch.tanh(logits / softcap)                       where there is a softcap
+    logits = torch.where(fill.isnan(), logits, fill)                      where words are masked
 
 it equals
 
@@ -50,8 +52,8 @@ from .problem import Gradients, Pending, Problem, held_dtype, nothing_pending, p
 
 _PROBLEM = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
-    "Tensor? coefficient, Tensor? logsumexp_coefficient, Tensor? z_loss, str reduction, "
-    "int ignore_index, float label_smoothing, float logit_scale, float? softcap, "
+    "Tensor? coefficient, Tensor? logsumexp_coefficient, Tensor? z_loss, Tensor? fill, "
+    "str reduction, int ignore_index, float label_smoothing, float logit_scale, float? softcap, "
     "ScalarType compute_dtype, SymInt batch_chunk_size"
 )
 _FIELDS = [field.name for field in dataclasses.fields(Problem)]

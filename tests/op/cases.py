@@ -31,6 +31,7 @@ def call(
     coefficient=None,
     logsumexp_coefficient=None,
     z_loss=None,
+    fill=None,
     *,
     reduction="mean",
     ignore_index=-100,
@@ -42,6 +43,6 @@ def call(
 ):
     arguments = (
         *(hidden, weight, bias, target, class_weight, coefficient, logsumexp_coefficient, z_loss),
-        *(reduction, ignore_index, label_smoothing, logit_scale, softcap, hidden.dtype, rows),
+        *(fill, reduction, ignore_index, label_smoothing, logit_scale, softcap, hidden.dtype, rows),
     )
     return op(*arguments) if measures is None else op_and_measures(*arguments, measures)

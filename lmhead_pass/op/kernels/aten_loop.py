@@ -10,6 +10,8 @@ With ``x`` the result of the product (with the bias), the loss is that of the lo
 
     z = cap tanh(s x / cap)                    logit scale s, softcap cap; without a cap s x
 
+except for masked words, whose logits are constants and get no gradient, a target's neither.
+
 With target ``t``, class weights ``c`` (1 if there are none) with sum ``C``, and label smoothing
 ``e`` over ``V`` classes, ``torch.nn.functional.cross_entropy`` defines a row's loss as below;
 its gradient follows:
@@ -223,7 +225,8 @@ def _blocks(
 
     A block is in the accumulation dtype, scaled and capped, and may be overwritten. With
     ``write_back`` the caller turns it into the gradient with respect to these logits, times the
-    logit scale. That gradient, times the derivative of the cap, is then written to ``logits``.
+    logit scale. That gradient, times the derivative of the cap and 0 for masked words, is then
+    written to ``logits``.
     """
     dtype = problem.accumulate_dtype
     size = max(1, _BLOCK_BYTES // (logits.size(1) * dtype.itemsize))
@@ -237,9 +240,14 @@ def _blocks(
         slope = None
         if problem.softcap is not None:
             slope = _cap_(block, problem.softcap, write_back)
+        if problem.masked is not None:
+            words, fill = problem.masked
+            block.index_copy_(1, words, fill.expand(len(block), -1))
         yield slice(chunk.start + start, chunk.start + start + part.size(0)), block
         if slope is not None:
             block.mul_(slope)
+        if write_back and problem.masked is not None:
+            block.index_fill_(1, problem.masked[0], 0)
         if write_back and not in_place:
             part.copy_(block)
 

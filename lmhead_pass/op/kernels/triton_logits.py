@@ -25,6 +25,7 @@ class LogitRows:
             ignore_index=problem.ignore_index,
             bias=None if problem.bias is None else problem.bias.contiguous(),
             class_weight=rows.class_weight,
+            fill=None if problem.fill is None else problem.fill.contiguous(),
             label_smoothing=problem.label_smoothing,
             logit_scale=None if problem.logit_scale == 1 else problem.logit_scale,
             softcap=problem.softcap,

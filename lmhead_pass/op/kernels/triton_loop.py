@@ -141,6 +141,8 @@ def _measure(
             part = part * problem.logit_scale
         if problem.softcap is not None:
             part = problem.softcap * torch.tanh(part / problem.softcap)
+        if problem.fill is not None:
+            part = torch.where(problem.fill.isnan(), part, problem.fill.to(part.dtype))
         taken.take(place, part)
 
 

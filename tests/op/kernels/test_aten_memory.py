@@ -17,7 +17,7 @@ def problem(tokens, vocab, weight=None, dtype=torch.float32):
     if weight is None:
         weight = torch.randn(vocab, 64).to(dtype)
     options = ("none", -100, 0.0, -0.5, 30.0, dtype, 64)
-    return Problem(hidden, weight, None, target, *[None] * 4, *options)
+    return Problem(hidden, weight, None, target, *[None] * 5, *options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
