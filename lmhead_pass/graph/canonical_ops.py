@@ -68,8 +68,8 @@ _NAMES = {
     "sum": ["sum"],
     # What looks at a tensor's shape, dtype and device alone.
     "like": [
-        *("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"),
-        *("new_tensor", "size", "numel"),
+        *("ones_like", "zeros_like", "full_like", "empty_like"),
+        *("new_ones", "new_zeros", "new_full", "new_empty", "new_tensor", "size", "numel"),
     ],
     "stack": ["stack"],
     "cat": ["cat", "concat", "concatenate"],

@@ -14,13 +14,12 @@ from .row_steps import Index, Permute, Piece, Reshape, RowStep, ScaleRows, row_o
 from .softmaxes import summed_dims
 from .types import (
     NOTHING_IGNORED,
-    CastLike,
     Consumer,
     ConsumerKind,
     ExpandLike,
     Logits,
+    Look,
     MetadataUse,
-    SizeOf,
     Stage,
     TargetUse,
 )
@@ -43,7 +42,6 @@ __all__ = [
     "AddTensor",
     "Bias",
     "Cast",
-    "CastLike",
     "Consumer",
     "ConsumerKind",
     "ExpandLike",
@@ -52,6 +50,7 @@ __all__ = [
     "Index",
     "KeepWords",
     "Logits",
+    "Look",
     "MetadataUse",
     "Permute",
     "Piece",
@@ -60,7 +59,6 @@ __all__ = [
     "Scale",
     "ScaleRows",
     "Sigmoid",
-    "SizeOf",
     "Stage",
     "Tanh",
     "TargetUse",

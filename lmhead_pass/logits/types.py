@@ -181,19 +181,13 @@ class Consumer:
 
 
 @dataclass(frozen=True)
-class SizeOf:
-    """A node that asks for the size of one dimension."""
+class Look:
+    """A node that reads shape, dtype and device of ``seen``, and no values."""
 
+    seen: Node
+    """Made of logits."""
     logits: Logits
-    dim: int
-
-
-@dataclass(frozen=True)
-class CastLike:
-    """A node that casts another tensor to the logits' dtype."""
-
-    logits: Logits
-    tensor: Node
+    """What ``seen`` holds, or what it was made of."""
 
 
 @dataclass(frozen=True)
@@ -205,4 +199,4 @@ class ExpandLike:
 
 
 # What a node takes from logits that can be known without their values.
-MetadataUse = SizeOf | CastLike | ExpandLike
+MetadataUse = Look | ExpandLike

@@ -19,12 +19,12 @@ from ..logits import (
     AddTensor,
     Bias,
     Cast,
-    CastLike,
     ExpandLike,
     Fill,
     Index,
     KeepWords,
     Logits,
+    Look,
     MetadataUse,
     Permute,
     Piece,
@@ -33,7 +33,6 @@ from ..logits import (
     Scale,
     ScaleRows,
     Sigmoid,
-    SizeOf,
     Tanh,
     ValueStep,
 )
@@ -180,19 +179,29 @@ def _part(emit: Emitter, tensor: Node, vocab_slice: tuple[Any, Any] | None) -> N
 def emit_metadata_use(graph: Graph, node: Node, use: MetadataUse) -> Node:
     """The value of ``node``, from what is known without the logits."""
     emit, logits = Emitter(graph, node), use.logits
-    value = tensor_of(logits.node)
     match use:
-        case CastLike(_, tensor):
-            return emit("to", tensor, value.dtype)
+        case Look(seen):
+            stand_in = _emit_stand_in(emit, seen, logits)
+            args, kwargs = torch.fx.map_arg(
+                (node.args, node.kwargs), lambda read: stand_in if read is seen else read
+            )
+            return emit(node.target, *args, **kwargs)
         case ExpandLike(_, tensor):
+            value = tensor_of(logits.node)
             sizes = [-1] * value.dim()
             sizes[logits.vocab_dim] = value.size(logits.vocab_dim)
             return emit("expand", tensor, sizes)
-        case SizeOf(_, dim):
-            dim %= value.dim()
-            if dim == logits.vocab_dim:
-                return emit("size", emit_weight(emit, logits), 0)
-            rows = emit_hidden(emit, logits, logits.steps)
-            return emit("size", rows, dim - (dim > logits.vocab_dim))
         case _:
             assert_never(use)
+
+
+def _emit_stand_in(emit: Emitter, seen: Node, logits: Logits) -> Node:
+    """A tensor with shape, dtype and device of ``seen``, and with the memory of one element."""
+    value = tensor_of(seen)
+    sizes = list(value.shape)
+    if not all(isinstance(size, int) for size in sizes):  # then ``seen`` holds ``logits``
+        rows = emit_hidden(emit, logits, logits.steps)
+        sizes = [size_of(emit, rows, dim) for dim in range(value.dim() - 1)]
+        sizes.insert(logits.vocab_dim, size_of(emit, emit_weight(emit, logits), 0))
+    element = emit("new_empty", logits.head.weight, (), dtype=value.dtype)
+    return emit("expand", element, sizes)
