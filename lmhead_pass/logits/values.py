@@ -108,6 +108,8 @@ def _scaled_by_node(logits: Logits, node: Node, other: Node) -> Logits:
         raise Refused(f"{describe(node)} scales masked logits by a tensor")
     if _has_a_form(logits):
         raise Refused(f"{describe(node)} scales by a tensor after a bias or softcap")
+    if tensor_of(logits.head.node).dtype == torch.float16:
+        raise Refused(f"{describe(node)} scales FP16 logits, and hidden states may overflow by it")
     if not is_number(other):
         _check_factor(logits, node, tensor_of(other))
     step = ScaleRows(other, divides=canonical_op(node) == "div")

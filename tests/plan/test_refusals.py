@@ -237,6 +237,10 @@ REFUSED = {
         lambda h, w, b, y: flat(F.linear(h, w) * b, y),
         "scales the words of the vocabulary apart",
     ),
+    "scaled_in_float16": (
+        lambda h, w, b, y: flat(F.linear(h.half(), w.half()) / torch.tensor(1e-3), y).float(),
+        "div at .* scales FP16 logits, and hidden states may overflow by it",
+    ),
     "scaled_after_bias": (
         lambda h, w, b, y: flat(F.linear(h, w, b) * torch.tensor(2.0), y),
         "scales by a tensor after a bias",

@@ -64,6 +64,7 @@ without_scale = another_problem(logit_scale=1.0)
 without_softcap = another_problem(softcap=None)
 without_weights_of_rows = another_problem(coefficient=None)
 without_z_loss = another_problem(z_loss=None)
+without_masks = another_problem(fill=None)
 without_coefficients_of_logsumexps = another_problem(logsumexp_coefficient=None)
 
 
@@ -71,6 +72,19 @@ def without_ignored_rows():
     def change(problem):
         counted = problem.target != problem.ignore_index
         return replace(problem, target=torch.where(counted, problem.target, 0))
+
+    return in_the_op(problem=change)
+
+
+def with_masks_as_a_bias():
+    """As if a masked word's logit were only moved: it would have a gradient."""
+
+    def change(problem):
+        if problem.fill is None or problem.softcap is not None:
+            return problem
+        moved = problem.fill.nan_to_num(0) * 1e3
+        bias = moved if problem.bias is None else problem.bias + moved
+        return replace(problem, bias=bias, fill=None)
 
     return in_the_op(problem=change)
 

@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 PRODUCTS = [
     *("exponentials", "exponentials_bias", "exponentials_transposed", "exponentials_loss_alone"),
-    *("weight", "weight_and_sum", "weight_and_sum_in_fp32"),
+    *("weight", "weight_and_sum", "weight_and_sum_in_fp32", "exponentials_fill"),
 ]
-ROWS = ["gradients", "logits", "logits_softcap"]
+ROWS = ["gradients", "gradients_fill", "logits", "logits_fill", "logits_softcap"]
 SHARED_OF_A_MULTIPROCESSOR = 227 << 10
 
 
