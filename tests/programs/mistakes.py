@@ -76,19 +76,6 @@ def without_ignored_rows():
     return in_the_op(problem=change)
 
 
-def with_masks_as_a_bias():
-    """As if a masked word's logit were only moved: it would have a gradient."""
-
-    def change(problem):
-        if problem.fill is None or problem.softcap is not None:
-            return problem
-        moved = problem.fill.nan_to_num(0) * 1e3
-        bias = moved if problem.bias is None else problem.bias + moved
-        return replace(problem, bias=bias, fill=None)
-
-    return in_the_op(problem=change)
-
-
 def with_ignored_rows_in_no_term():
     """As if a z-loss left out the rows that the cross entropy ignores."""
 

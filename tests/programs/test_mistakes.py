@@ -46,7 +46,6 @@ IN_THE_OP = COMMON | {
         "softcap", "softcap_left", "softcap_sigmoid", "softcap_", "softcap_float"
     ),
     "without_masks": any_kind("masked_where", "masked_fill_tensor", "setitem_list"),
-    "with_masks_as_a_bias": any_kind("masked_where_left", "setitem_words", "masked_index_fill"),
     "without_gradient_of_logsumexp": any_kind(
         "z_loss", "z_loss_float", "z_loss_keepdim", "logsumexp"
     ),
