@@ -203,7 +203,7 @@ ODD_VALUES_BY_WORD = {
         " + torch.linspace(-1, 1, {V}, dtype={x}.dtype)"
     ),
     "masked_twice": (
-        "{x}.masked_fill(torch.arange({V}) < 4, -3.0).masked_fill(torch.arange({V}) > 2, -1e9)"
+        "{x}.masked_fill(torch.arange({V}) < 4, -3.0).masked_fill(torch.arange({V}) > 2, -1e4)"
     ),
     "masked_added": "{x} + torch.where(torch.arange({V}) < {V} - 3, 0.0, -1e4).to({x}.dtype)",
     "centred_rows": "{x} - {x}.amax(-1, keepdim=True)",
