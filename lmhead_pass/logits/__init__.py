@@ -2,7 +2,7 @@
 
 From a linear layer (``heads``) the logits are followed forward through the graph (``dataflow``).
 What a node holds of them (``types``) follows from what was done to their shape (``rows``,
-``row_steps``), to their values (``values``, by ``value_steps``) and to their softmax
+``row_steps``), to their values (``values``, by ``value_steps``; ``algebraic_caps``) and to their softmax
 (``softmaxes``). Whoever takes single numbers out of each row is a consumer (``consumers``,
 ``losses``).
 """
@@ -26,6 +26,7 @@ from .types import (
 from .value_steps import (
     AddNumber,
     AddTensor,
+    Algebraic,
     Bias,
     Cast,
     Fill,
@@ -40,6 +41,7 @@ __all__ = [
     "NOTHING_IGNORED",
     "AddNumber",
     "AddTensor",
+    "Algebraic",
     "Bias",
     "Cast",
     "Consumer",

@@ -32,6 +32,7 @@ from ..graph import (
     tensor_of,
     value_of,
 )
+from .algebraic_caps import times_root
 from .consumers import consumers_of_largest, read
 from .row_steps import row_order
 from .rows import follow_pieces, follow_rows, is_row_step
@@ -166,8 +167,12 @@ class _LogitsTracker:
         return logits
 
     def _step(self, logits: Logits, node: Node, inputs: list[Node]) -> Logits:
-        if len(inputs) == 2 and canonical_op(node) == "mul":
-            return times(*(self.holds[source] for source in inputs))
+        if len(inputs) == 2 and canonical_op(node) in ("mul", "div"):
+            both = [self.holds[source] for source in inputs]
+            if (capped := times_root(node, *both)) is not None:
+                return capped
+            if canonical_op(node) == "mul":
+                return times(*both)
         if (chain := less_logsumexp(logits, node)) is not None:
             self.absorbed.update(chain)
             return replace(logits, stage=Stage.LOG_PROBABILITIES)

@@ -48,6 +48,9 @@ class Stage(enum.Enum):
     TARGET_LOG_PROBABILITIES = "log-probabilities times a one-hot"
     P_LOG_P = "probabilities times their logs"
     P_LOGIT = "probabilities times logits"
+    SQUARE = "logits squared"
+    ROOT = "a root of logits squared"
+    INVERSE_ROOT = "the inverse of a root of logits squared"
 
 
 class AliasRegion:
@@ -79,6 +82,8 @@ class Logits:
     stage: Stage = Stage.LOGITS
     factor: float = 1.0
     """What is held is ``stage`` times this. It is 1 for ``Stage.LOGITS``."""
+    offset: float = 0.0
+    """Added to the squares times ``factor``, before a root is taken; 0 for other stages."""
     index: Node | None = None
     """Of the one-hot, for the stages that have one."""
     is_detached: bool = False

@@ -53,6 +53,11 @@ class Sigmoid:
 
 
 @dataclass(frozen=True)
+class Algebraic:
+    """``x / sqrt(1 + x * x)``: a softcap, as tanh is one."""
+
+
+@dataclass(frozen=True)
 class Fill:
     """Some words become masked: their logits are a constant from here on, and get no gradient."""
 
@@ -77,7 +82,7 @@ class KeepWords:
     stop: int
 
 
-ValueStep = Cast | Scale | AddNumber | AddTensor | Tanh | Sigmoid | Fill | KeepWords
+ValueStep = Cast | Scale | AddNumber | AddTensor | Tanh | Sigmoid | Algebraic | Fill | KeepWords
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Values:
     """What becomes of each of the head's logits ``x`` (without the head's own bias):
 
     z = scale x + biases + shift                    or, with a cap,
-    z = cap tanh(scale x + biases + inner) + shift
+    z = cap tanh(scale x + biases + inner) + shift        if ``cap_kind`` is that
 
     Masked words have constants instead.
     """
@@ -105,6 +110,8 @@ class Values:
     biases: tuple[Bias, ...] = ()
     inner: float = 0.0
     cap: float | None = None
+    cap_kind: str = "tanh"
+    """As the op's ``softcap_kind``."""
     shift: float = 0.0
     vocab_slice: tuple[int, int] | None = None
     """The part of the head's vocabulary that counts; None: all of it."""
@@ -144,6 +151,8 @@ def _after(values: Values, step: ValueStep, vocab_size: int) -> Values:
             return replace(values, biases=(*values.biases, Bias(tensor, float(sign))))
         case Tanh():
             return replace(values, cap=1.0, inner=values.shift, shift=0.0)
+        case Algebraic():
+            return replace(_after(values, Tanh(), vocab_size), cap_kind="algebraic")
         case Sigmoid():  # sigmoid(x) = tanh(x / 2) / 2 + 1 / 2
             steps: tuple[ValueStep, ...] = (Scale(0.5), Tanh(), Scale(0.5), AddNumber(0.5))
             return reduce(lambda values, step: _after(values, step, vocab_size), steps, values)

@@ -25,6 +25,7 @@ from ..graph import (
     tensor_of,
     value_of,
 )
+from .algebraic_caps import follow_root, is_root_step, is_square
 from .row_steps import ScaleRows
 from .types import Logits, Stage
 from .value_steps import (
@@ -40,12 +41,18 @@ from .value_steps import (
 
 
 def is_value_step(node: Node) -> bool:
-    return canonical_op(node) in _FOLLOWERS
+    return canonical_op(node) in _FOLLOWERS or is_root_step(node)
 
 
 def follow_values(logits: Logits, node: Node) -> Logits:
     """What ``node`` makes of ``logits``, one of its arguments; Refused if not understood."""
+    if logits.stage is Stage.LOGITS and is_square(node):
+        return replace(logits, stage=Stage.SQUARE)
+    if logits.stage in (Stage.SQUARE, Stage.ROOT, Stage.INVERSE_ROOT):
+        return follow_root(logits, node)
     if logits.stage is Stage.LOGITS:
+        if canonical_op(node) not in _FOLLOWERS:
+            raise Refused("")
         return _FOLLOWERS[canonical_op(node)](logits, node)
     if canonical_op(node) in ("mul", "div", "neg"):
         scale = _scale(logits, node)

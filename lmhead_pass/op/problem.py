@@ -43,7 +43,9 @@ class Problem:
     logit_scale: float
     """The logits, with their bias, are multiplied by this. Not 0; 1 is off."""
     softcap: float | None
-    """Positive: logits ``z`` become ``softcap * tanh(z / softcap)``, after the scale."""
+    """Positive: logits ``z`` become ``softcap * cap(z / softcap)``, after the scale."""
+    softcap_kind: str
+    """What ``cap`` is: ``"tanh"``, or ``"algebraic"``, which is ``x / sqrt(1 + x * x)``."""
     compute_dtype: torch.dtype
     """The dtype of the matrix products: under autocast it is not that of the tensors."""
     batch_chunk_size: int

@@ -25,6 +25,7 @@ from ..graph import (
 from ..logits import (
     AddNumber,
     AddTensor,
+    Algebraic,
     Cast,
     Fill,
     KeepWords,
@@ -170,6 +171,11 @@ def recipe_of(logits: Logits) -> tuple[Node | None, list[str]]:
                 steps.append(Step(StepKind.FILL, (start, stop, value)))
             case KeepWords(start, stop):
                 steps.append(Step(StepKind.TAKE_WORDS, (start, stop)))
+            case Algebraic():
+                raise Refused(
+                    "the logits are returned after an algebraic softcap, and cannot be computed "
+                    f"afterwards. {_INSTEAD}"
+                )
             case AddTensor() | Fill():
                 raise Refused(
                     "the logits are returned after a second bias or a mask of the vocabulary, and "

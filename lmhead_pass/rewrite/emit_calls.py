@@ -162,7 +162,7 @@ def _emit_op(
     arguments = (
         *(hidden, weight, bias, target, use.class_weight, coefficients.of_losses),
         *(coefficients.of_logsumexps, coefficients.of_squares, fill),
-        *(match.reduction, use.ignore_index, use.label_smoothing, *_scale_and_softcap(match)),
+        *(match.reduction, use.ignore_index, use.label_smoothing, *_scale_and_cap(match)),
         *(match.compute_dtype, match.rows_per_chunk),
     )
     ops = torch.ops.lmhead_pass
@@ -173,9 +173,9 @@ def _emit_op(
     return {name: emit(operator.getitem, results, number) for number, name in names}
 
 
-def _scale_and_softcap(match: Match) -> tuple[float, float | None]:
+def _scale_and_cap(match: Match) -> tuple[float, float | None, str]:
     """The factors of ``softcap tanh(logit_scale (x + ...) / softcap)``, as the op has it."""
     values = match.logits.values
     if values.cap is None:
-        return values.scale, None
-    return values.scale * values.cap, abs(values.cap)
+        return values.scale, None, values.cap_kind
+    return values.scale * values.cap, abs(values.cap), values.cap_kind

@@ -17,6 +17,7 @@ from ..graph import Emitter, size_of, tensor_of
 from ..logits import (
     AddNumber,
     AddTensor,
+    Algebraic,
     Bias,
     Cast,
     ExpandLike,
@@ -138,6 +139,8 @@ def _emit_step(emit: Emitter, fill: Node, step: ValueStep) -> Node:
             return emit("tanh", fill)
         case Sigmoid():
             return emit("sigmoid", fill)
+        case Algebraic():
+            raise AssertionError("masked logits have no such cap")
         case KeepWords(start, stop):
             return emit(operator.getitem, fill, slice(start, stop))
         case Fill(words, value, is_kept):

@@ -158,6 +158,8 @@ ODD_VALUES = {
     "log_of_softmax": "{x}.softmax({v}).log()",
     "normalised_twice": "({x}.log_softmax({v}) * 0.5).log_softmax({v})",
     "softcap": "torch.tanh({x} / 3.0) * 3.0",
+    "softcap_algebraic": "3.0 * {x} * ({x} * {x} + 9.0).rsqrt()",
+    "softcap_by_root": "{x} / torch.sqrt(1.0 + ({x} / 3.0).square())",
     "softcap_left": "3.0 * ({x} / 3.0).tanh()",
     "softcap_sigmoid": "3.0 * torch.sigmoid({x} / 3.0)",
     "clamped": "{x}.clamp(-2, 2)",

@@ -10,7 +10,8 @@ With ``x`` the result of the product (with the bias), the loss is that of the lo
 
     z = cap tanh(s x / cap)                    logit scale s, softcap cap; without a cap s x
 
-except for masked words, whose logits are constants and get no gradient, a target's neither.
+or, with an algebraic cap, ``cap y / sqrt(1 + y^2)`` for ``y = s x / cap``, whose derivative is
+``s (1 + y^2)^(-3/2)``. Masked words have constants instead, and no gradient, as targets neither.
 
 With target ``t``, class weights ``c`` (1 if there are none) with sum ``C``, and label smoothing
 ``e`` over ``V`` classes, ``torch.nn.functional.cross_entropy`` defines a row's loss as below;
@@ -239,7 +240,7 @@ def _blocks(
             block.mul_(problem.logit_scale)
         slope = None
         if problem.softcap is not None:
-            slope = _cap_(block, problem.softcap, write_back)
+            slope = _cap_(block, problem, problem.softcap, write_back)
         if problem.masked is not None:
             words, fill = problem.masked
             block.index_copy_(1, words, fill.expand(len(block), -1))
@@ -252,9 +253,13 @@ def _blocks(
             part.copy_(block)
 
 
-def _cap_(block: Tensor, softcap: float, differentiate: bool) -> Tensor | None:
+def _cap_(block: Tensor, problem: Problem, softcap: float, differentiate: bool) -> Tensor | None:
     """Cap the logits in ``block``; returns the derivative if ``differentiate``."""
     block.div_(softcap)
+    if problem.softcap_kind == "algebraic":
+        root = torch.hypot(block, block.new_ones(()))
+        block.div_(root).mul_(softcap)
+        return root.pow_(-3) if differentiate else None
     # Not 1 - tanh^2, which loses nearly all digits where tanh is close to 1.
     slope = torch.cosh(block).pow_(-2) if differentiate else None
     block.tanh_().mul_(softcap)

@@ -29,6 +29,7 @@ class LogitRows:
             label_smoothing=problem.label_smoothing,
             logit_scale=None if problem.logit_scale == 1 else problem.logit_scale,
             softcap=problem.softcap,
+            softcap_kind=problem.softcap_kind,
         )
 
     def multiply(self, chunk: slice, hidden: Tensor) -> None:

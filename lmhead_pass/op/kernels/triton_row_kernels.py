@@ -3,6 +3,7 @@
 One program works on one row. With ``x`` the result of the product, the loss is that of the logits
 
     z = cap tanh(s (x + b) / cap)             bias b, logit scale s, softcap cap; each may be off
+    z = cap y / sqrt(1 + y^2)                 y = s (x + b) / cap, with an algebraic softcap
     z = fill                                  for masked words
 
 and, with target ``t``, class weights ``c`` (1 if there are none) with sum ``C``, label smoothing
@@ -13,7 +14,7 @@ and, with target ``t``, class weights ``c`` (1 if there are none) with sum ``C``
     d loss / d z_v = ((1 - e) c_t + m) p_v - e / V c_v                  m = e C / V
     d loss / d z_t = m p_t - e / V c_t - (1 - e) c_t (1 - p_t)
     d lse  / d z_v = p_v
-    d z / d x      = s (1 - tanh^2), and 0 for masked words
+    d z / d x      = s (1 - tanh^2), or s (1 + y^2)^(-3/2), and 0 for masked words
 
     target_coef = (1 - e) c_t      smoothing_coef = e / V c_v       smoothing_coef_sum = m
 
@@ -61,6 +62,7 @@ class Terms:
     label_smoothing: float = 0.0
     logit_scale: float | None = None
     softcap: float | None = None
+    softcap_kind: str = "tanh"
 
     @cached_property
     def _class_weight_sum(self) -> Tensor | None:
@@ -72,6 +74,9 @@ class Terms:
     def arguments(self, logits: Tensor) -> dict[str, Any]:
         """The kernels' arguments that follow from ``Terms`` and from the shape of the rows."""
         vocab, itemsize = logits.size(1), logits.dtype.itemsize
+        softcap = self.softcap
+        if softcap is not None and self.softcap_kind == "algebraic":
+            softcap = -softcap  # the kernels know it by its sign
         columns = min(triton.next_power_of_2(vocab), _BLOCK_BYTES // itemsize)
         return {
             "vocab": vocab,
@@ -83,7 +88,7 @@ class Terms:
             "SMOOTHING": self.label_smoothing,
             "SMOOTHING_COEF": self.label_smoothing / vocab,
             "LOGIT_SCALE": self.logit_scale,
-            "SOFTCAP": self.softcap,
+            "SOFTCAP": softcap,
             "COLUMNS": columns,
             "num_warps": max(1, columns * itemsize // 2048),
             # Fused, the product in ``s x - largest`` would not be rounded, while the product in
@@ -376,8 +381,13 @@ def _logit(
         logit *= LOGIT_SCALE
         slope *= LOGIT_SCALE
     if SOFTCAP is not None:
-        tanh, derivative = tanh_and_slope(logit * (1 / SOFTCAP))
-        logit = SOFTCAP * tanh
+        scaled = logit * (1 / SOFTCAP)
+        if SOFTCAP > 0:
+            capped, derivative = tanh_and_slope(scaled)
+        else:
+            root = 1 / tl.sqrt(1 + scaled * scaled)
+            capped, derivative = scaled * root, root * root * root
+        logit = SOFTCAP * capped
         slope *= derivative
     if fill_ptr is not None:
         fill = _of_words(fill_ptr, column, inside).to(logit.dtype)

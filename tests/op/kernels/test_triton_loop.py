@@ -43,6 +43,7 @@ def _problem(dtype=torch.float32, tokens=TOKENS, rows=4, **options):
         "label_smoothing": 0.0,
         "logit_scale": 1.0,
         "softcap": None,
+        "softcap_kind": "tanh",
         "compute_dtype": dtype,
         "batch_chunk_size": rows,
     }
@@ -100,13 +101,18 @@ def _plain(problem, upstream, dtype=None, grad_logsumexp=None):
         label_smoothing=problem.label_smoothing,
         logit_scale=problem.logit_scale,
         softcap=problem.softcap,
+        softcap_kind=problem.softcap_kind,
     )
     total = (loss * upstream).sum() if problem.reduction == "none" else loss
     if grad_logsumexp is not None:
-        z = reference.logits(*leaves, problem.logit_scale, problem.softcap, problem.fill)
+        z = reference.logits(*leaves, *_of_logits(problem))
         total = total + (z.logsumexp(1) * grad_logsumexp).sum()
     total.backward()
     return [loss.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def _of_logits(problem):
+    return (problem.logit_scale, problem.softcap, problem.softcap_kind, problem.fill)
 
 
 def _assert_no_worse(problem):
@@ -128,8 +134,7 @@ def assert_measures(problem, measures):
     """They are of all rows, also of those that have no loss."""
     measures = dict(zip(MEASURES, measures, strict=True))
     inputs = (problem.hidden, problem.weight, problem.bias)
-    options = (problem.logit_scale, problem.softcap)
-    options += (problem.fill,)
+    options = _of_logits(problem)
     exact = reference.measures(
         reference.logits(*(None if t is None else t.double() for t in inputs), *options)
     )
@@ -153,6 +158,7 @@ OPTIONS = {
     "loss": LOSS,
     "scale": {"logit_scale": 0.25},
     "softcap": {"softcap": 2.0},
+    "algebraic": {"softcap": 2.0, "softcap_kind": "algebraic"},
     "fill": {"fill": True},
     "all": {**LOSS, **LOGITS, "fill": True},
 }

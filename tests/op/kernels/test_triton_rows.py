@@ -28,6 +28,7 @@ OPTIONS = {
     "logit_scale": lambda vocab: {"logit_scale": 0.0625},
     "negative_scale": lambda vocab: {"logit_scale": -1.25, "bias": _random(vocab)},
     "softcap": lambda vocab: {"softcap": 3.0},
+    "algebraic": lambda vocab: {"softcap": 3.0, "softcap_kind": "algebraic", "logit_scale": -1.5},
     "fill": lambda vocab: {"fill": _fill(vocab)},
     "all": lambda vocab: {
         "ignore_index": 0,
@@ -89,7 +90,9 @@ def _transformed(logits, terms):
         logits = logits + terms.bias.to(logits.dtype)
     if terms.logit_scale is not None:
         logits = logits * terms.logit_scale
-    if terms.softcap is not None:
+    if terms.softcap_kind == "algebraic":
+        logits = terms.softcap * logits / (logits.square() + terms.softcap**2).sqrt()
+    elif terms.softcap is not None:
         logits = terms.softcap * torch.tanh(logits / terms.softcap)
     if terms.fill is not None:
         logits = torch.where(terms.fill.isnan(), logits, terms.fill.to(logits.dtype))
