@@ -2,9 +2,9 @@
 
 From a linear layer (``heads``) the logits are followed forward through the graph (``dataflow``).
 What a node holds of them (``types``) follows from what was done to their shape (``rows``,
-``row_steps``), to their values (``values``, by ``value_steps``; ``algebraic_caps``) and to their softmax
-(``softmaxes``). Whoever takes single numbers out of each row is a consumer (``consumers``,
-``losses``).
+``row_steps``), to their values (``values``, ``algebraic_caps``, by ``value_steps``) and to their
+softmax (``softmaxes``). Whoever takes single numbers out of each row is a consumer
+(``consumers``, ``losses``).
 """
 
 from .dataflow import Flow, follow_logits
