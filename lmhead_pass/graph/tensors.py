@@ -42,8 +42,9 @@ def seen_by(node: Node) -> Any:
         and len(node.args) == 2
         and not node.kwargs
     ):
-        like = node.args[1]  # of ``type_as``, ``view_as`` ...
-        return like if isinstance(value_of(like), torch.Tensor) else None
+        source, like = node.args  # of ``type_as``, ``view_as`` ...
+        is_seen = isinstance(value_of(like), torch.Tensor) and like is not source
+        return like if is_seen else None
     return None
 
 
