@@ -16,7 +16,7 @@ def step(dtype: torch.dtype, reduction: str, softcap: float | None, measures: li
     target = torch.randint(VOCAB, (TOKENS,), device="cuda")
     target[::7] = -100
     loss, *_ = torch.ops.lmhead_pass.linear_cross_entropy_and_measures(
-        *(hidden, weight, None, target, *[None] * 4, reduction, -100, 0.0, 0.5, softcap),
+        *(hidden, weight, None, target, *[None] * 5, reduction, -100, 0.0, 0.5, softcap, "tanh"),
         *(dtype, ROWS, measures),
     )
     loss.sum().backward()

@@ -13,11 +13,17 @@ def logits(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    softcap_kind: str = "tanh",
+    fill: Tensor | None = None,
 ) -> Tensor:
     """Logits as the loss sees them: FP32, or FP64, after the product."""
     product = F.linear(hidden, weight, bias)
     scaled = product.to(torch.promote_types(product.dtype, torch.float32)) * logit_scale
-    return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+    if softcap_kind == "algebraic":
+        capped = softcap * scaled / (scaled.square() + softcap**2).sqrt()
+    else:
+        capped = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+    return capped if fill is None else torch.where(fill.isnan(), capped, fill.to(capped.dtype))
 
 
 def linear_cross_entropy(
@@ -29,14 +35,16 @@ def linear_cross_entropy(
     coefficient: Tensor | None = None,
     logsumexp_coefficient: Tensor | None = None,
     z_loss: Tensor | None = None,
+    fill: Tensor | None = None,
     *,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    softcap_kind: str = "tanh",
     reduction: str = "mean",
     **options,
 ) -> Tensor:
     """What the op has to compute, as its documentation defines it."""
-    z = logits(hidden, weight, bias, logit_scale, softcap)
+    z = logits(hidden, weight, bias, logit_scale, softcap, softcap_kind, fill)
     if class_weight is not None:
         class_weight = class_weight.to(z.dtype)
     if coefficient is None:

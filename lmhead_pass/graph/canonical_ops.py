@@ -50,9 +50,14 @@ _NAMES = {
     "neg": ["neg", "negative", "__neg__"],
     "pow": ["pow", "__pow__", "float_power"],
     "square": ["square"],
+    "sqrt": ["sqrt"],
+    "rsqrt": ["rsqrt"],
+    "reciprocal": ["reciprocal"],
     "tanh": ["tanh"],
     "sigmoid": ["sigmoid", "expit"],
     "masked_fill": ["masked_fill"],
+    "index_fill": ["index_fill"],
+    "fill": ["fill", "zero"],
     "setitem": ["setitem", "__setitem__"],
     # Softmaxes, and what is read of them.
     "softmax": ["softmax"],
@@ -69,8 +74,8 @@ _NAMES = {
     "sum": ["sum"],
     # What looks at a tensor's shape, dtype and device alone.
     "like": [
-        *("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"),
-        *("new_tensor", "size", "numel"),
+        *("ones_like", "zeros_like", "full_like", "empty_like"),
+        *("new_ones", "new_zeros", "new_full", "new_empty", "new_tensor", "size", "numel"),
     ],
     "stack": ["stack"],
     "cat": ["cat", "concat", "concatenate"],
@@ -92,7 +97,7 @@ _METHODS = {name: operation for operation, names in _NAMES.items() for name in n
 # ``x.div_(2)`` and ``x /= 2``: the same, written to the first argument.
 _CHANGED = (
     *("mul", "div", "add", "sub", "neg", "tanh", "sigmoid", "masked_fill"),
-    *("index_add", "scatter_add"),
+    *("index_fill", "fill", "index_add", "scatter_add"),
 )
 _IN_PLACE = {
     name: operation

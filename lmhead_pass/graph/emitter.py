@@ -17,6 +17,7 @@ class Emitter:
         self.graph = graph
         self.place = place
         self.nodes: list[Node] = []
+        self._inputs = [value_of(node) for node in graph.find_nodes(op="placeholder")]
 
     def __call__(self, target: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         kind = "call_method" if isinstance(target, str) else "call_function"
@@ -27,7 +28,7 @@ class Emitter:
         values, named = torch.fx.map_arg((args, kwargs), value_of)
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         # An index or a number may become a tensor, and that has to be a fake one.
-        with fake_mode_of((values, named)), torch.no_grad():
+        with fake_mode_of((values, named, self._inputs)), torch.no_grad():
             node.meta[EXAMPLE_VALUE] = function(*values, **named)
         self.nodes.append(node)
         return node

@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 
 from ..compat import graphs
 from ..compat.graphs import ENTER_AUTOCAST, ENTER_INFERENCE, EXIT_AUTOCAST, EXIT_INFERENCE
-from .canonical_ops import describe
+from .canonical_ops import canonical_op, describe
 from .refusal import Refused
 
 AUTOCAST_SWITCHES = (ENTER_AUTOCAST, EXIT_AUTOCAST)
@@ -31,6 +31,21 @@ def tensor_of(node: Any) -> torch.Tensor:
     if value.layout != torch.strided:
         raise Refused(f"{describe(node)} is not a dense tensor")
     return value
+
+
+def seen_by(node: Node) -> Any:
+    """The tensor of which ``node`` reads only shape, dtype and device; None if it reads values."""
+    if canonical_op(node) == "like":
+        return node.args[0] if node.args else node.kwargs.get("input")
+    if (
+        canonical_op(node) in ("cast", "reshape", "expand")
+        and len(node.args) == 2
+        and not node.kwargs
+    ):
+        source, like = node.args  # of ``type_as``, ``view_as`` ...
+        is_seen = isinstance(value_of(like), torch.Tensor) and like is not source
+        return like if is_seen else None
+    return None
 
 
 def is_plain(value: Any) -> bool:

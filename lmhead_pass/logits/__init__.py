@@ -2,9 +2,9 @@
 
 From a linear layer (``heads``) the logits are followed forward through the graph (``dataflow``).
 What a node holds of them (``types``) follows from what was done to their shape (``rows``,
-``row_steps``), to their values (``values``, by ``value_steps``) and to their softmax
-(``softmaxes``). Whoever takes single numbers out of each row is a consumer (``consumers``,
-``losses``).
+``row_steps``), to their values (``values``, ``algebraic_caps``, by ``value_steps``) and to their
+softmax (``softmaxes``). Whoever takes single numbers out of each row is a consumer
+(``consumers``, ``losses``).
 """
 
 from .dataflow import Flow, follow_logits
@@ -14,45 +14,45 @@ from .row_steps import Index, Permute, Piece, Reshape, RowStep, ScaleRows, row_o
 from .softmaxes import summed_dims
 from .types import (
     NOTHING_IGNORED,
-    CastLike,
     Consumer,
     ConsumerKind,
     ExpandLike,
     Logits,
+    Look,
     MetadataUse,
-    SizeOf,
     Stage,
     TargetUse,
 )
 from .value_steps import (
     AddNumber,
     AddTensor,
+    Algebraic,
     Bias,
     Cast,
-    FillMasked,
-    FillTail,
+    Fill,
     KeepWords,
     Scale,
     Sigmoid,
     Tanh,
+    ValueStep,
 )
 
 __all__ = [
     "NOTHING_IGNORED",
     "AddNumber",
     "AddTensor",
+    "Algebraic",
     "Bias",
     "Cast",
-    "CastLike",
     "Consumer",
     "ConsumerKind",
     "ExpandLike",
-    "FillMasked",
-    "FillTail",
+    "Fill",
     "Flow",
     "Index",
     "KeepWords",
     "Logits",
+    "Look",
     "MetadataUse",
     "Permute",
     "Piece",
@@ -61,10 +61,10 @@ __all__ = [
     "Scale",
     "ScaleRows",
     "Sigmoid",
-    "SizeOf",
     "Stage",
     "Tanh",
     "TargetUse",
+    "ValueStep",
     "class_count",
     "follow_logits",
     "is_head",

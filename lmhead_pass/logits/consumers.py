@@ -179,7 +179,7 @@ def _sum(logits: Logits, node: Node) -> Consumer | None:
 
 def _check_mean(logits: Logits, node: Node) -> None:
     """Refused unless the mean logit is the mean row of the weight times the hidden states."""
-    if logits.values.cap is not None or logits.is_masked:
+    if logits.values.cap is not None or logits.values.masking:
         raise Refused(f"{describe(node)} is taken over logits after a softcap or mask")
     if not all(isinstance(size, int) for size in tensor_of(logits.node).shape):
         raise Refused(f"{describe(node)} is taken over logits of dynamic sizes")

@@ -16,34 +16,38 @@ from ..graph import (
     at,
     canonical_op,
     describe,
+    draws,
     gradients_are_recorded,
     in_inference,
     is_cut_off,
     is_in_place,
     is_pieces,
     memory_of,
+    mutation,
     passing,
     same,
     same_shape,
+    seen_by,
     tensor_of,
     value_of,
 )
+from .algebraic_caps import times_root
 from .consumers import consumers_of_largest, differentiated, read
+from .row_steps import row_order
 from .rows import follow_pieces, follow_rows, is_row_step
 from .softmaxes import follow_softmax, is_softmax_step, less_logsumexp, times, times_one_hot
 from .types import (
-    CastLike,
     Consumer,
     ConsumerKind,
     ExpandLike,
     Head,
     Logits,
+    Look,
     MetadataUse,
-    SizeOf,
     Stage,
 )
 from .value_steps import Cast
-from .values import fill_tail, filled_tail, follow_values, is_value_step
+from .values import fill_words, follow_values, is_fill, is_value_step, read_fill
 
 _OF_A_LOSS = (
     *(ConsumerKind.LOSS, ConsumerKind.LOG_PROBABILITY, ConsumerKind.LOGSUMEXP),
@@ -122,7 +126,8 @@ class _LogitsTracker:
                     self._check_history(node, inputs)
                     self._visit(node, inputs)
                 except Refused as refused:
-                    self.flow.unsupported[node] = _with_place(str(refused), node)
+                    if not self._is_only_seen(node, inputs[0]):
+                        self.flow.unsupported[node] = _with_place(str(refused), node)
         self._drop_what_was_absorbed()
         return self.flow
 
@@ -174,8 +179,12 @@ class _LogitsTracker:
         return logits
 
     def _step(self, logits: Logits, node: Node, inputs: list[Node]) -> Logits:
-        if len(inputs) == 2 and canonical_op(node) == "mul":
-            return times(*(self.holds[source] for source in inputs))
+        if len(inputs) == 2 and canonical_op(node) in ("mul", "div"):
+            both = [self.holds[source] for source in inputs]
+            if (capped := times_root(node, *both)) is not None:
+                return capped
+            if canonical_op(node) == "mul":
+                return times(*both)
         if (chain := less_logsumexp(logits, node)) is not None:
             self.absorbed.update(chain)
             return replace(logits, stage=Stage.LOG_PROBABILITIES)
@@ -241,16 +250,35 @@ class _LogitsTracker:
 
     def _metadata_use(self, logits: Logits, node: Node) -> MetadataUse | None:
         """What ``node`` reads of the logits, if that is not their values; else None."""
-        is_size = node.target is torch.ops.aten.sym_size.int or (
-            node.op == "call_method" and node.target == "size"
-        )
-        if is_size and type(node.args[-1]) is int:
-            return SizeOf(logits, node.args[1])
-        if node.op == "call_method" and node.target in ("type_as", "to") and len(node.args) == 2:
-            source, like = node.args
-            if like is logits.node and source not in self.holds and not node.kwargs:
-                return CastLike(logits, source)
-        return None
+        is_size = node.target is torch.ops.aten.sym_size.int
+        if not (is_size or seen_by(node) is logits.node) or is_in_place(node):
+            return None
+        others = [source for source in node.all_input_nodes if source is not logits.node]
+        if not self.holds.keys().isdisjoint(others) or not _is_contiguous(node):
+            return None
+        return Look(logits.node, logits)
+
+    def _is_only_seen(self, node: Node, source: Node) -> bool:
+        """Whether of ``node``, whatever it makes of ``source``, only shape and dtype are read.
+
+        Then nobody needs it.
+        """
+        value, logits = value_of(node), self.holds[source]
+        if (
+            not isinstance(value, torch.Tensor)
+            or not isinstance(logits, Logits)
+            or not all(isinstance(size, int) for size in value.shape)
+            or mutation.may_write(node)
+            or draws(node)
+        ):
+            return False
+        looks = [user for user in node.users if seen_by(user) is node and not is_in_place(user)]
+        alone = [user for user in looks if self.holds.keys().isdisjoint(user.all_input_nodes)]
+        if not alone or len(alone) < len(node.users) or not all(map(_is_contiguous, alone)):
+            return False
+        self.flow.nodes.add(node)
+        self.flow.metadata_uses |= dict.fromkeys(alone, Look(node, logits))
+        return True
 
     def _leave(self, inputs: list[Node]) -> None:
         for source in inputs:
@@ -263,10 +291,8 @@ class _LogitsTracker:
         """Follow a write in place to logits: it changes every node in the same memory."""
         written = node.args[0]
         before = self.holds.get(written)
-        if (
-            not isinstance(before, Logits)
-            or len(node.all_input_nodes) > 2
-            or any(source in self.holds for source in node.all_input_nodes[1:])
+        if not isinstance(before, Logits) or not self.holds.keys().isdisjoint(
+            node.all_input_nodes[1:]
         ):
             raise Refused(f"{describe(node)} puts logits into another tensor")
         change = self._change_by(node, before)
@@ -277,7 +303,10 @@ class _LogitsTracker:
             is_clear = (
                 is_recorded
                 and isinstance(held, Logits)
-                and held.alias_region.is_within(before.alias_region)
+                and (
+                    held.alias_region.is_within(before.alias_region)
+                    or _fills_all(node, before, held)
+                )
                 and tensor_of(other).requires_grad == tensor_of(written).requires_grad
             )
             self.holds[other] = (change(held) if is_clear else None) or _UnknownContents(node)
@@ -294,9 +323,9 @@ class _LogitsTracker:
         """
         if written.stage is not Stage.LOGITS:
             raise Refused(f"{describe(node)} writes to {written.stage.value} in place")
-        if canonical_op(node) == "setitem":
-            step = filled_tail(written, node)
-            return lambda held: fill_tail(held, step) if _words_agree(held, written) else None
+        if is_fill(node):
+            step = read_fill(written, node)
+            return lambda held: fill_words(held, written, step)
         follow_values(written, node)
         by_number = len(node.all_input_nodes) == 1
 
@@ -333,9 +362,17 @@ def _from(node: Node) -> Iterator[Node]:
         yield node
 
 
-def _words_agree(a: Logits, b: Logits) -> bool:
-    """Whether word 0 of both is the same."""
-    return (a.values.vocab_slice or (0, 0))[0] == (b.values.vocab_slice or (0, 0))[0]
+def _is_contiguous(node: Node) -> bool:
+    """Whether ``node`` has the strides that it has of a tensor with any strides, or has none."""
+    value = value_of(node)
+    return (
+        not isinstance(value, torch.Tensor) or canonical_op(node) != "like" or value.is_contiguous()
+    )
+
+
+def _fills_all(node: Node, written: Logits, held: Logits) -> bool:
+    """Whether ``node`` sets words in all rows of ``held``, which may have more of them."""
+    return is_fill(node) and row_order(held.steps) == row_order(written.steps)
 
 
 def _look_alike(a: Logits, b: Logits) -> bool:

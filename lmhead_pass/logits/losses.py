@@ -124,8 +124,6 @@ def check_fits(loss: Loss, logits: Logits) -> None:
         raise Refused("nll_loss is taken of logits that went through no log_softmax")
     if logits.stage not in (Stage.LOGITS, Stage.LOG_PROBABILITIES) or logits.factor != 1:
         raise Refused("the loss is taken of what is made of the softmax, not of logits")
-    if loss.target_use.label_smoothing and logits.is_masked:
-        raise Refused("label_smoothing counts words of the vocabulary that are masked")
 
 
 def _class_dim(dims: int) -> int:

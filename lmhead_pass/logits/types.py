@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ..graph import tensor_of
 from .row_steps import RowStep, ScaleRows, row_order
-from .value_steps import FillMasked, FillTail, Values, ValueStep, values_after
+from .value_steps import Fill, Values, ValueStep, values_after
 
 # The ignore_index of consumers that ignore nothing: no row has this target, except those of calls
 # that have no target at all.
@@ -50,6 +50,9 @@ class Stage(enum.Enum):
     RAISED_LOG_PROBABILITIES = "log-probabilities of at least some number"
     P_LOG_P = "probabilities times their logs"
     P_LOGIT = "probabilities times logits"
+    SQUARE = "logits squared"
+    ROOT = "a root of logits squared"
+    INVERSE_ROOT = "the inverse of a root of logits squared"
 
 
 class AliasRegion:
@@ -81,6 +84,8 @@ class Logits:
     stage: Stage = Stage.LOGITS
     factor: float = 1.0
     """What is held is ``stage`` times this. It is 1 for ``Stage.LOGITS``."""
+    offset: float = 0.0
+    """Added to the squares times ``factor``, before a root is taken; 0 for other stages."""
     index: Node | None = None
     """Of the one-hot, for the stages that have one."""
     is_detached: bool = False
@@ -99,13 +104,9 @@ class Logits:
     def inputs(self) -> set[Node]:
         """What they are computed from: the op reads it later than the head did."""
         biases = [bias.node for bias in self.values.biases]
-        operands = [node for step in self.steps for node in step.nodes]
+        fills = [step for step in self.values.masking if isinstance(step, Fill)]
+        operands = [node for step in (*self.steps, *fills) for node in step.nodes]
         return {self.head.hidden, self.head.weight, *biases, *operands}
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether some words are so unlikely that they count for nothing."""
-        return any(isinstance(step, FillMasked | FillTail) for step in self.history)
 
     def same_values(self, other: "Logits") -> bool:
         """Whether both hold the same function of the same logits, row by row."""
@@ -196,19 +197,13 @@ class Consumer:
 
 
 @dataclass(frozen=True)
-class SizeOf:
-    """A node that asks for the size of one dimension."""
+class Look:
+    """A node that reads shape, dtype and device of ``seen``, and no values."""
 
+    seen: Node
+    """Made of logits."""
     logits: Logits
-    dim: int
-
-
-@dataclass(frozen=True)
-class CastLike:
-    """A node that casts another tensor to the logits' dtype."""
-
-    logits: Logits
-    tensor: Node
+    """What ``seen`` holds, or what it was made of."""
 
 
 @dataclass(frozen=True)
@@ -220,4 +215,4 @@ class ExpandLike:
 
 
 # What a node takes from logits that can be known without their values.
-MetadataUse = SizeOf | CastLike | ExpandLike
+MetadataUse = Look | ExpandLike

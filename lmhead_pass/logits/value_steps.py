@@ -4,7 +4,7 @@
 computes the normal form, ``Values``, which is always derived from the history: ``values_after``.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -53,19 +53,25 @@ class Sigmoid:
 
 
 @dataclass(frozen=True)
-class FillMasked:
-    """The logits of the words where ``mask`` is True become ``fill``."""
-
-    mask: Node
-    fill: float
+class Algebraic:
+    """``x / sqrt(1 + x * x)``: a softcap, as tanh is one."""
 
 
 @dataclass(frozen=True)
-class FillTail:
-    """The logits of the words from ``start`` on become ``fill``."""
+class Fill:
+    """Some words become masked: their logits are a constant from here on, and get no gradient."""
 
-    start: int
-    fill: float
+    words: Node | tuple[int, ...] | range
+    """Which: numbers of words in the tensor, or a tensor of such numbers; or a mask ``[V]``,
+    perhaps with dimensions of size 1 around it."""
+    value: float | Node
+    """Or a tensor without a gradient: ``[]``, or with a mask one of the mask's shapes."""
+    is_kept: bool = False
+    """Whether the mask is True for the words that are not masked."""
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [part for part in (self.words, self.value) if isinstance(part, Node)]
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,7 @@ class KeepWords:
     stop: int
 
 
-ValueStep = (
-    Cast | Scale | AddNumber | AddTensor | Tanh | Sigmoid | FillMasked | FillTail | KeepWords
-)
+ValueStep = Cast | Scale | AddNumber | AddTensor | Tanh | Sigmoid | Algebraic | Fill | KeepWords
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,8 @@ class Bias:
     """A number for each word, added to the logits."""
 
     node: Node
-    """``[V]``, perhaps with dimensions of size 1 around it; a mask if there is a ``fill``."""
+    """``[V]``, perhaps with dimensions of size 1 around it."""
     factor: float = 1.0
-    fill: float | None = None
-    """What is added where the mask ``node`` is True; 0 is added elsewhere."""
     vocab_slice: tuple[int, int] | None = None
     """The part of ``node`` that is added; None: all of it."""
 
@@ -99,86 +101,74 @@ class Values:
     """What becomes of each of the head's logits ``x`` (without the head's own bias):
 
     z = scale x + biases + shift                    or, with a cap,
-    z = cap tanh(scale x + biases + inner) + shift
+    z = cap tanh(scale x + biases + inner) + shift        if ``cap_kind`` is that
+
+    Masked words have constants instead.
     """
 
     scale: float = 1.0
     biases: tuple[Bias, ...] = ()
     inner: float = 0.0
     cap: float | None = None
+    cap_kind: str = "tanh"
+    """As the op's ``softcap_kind``."""
     shift: float = 0.0
     vocab_slice: tuple[int, int] | None = None
     """The part of the head's vocabulary that counts; None: all of it."""
-    tail: float | None = field(default=None, compare=False)
-    """What the tensor holds for words behind those that count: so little that they count for
-    nothing. None: there are no such words in the tensor."""
-
-    @property
-    def fills(self) -> list[float]:
-        """What masked words are set to."""
-        fills = [bias.fill * bias.factor for bias in self.biases if bias.fill is not None]
-        return fills if self.tail is None else [*fills, self.tail]
+    masking: tuple[ValueStep, ...] = ()
+    """What gives the masked words their logits: all from the first ``Fill`` on, and where words
+    were cut off before; empty if no words are masked."""
 
 
 def values_after(history: tuple[ValueStep, ...], bias: Node | None, vocab_size: int) -> Values:
     """The normal form of ``history``, for a head with ``bias`` ``[vocab_size]``."""
-    start = Values(biases=() if bias is None else (Bias(bias),))
+    start = Values(biases=() if bias is None else (Bias(bias),), masking=_masking(history))
     return reduce(lambda values, step: _after(values, step, vocab_size), history, start)
+
+
+def _masking(history: tuple[ValueStep, ...]) -> tuple[ValueStep, ...]:
+    steps = [step for step in history if not isinstance(step, Cast)]
+    first = next((place for place, step in enumerate(steps) if isinstance(step, Fill)), None)
+    if first is None:
+        return ()
+    return (*(step for step in steps[:first] if isinstance(step, KeepWords)), *steps[first:])
 
 
 def _after(values: Values, step: ValueStep, vocab_size: int) -> Values:
     """``values`` after one more ``step``, which must be one that the normal form can express."""
     match step:
-        case Cast():
+        case Cast() | Fill():
             return values
         case Scale(factor=factor):
-            tail = None if values.tail is None else values.tail * factor
-            scaled = replace(values, shift=values.shift * factor, tail=tail)
+            scaled = replace(values, shift=values.shift * factor)
             if values.cap is not None:
                 return replace(scaled, cap=values.cap * factor)
             biases = tuple(replace(bias, factor=bias.factor * factor) for bias in values.biases)
             return replace(scaled, scale=values.scale * factor, biases=biases)
         case AddNumber(number):
-            tail = None if values.tail is None else values.tail + number
-            return replace(values, shift=values.shift + number, tail=tail)
+            return replace(values, shift=values.shift + number)
         case AddTensor(tensor, sign):
-            bias = Bias(tensor, float(sign), vocab_slice=_counted(values))
-            return replace(values, biases=(*values.biases, bias))
+            return replace(values, biases=(*values.biases, Bias(tensor, float(sign))))
         case Tanh():
             return replace(values, cap=1.0, inner=values.shift, shift=0.0)
+        case Algebraic():
+            return replace(_after(values, Tanh(), vocab_size), cap_kind="algebraic")
         case Sigmoid():  # sigmoid(x) = tanh(x / 2) / 2 + 1 / 2
             steps: tuple[ValueStep, ...] = (Scale(0.5), Tanh(), Scale(0.5), AddNumber(0.5))
             return reduce(lambda values, step: _after(values, step, vocab_size), steps, values)
-        case FillMasked(mask, fill):
-            bias = Bias(mask, 1.0, fill, _counted(values))
-            return replace(values, biases=(*values.biases, bias))
-        case FillTail(start, fill):
-            return replace(_sliced(values, 0, start, vocab_size), tail=fill)
         case KeepWords(start, stop):
-            first, last = values.vocab_slice or (0, vocab_size)
-            tail = values.tail if first + stop > last else None
-            return replace(_sliced(values, start, stop, vocab_size), tail=tail)
+            return _sliced(values, start, stop, vocab_size)
         case _:
             assert_never(step)
 
 
 def _sliced(values: Values, start: int, stop: int, vocab_size: int) -> Values:
-    """Of the words in the tensor let only those from ``start`` to ``stop`` count."""
+    """Of the words in the tensor keep those from ``start`` to ``stop``."""
     first, last = values.vocab_slice or (0, vocab_size)
-    kept = (first + start, min(last, first + stop))
-    if kept == (first, last):
-        return values
     biases = tuple(_sliced_bias(bias, start, stop, last - first) for bias in values.biases)
-    return replace(values, biases=biases, vocab_slice=kept)
+    return replace(values, biases=biases, vocab_slice=(first + start, min(last, first + stop)))
 
 
 def _sliced_bias(bias: Bias, start: int, stop: int, count: int) -> Bias:
     first, last = bias.vocab_slice or (0, count)
     return replace(bias, vocab_slice=(first + start, min(last, first + stop)))
-
-
-def _counted(values: Values) -> tuple[int, int] | None:
-    """The part that counts of a tensor with a number for each word in the logits; None: all."""
-    if values.tail is None or values.vocab_slice is None:
-        return None
-    return 0, values.vocab_slice[1] - values.vocab_slice[0]

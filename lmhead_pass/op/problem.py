@@ -42,6 +42,9 @@ class Problem:
     loss, for reduction "sum" only."""
     z_loss: Tensor | None
     """``[N]`` floating point: the same with the square of its log-sum-exp."""
+    fill: Tensor | None
+    """``[V]`` floating point: what masked words have instead of their logits, after scale and
+    softcap; NaN for words that are not masked."""
     reduction: str
     """``"mean"``, ``"sum"`` or ``"none"``."""
     ignore_index: int
@@ -51,7 +54,9 @@ class Problem:
     logit_scale: float
     """The logits, with their bias, are multiplied by this. Not 0; 1 is off."""
     softcap: float | None
-    """Positive: logits ``z`` become ``softcap * tanh(z / softcap)``, after the scale."""
+    """Positive: logits ``z`` become ``softcap * cap(z / softcap)``, after the scale."""
+    softcap_kind: str
+    """What ``cap`` is: ``"tanh"``, or ``"algebraic"``, which is ``x / sqrt(1 + x * x)``."""
     compute_dtype: torch.dtype
     """The dtype of the matrix products: under autocast it is not that of the tensors."""
     batch_chunk_size: int
@@ -146,6 +151,8 @@ class Problem:
             largest *= abs(self.logit_scale)
             if self.softcap is not None:
                 largest.clamp_(max=self.softcap)
+            if self.fill is not None:  # what is low raises no log-sum-exp
+                largest.clamp_(min=self.fill.to(dtype).nan_to_num(-math.inf).amax())
             z_loss = self.z_loss.to(dtype).abs()
             of_square = 2 * z_loss * (largest + math.log(len(self.weight)))
             bound += of_square.masked_fill(z_loss == 0, 0)
@@ -165,6 +172,14 @@ class Problem:
     def compute_weight(self) -> Tensor:
         """``weight`` in the compute dtype: under autocast a copy that lives for this call only."""
         return self.weight.to(self.compute_dtype)
+
+    @cached_property
+    def masked(self) -> tuple[Tensor, Tensor] | None:
+        """``[K]``, ``[K]``: the masked words, and their logits in the accumulation dtype."""
+        if self.fill is None:
+            return None
+        words = (~self.fill.isnan()).nonzero().squeeze(1)
+        return words, self.fill[words].to(self.accumulate_dtype)
 
     def inputs_with_gradient(self, needed: Sequence[bool]) -> list[Tensor | None]:
         """Hidden, weight and bias; None for those that have no gradient or need none."""

@@ -25,6 +25,7 @@ from ..graph import (
     memory_of,
     mutation,
     same_shape,
+    seen_by,
     tensor_of,
     value_of,
     wraps_none,
@@ -225,7 +226,7 @@ def _users_until(
         node = pending.pop()
         for user in node.users:
             if user <= last and user not in users | consumers:
-                if _seen_by(user) is node:
+                if seen_by(user) is node:
                     looking[user] = node
                     continue
                 is_tensor = isinstance(value_of(user), torch.Tensor)
@@ -238,20 +239,6 @@ def _users_until(
                 return None  # a consumer that depends on another
     looking = {user: node for user, node in looking.items() if user not in users}
     return tuple(sorted(users)), looking
-
-
-def _seen_by(node: Node) -> Node | None:
-    """The tensor of which ``node`` reads only shape or dtype; None if it reads values."""
-    if canonical_op(node) == "like":
-        return node.args[0] if node.args else None
-    if (
-        canonical_op(node) in ("cast", "reshape", "expand")
-        and len(node.args) == 2
-        and not node.kwargs
-    ):
-        like = node.args[1]  # of ``type_as``, ``view_as`` ...
-        return like if isinstance(value_of(like), torch.Tensor) else None
-    return None
 
 
 def _run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:

@@ -25,9 +25,9 @@ from ..graph import (
 from ..logits import (
     AddNumber,
     AddTensor,
+    Algebraic,
     Cast,
-    FillMasked,
-    FillTail,
+    Fill,
     Flow,
     KeepWords,
     Logits,
@@ -187,11 +187,16 @@ def recipe_of(logits: Logits) -> tuple[Node | None, list[str]]:
                 steps.append(Step(StepKind.TANH))
             case Sigmoid():
                 steps.append(Step(StepKind.SIGMOID))
-            case FillTail(start, fill):
-                steps.append(Step(StepKind.FILL, (start, fill)))
+            case Fill(range(start=start, stop=stop, step=1), float(value)):
+                steps.append(Step(StepKind.FILL, (start, stop, value)))
             case KeepWords(start, stop):
                 steps.append(Step(StepKind.TAKE_WORDS, (start, stop)))
-            case AddTensor() | FillMasked():
+            case Algebraic():
+                raise Refused(
+                    "the logits are returned after an algebraic softcap, and cannot be computed "
+                    f"afterwards. {_INSTEAD}"
+                )
+            case AddTensor() | Fill():
                 raise Refused(
                     "the logits are returned after a second bias or a mask of the vocabulary, and "
                     f"cannot be computed afterwards. {_INSTEAD}"

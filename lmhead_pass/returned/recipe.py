@@ -38,14 +38,14 @@ class StepKind(enum.Enum):
     ADD_BIAS = "add_tensor"
     TANH = "tanh"
     SIGMOID = "sigmoid"
-    FILL = "fill"  # the words of the vocabulary from a start on, with a value
+    FILL = "fill"  # the words of the vocabulary from a start to a stop, with a value
     TAKE_WORDS = "words"  # of the vocabulary, from a start to a stop
 
 
 _OPERANDS: dict[StepKind, tuple[Callable[[str], Any], ...]] = {
     StepKind.CAST: (lambda name: getattr(torch, name),),
     **dict.fromkeys((StepKind.MULTIPLY, StepKind.DIVIDE, StepKind.ADD), (float,)),
-    StepKind.FILL: (int, float),
+    StepKind.FILL: (int, int, float),
     StepKind.TAKE_WORDS: (int, int),
 }
 
@@ -87,8 +87,8 @@ class Step:
             case StepKind.SIGMOID:
                 return logits.sigmoid()
             case StepKind.FILL:
-                start, value = self.operands
-                words = torch.arange(start, logits.size(-1), device=logits.device)
+                start, stop, value = self.operands
+                words = torch.arange(start, stop, device=logits.device)
                 return logits.index_fill(-1, words, value)
             case StepKind.TAKE_WORDS:
                 return logits[..., slice(*self.operands)].contiguous()

@@ -13,7 +13,7 @@ from ..graph import Emitter, gradients_are_recorded, size_of, tensor_of
 from ..logits import NOTHING_IGNORED, TargetUse, row_order
 from ..plan import FusedCall, Match
 from .emit_coefficients import Coefficients, concatenated, emit_coefficients
-from .emit_inputs import emit_bias, emit_hidden, emit_weight
+from .emit_inputs import emit_bias, emit_fill, emit_hidden, emit_weight
 from .emit_results import emit_result, measures_of
 
 
@@ -152,14 +152,17 @@ def _emit_op(
     # Without a target to look at, each row has one that is ignored.
     use = match.target_use or TargetUse(target)
     weight, bias = emit_weight(emit, match.logits), emit_bias(emit, match.logits)
+    fill, shift = emit_fill(emit, match.logits), match.logits.values.shift
+    if fill is not None and shift:  # which is added to what the op returns
+        fill = emit("sub", fill, shift)
     if not match.differentiable:
         # No gradient may flow where none did: no_grad around the loss, a detach on the way.
         hidden, weight = emit("detach", hidden), emit("detach", weight)
         bias = None if bias is None else emit("detach", bias)
     arguments = (
         *(hidden, weight, bias, target, use.class_weight, coefficients.of_losses),
-        *(coefficients.of_logsumexps, coefficients.of_squares),
-        *(match.reduction, use.ignore_index, use.label_smoothing, *_scale_and_softcap(match)),
+        *(coefficients.of_logsumexps, coefficients.of_squares, fill),
+        *(match.reduction, use.ignore_index, use.label_smoothing, *_scale_and_cap(match)),
         *(match.compute_dtype, match.rows_per_chunk),
     )
     ops = torch.ops.lmhead_pass
@@ -170,9 +173,9 @@ def _emit_op(
     return {name: emit(operator.getitem, results, number) for number, name in names}
 
 
-def _scale_and_softcap(match: Match) -> tuple[float, float | None]:
+def _scale_and_cap(match: Match) -> tuple[float, float | None, str]:
     """The factors of ``softcap tanh(logit_scale (x + ...) / softcap)``, as the op has it."""
     values = match.logits.values
     if values.cap is None:
-        return values.scale, None
-    return values.scale * values.cap, abs(values.cap)
+        return values.scale, None, values.cap_kind
+    return values.scale * values.cap, abs(values.cap), values.cap_kind

@@ -1,7 +1,8 @@
 """Inserts what a call of the op takes of a head: hidden states, weight, bias.
 
 What the model does to rows of the logits is done to the hidden states here. What it adds to each
-word is added to the bias, and what it cuts off the vocabulary is cut off the weight.
+word is added to the bias, and what it cuts off the vocabulary is cut off the weight. The logits
+of masked words are constants.
 """
 
 import math
@@ -14,18 +15,27 @@ from typing_extensions import assert_never
 
 from ..graph import Emitter, size_of, tensor_of
 from ..logits import (
+    AddNumber,
+    AddTensor,
+    Algebraic,
     Bias,
-    CastLike,
+    Cast,
     ExpandLike,
+    Fill,
     Index,
+    KeepWords,
     Logits,
+    Look,
     MetadataUse,
     Permute,
     Piece,
     Reshape,
     RowStep,
+    Scale,
     ScaleRows,
-    SizeOf,
+    Sigmoid,
+    Tanh,
+    ValueStep,
 )
 
 
@@ -95,16 +105,68 @@ def emit_bias(emit: Emitter, logits: Logits) -> Node | None:
 
 def _emit_term(emit: Emitter, bias: Bias, factor: float, wide: torch.dtype) -> Node:
     """``[V]``: ``bias`` times ``factor``."""
-    term = bias.node
-    if tensor_of(term).dim() != 1:
-        term = emit("reshape", term, -1)
-    term = _part(emit, term, bias.vocab_slice)
-    if bias.fill is not None:
-        limits, fill = torch.finfo(wide), bias.fill * factor
-        fill = fill if limits.min <= fill <= limits.max else math.copysign(math.inf, fill)
-        zeros = emit("new_zeros", term, tensor_of(term).shape, dtype=wide)
-        return emit("masked_fill", zeros, term, fill)
+    term = _part(emit, _flat(emit, bias.node), bias.vocab_slice)
     return term if factor == 1 else emit("mul", emit("to", term, wide), factor)
+
+
+def emit_fill(emit: Emitter, logits: Logits) -> Node | None:
+    """``[V]``: the logits of masked words, and NaN for the others; None if no words are masked.
+
+    It is what becomes of NaN on the way that the logits took.
+    """
+    values, head = logits.values, logits.head
+    if not values.masking:
+        return None
+    size = size_of(emit, head.weight, 1 if head.weight_is_transposed else 0)
+    fill = emit("new_full", head.weight, (size,), math.nan, dtype=_wide(logits))
+    for step in values.masking:
+        fill = _emit_step(emit, fill, step)
+    return fill
+
+
+def _emit_step(emit: Emitter, fill: Node, step: ValueStep) -> Node:
+    """``step`` done to ``[V]``."""
+    match step:
+        case Cast():
+            return fill
+        case Scale(number, divides):
+            return emit("div" if divides else "mul", fill, number)
+        case AddNumber(number):
+            return emit("add", fill, number)
+        case AddTensor(tensor, sign):
+            return emit("add" if sign > 0 else "sub", fill, _flat(emit, tensor))
+        case Tanh():
+            return emit("tanh", fill)
+        case Sigmoid():
+            return emit("sigmoid", fill)
+        case Algebraic():
+            raise AssertionError("masked logits have no such cap")
+        case KeepWords(start, stop):
+            return emit(operator.getitem, fill, slice(start, stop))
+        case Fill(words, value, is_kept):
+            if isinstance(words, Node) and tensor_of(words).dtype == torch.bool:
+                value = _flat(emit, value) if isinstance(value, Node) else value
+                operands = (fill, value) if is_kept else (value, fill)
+                return emit(torch.where, _flat(emit, words), *operands)
+            return emit("index_fill", fill, 0, _emit_words(emit, fill, words), value)
+        case _:
+            assert_never(step)
+
+
+def _emit_words(emit: Emitter, fill: Node, words: Node | tuple[int, ...] | range) -> Node:
+    """``[K]`` int64"""
+    device = tensor_of(fill).device
+    match words:
+        case Node():
+            return words
+        case range():
+            return emit(torch.arange, words.start, words.stop, words.step, device=device)
+        case _:
+            return emit(torch.tensor, words, device=device)
+
+
+def _flat(emit: Emitter, tensor: Node) -> Node:
+    return emit("reshape", tensor, -1) if tensor_of(tensor).dim() > 1 else tensor
 
 
 def _wide(logits: Logits) -> torch.dtype:
@@ -120,19 +182,29 @@ def _part(emit: Emitter, tensor: Node, vocab_slice: tuple[Any, Any] | None) -> N
 def emit_metadata_use(graph: Graph, node: Node, use: MetadataUse) -> Node:
     """The value of ``node``, from what is known without the logits."""
     emit, logits = Emitter(graph, node), use.logits
-    value = tensor_of(logits.node)
     match use:
-        case CastLike(_, tensor):
-            return emit("to", tensor, value.dtype)
+        case Look(seen):
+            stand_in = _emit_stand_in(emit, seen, logits)
+            args, kwargs = torch.fx.map_arg(
+                (node.args, node.kwargs), lambda read: stand_in if read is seen else read
+            )
+            return emit(node.target, *args, **kwargs)
         case ExpandLike(_, tensor):
+            value = tensor_of(logits.node)
             sizes = [-1] * value.dim()
             sizes[logits.vocab_dim] = value.size(logits.vocab_dim)
             return emit("expand", tensor, sizes)
-        case SizeOf(_, dim):
-            dim %= value.dim()
-            if dim == logits.vocab_dim:
-                return emit("size", emit_weight(emit, logits), 0)
-            rows = emit_hidden(emit, logits, logits.steps)
-            return emit("size", rows, dim - (dim > logits.vocab_dim))
         case _:
             assert_never(use)
+
+
+def _emit_stand_in(emit: Emitter, seen: Node, logits: Logits) -> Node:
+    """A tensor with shape, dtype and device of ``seen``, and with the memory of one element."""
+    value = tensor_of(seen)
+    sizes = list(value.shape)
+    if not all(isinstance(size, int) for size in sizes):  # then ``seen`` holds ``logits``
+        rows = emit_hidden(emit, logits, logits.steps)
+        sizes = [size_of(emit, rows, dim) for dim in range(value.dim() - 1)]
+        sizes.insert(logits.vocab_dim, size_of(emit, emit_weight(emit, logits), 0))
+    element = emit("new_empty", logits.head.weight, (), dtype=value.dtype)
+    return emit("expand", element, sizes)

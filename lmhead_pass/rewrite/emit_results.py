@@ -11,7 +11,7 @@ from ..compat.graphs import EXAMPLE_VALUE
 from ..graph import Emitter, mutation, size_of, tensor_of
 from ..logits import Cast, Consumer, ConsumerKind, Logits, RowStep, Stage, TargetUse, row_order
 from ..plan import Match
-from .emit_inputs import emit_bias, emit_weight, on_numbers, on_rows
+from .emit_inputs import emit_bias, emit_fill, emit_weight, on_numbers, on_rows
 
 
 def measures_of(consumer: Consumer) -> tuple[str, ...]:
@@ -181,9 +181,9 @@ def _in_rows(emit: Emitter, match: Match, logits: Logits, rows: Node, values: No
 
 def _returned(emit: Emitter, match: Match, logits: Logits, rows: Node, values: Node) -> Node:
     """Logits ``[N, V]`` in the shape of those that leave the graph."""
-    missing = tensor_of(logits.node).size(logits.vocab_dim) - tensor_of(values).size(-1)
-    if missing:
-        values = emit(torch.nn.functional.pad, values, (0, missing), value=logits.values.tail)
+    fill = emit_fill(emit, logits)
+    if fill is not None:  # which the products' dtype may not hold
+        values = emit(torch.where, emit("isnan", fill), values, fill)
     values = _in_rows(emit, match, logits, rows, values)
     for step in logits.history:
         if isinstance(step, Cast):

@@ -44,14 +44,14 @@ def _head(hidden, weight, target, reduction="mean"):
 
 def _op(hidden, weight, target, reduction="mean", rows=256, softcap=None):
     return torch.ops.lmhead_pass.linear_cross_entropy(
-        *(hidden, weight, None, target, *[None] * 4, reduction, -100, 0.0, 1.0, softcap),
+        *(hidden, weight, None, target, *[None] * 5, reduction, -100, 0.0, 1.0, softcap, "tanh"),
         *(hidden.dtype, rows),
     )
 
 
 def _op_with_measures(hidden, weight, target, reduction="mean", rows=256):
     loss, lse, *_ = torch.ops.lmhead_pass.linear_cross_entropy_and_measures(
-        *(hidden, weight, None, target, *[None] * 4, reduction, -100, 0.0, 0.5, 30.0),
+        *(hidden, weight, None, target, *[None] * 5, reduction, -100, 0.0, 0.5, 30.0, "tanh"),
         *(hidden.dtype, rows, MEASURES),
     )
     return loss + lse if reduction == "none" else loss
@@ -62,16 +62,16 @@ def _op_with_terms(hidden, weight, target, reduction="sum", rows=256):
     factors = hidden.new_full((2, len(target)), 0.01)
     linear, square = factors if hidden.dtype != torch.float16 else (factors[0], None)
     return torch.ops.lmhead_pass.linear_cross_entropy(
-        *(hidden, weight, None, target, None, None, linear, square),
-        *(reduction, -100, 0.0, 0.5, 30.0, hidden.dtype, rows),
+        *(hidden, weight, None, target, None, None, linear, square, None),
+        *(reduction, -100, 0.0, 0.5, 30.0, "tanh", hidden.dtype, rows),
     )
 
 
 def _op_with_z_loss(hidden, weight, target, reduction="sum", rows=256):
     z_loss = hidden.new_full((len(target),), 0.01) if hidden.dtype != torch.float16 else None
     return torch.ops.lmhead_pass.linear_cross_entropy(
-        *(hidden, weight, None, target, None, None, None, z_loss),
-        *(reduction, -100, 0.0, 1.0, None, hidden.dtype, rows),
+        *(hidden, weight, None, target, None, None, None, z_loss, None),
+        *(reduction, -100, 0.0, 1.0, None, "tanh", hidden.dtype, rows),
     )
 
 
@@ -232,7 +232,7 @@ target = torch.zeros(8, dtype=torch.long, device="cuda")
 target[3] = {bad}
 loss = torch.ops.lmhead_pass.linear_cross_entropy(
     torch.randn(8, 16, device="cuda"), torch.randn(100, 16, device="cuda"), None, target,
-    *[None] * 4, "mean", -100, 0.0, 1.0, None, torch.float32, 8,
+    *[None] * 5, "mean", -100, 0.0, 1.0, None, "tanh", torch.float32, 8,
 )
 print("a number:", loss.item())
 """
@@ -252,11 +252,11 @@ def test_scratch_is_the_chunk_and_the_sum(softcap):
     """With a softcap FP32 logits are held; without, exponentials of twice as many rows."""
     tokens, hidden, vocab, rows = 8192, 1024, 32000, 1024
     *leaves, target = _inputs(tokens=tokens, hidden=hidden, vocab=vocab)
-    options = ("mean", -100, 0.0, 1.0, softcap, torch.bfloat16, rows)
+    options = ("mean", -100, 0.0, 1.0, softcap, "tanh", torch.bfloat16, rows)
 
     def step():
         loss = torch.ops.lmhead_pass.linear_cross_entropy(
-            *leaves, None, target, *[None] * 4, *options
+            *leaves, None, target, *[None] * 5, *options
         )
         return torch.autograd.grad(loss, leaves)
 

@@ -100,8 +100,8 @@ def test_forward_mode_is_refused_by_name(caplog):
 def test_forward_mode_of_the_op_is_an_error():
     """Whatever it is of: a tangent is not lost in silence."""
     hidden, weight, _, target = (t.detach() for t in forms.inputs())
-    rest = (None, target.flatten(), *[None] * 4)
-    rest += ("mean", -100, 0.0, 1.0, None, torch.float32, 4)
+    rest = (None, target.flatten(), *[None] * 5)
+    rest += ("mean", -100, 0.0, 1.0, None, "tanh", torch.float32, 4)
     hidden = hidden.flatten(0, 1)
     with forward_ad.dual_level():
         for of in range(2):

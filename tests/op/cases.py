@@ -31,6 +31,7 @@ def call(
     coefficient=None,
     logsumexp_coefficient=None,
     z_loss=None,
+    fill=None,
     *,
     reduction="mean",
     ignore_index=-100,
@@ -38,10 +39,12 @@ def call(
     rows=10,
     logit_scale=1.0,
     softcap=None,
+    softcap_kind="tanh",
     measures=None,
 ):
     arguments = (
         *(hidden, weight, bias, target, class_weight, coefficient, logsumexp_coefficient, z_loss),
-        *(reduction, ignore_index, label_smoothing, logit_scale, softcap, hidden.dtype, rows),
+        *(fill, reduction, ignore_index, label_smoothing, logit_scale, softcap, softcap_kind),
+        *(hidden.dtype, rows),
     )
     return op(*arguments) if measures is None else op_and_measures(*arguments, measures)

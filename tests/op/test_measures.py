@@ -19,8 +19,9 @@ OPTIONS = {
     "scale": {"logit_scale": -0.5},
     "softcap": {"softcap": 2.0},
     "all": {"logit_scale": 1.5, "softcap": 3.0, "label_smoothing": 0.1},
+    "fill": {"fill": torch.where(torch.arange(101) % 3 == 0, 0.5, torch.nan)},
 }
-LOGIT_OPTIONS = ("logit_scale", "softcap")
+LOGIT_OPTIONS = ("logit_scale", "softcap", "fill")
 
 
 def exact_inputs(inputs):
@@ -219,8 +220,8 @@ def test_float16_gradients_of_logsumexp_neither_underflow_nor_overflow(factor):
     of_lse = torch.rand(37)
     exact = reference.run(total(plain, None, of_lse), exact_inputs(inputs))[1:]
     unfused = reference.run(total(plain, None, of_lse), inputs)[1:]
-    problem = (*(t if t is None else t.detach() for t in inputs), *[None] * 4)
-    problem += ("none", -100, 0.0, 1.0, None, torch.float16, 10)
+    problem = (*(t if t is None else t.detach() for t in inputs), *[None] * 5)
+    problem += ("none", -100, 0.0, 1.0, None, "tanh", torch.float16, 10)
     ops = torch.ops.lmhead_pass
     _, row_max, log_sum, _ = ops._forward(*problem, ["logsumexp"])
     needed = [True, True, False]
@@ -299,7 +300,8 @@ def test_compiled_by_inductor(reduction, dynamic):
     """The list of results, and of names, on the way through AOTAutograd and Inductor."""
 
     def step(hidden, weight, target):
-        problem = (hidden, weight, None, target, *[None] * 4, reduction, -100, 0.0, 0.5, 3.0)
+        problem = (hidden, weight, None, target, *[None] * 5, reduction)
+        problem += (-100, 0.0, 0.5, 3.0, "tanh")
         loss, lse, argmax, logits = op_and_measures(
             *problem, torch.float32, 10, ["logsumexp", "argmax", "logits"]
         )

@@ -74,20 +74,69 @@ def test_error_does_not_grow_with_the_number_of_chunks(dtype, reduction):
 
 
 # The same matrix, in the first words, the first columns, or the transpose of a larger one.
-SCALES_AND_CAPS = [(0.25, None), (-1.5, None), (1.0, 2.0), (-0.5, 3.0)]
+SCALES_AND_CAPS = [
+    *((0.25, None, "tanh"), (-1.5, None, "tanh"), (1.0, 2.0, "tanh"), (-0.5, 3.0, "tanh")),
+    *((1.0, 2.0, "algebraic"), (-0.5, 3.0, "algebraic")),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("logit_scale", "softcap"), SCALES_AND_CAPS)
+@pytest.mark.parametrize(("logit_scale", "softcap", "kind"), SCALES_AND_CAPS)
 @pytest.mark.parametrize("with_all", [False, True], ids=["plain", "all"])
-def test_scale_and_softcap(dtype, reduction, logit_scale, softcap, with_all):
+def test_scale_and_softcap(dtype, reduction, logit_scale, softcap, kind, with_all):
     options = {"reduction": reduction, "logit_scale": logit_scale, "softcap": softcap}
+    options["softcap_kind"] = kind
     options["label_smoothing"] = 0.1 if with_all else 0.0
     class_weight = torch.rand(101).to(dtype) if with_all else None
     inputs = [*tensors(dtype, bias=with_all), class_weight]
     upstream = torch.randn(37) if reduction == "none" else torch.tensor(1 / 3)
     assert_no_worse(inputs, options, upstream)
+
+
+def some_masked(value=0.5):
+    """Every third word has this logit."""
+    return torch.where(torch.arange(101) % 3 == 0, value, torch.nan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("with_all", [False, True], ids=["plain", "all"])
+def test_masked_words(dtype, reduction, with_all):
+    """Some are targets; as logits they count as much as any other word, and have no gradient."""
+    options = {"reduction": reduction}
+    class_weight = None
+    if with_all:
+        options |= {"label_smoothing": 0.1, "logit_scale": -0.5, "softcap": 3.0}
+        class_weight = torch.rand(101).to(dtype)
+    inputs = [*tensors(dtype, bias=with_all), class_weight, None, None, None, some_masked()]
+    upstream = torch.randn(37) if reduction == "none" else torch.tensor(1 / 3)
+    results = assert_no_worse(inputs, options, upstream)
+    assert not results[2][::3].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_words_under_terms_of_log_sum_exps(dtype):
+    given = [None, torch.randn(37), torch.randn(37), torch.randn(37), some_masked(9.0)]
+    inputs = [*tensors(dtype), *given]
+    assert_no_worse(inputs, {"reduction": "sum"}, torch.tensor(1 / 3))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min, -1e4])
+def test_a_target_that_is_masked(fill, reduction):
+    """The loss may be infinite; the gradient is that of the other words, as eager has it."""
+    inputs = [*tensors(torch.float64, ignored=False), *[None] * 4, some_masked(fill).double()]
+    results, expected = (
+        reference.run(
+            lambda *a, f=f: f(*a, reduction=reduction),
+            [reference.leaf(t) for t in inputs],
+            torch.linspace(0, 1, 37) if reduction == "none" else torch.ones(()),
+        )
+        for f in (call, reference.linear_cross_entropy)
+    )
+    assert (results[0].amax() == torch.inf) == (fill == -torch.inf)
+    torch.testing.assert_close(results, expected)
 
 
 def test_saturated_logits_keep_their_gradient():
@@ -303,8 +352,8 @@ def test_float16_scaling_knows_the_logit_scale(logit_scale, factor):
 
     exact = gradients(reference.linear_cross_entropy, torch.float64)
     problem = Problem(
-        *(hidden.detach(), weight.detach(), None, target, *[None] * 4),
-        *("none", -100, 0.0, logit_scale, None, torch.float16, 10),
+        *(hidden.detach(), weight.detach(), None, target, *[None] * 5),
+        *("none", -100, 0.0, logit_scale, None, "tanh", torch.float16, 10),
     )
     _, row_max, log_sum = aten.forward(problem, [])
     results = aten.backward(problem, [True, True, False], row_max, log_sum, upstream, None)
@@ -333,14 +382,15 @@ def test_opcheck(reduction, measures):
     extra = [] if measures is None else [measures]
     public = op if measures is None else op_and_measures
     of_rows = [torch.rand(37) if reduction == "sum" else None for _ in range(3)]
-    problem = [*tensors(), None, *of_rows, reduction, -100, 0.0, 1.0, None, torch.float32, 10]
+    problem = [*tensors(), None, *of_rows, None, reduction]
+    problem += [-100, 0.0, 1.0, None, "tanh", torch.float32, 10]
     torch.library.opcheck(public.default, (*problem, *extra))
     hidden, weight, bias, target = (
         t.detach() if t.is_floating_point() else t for t in tensors(bias=True)
     )
     needed = [True, False, True]
-    problem = [hidden, weight, bias, target, torch.rand(101), *of_rows]
-    problem += [reduction, -100, 0.1, -0.5, 3.0, torch.float32, 10]
+    problem = [hidden, weight, bias, target, torch.rand(101), *of_rows, some_masked()]
+    problem += [reduction, -100, 0.1, -0.5, 3.0, "tanh", torch.float32, 10]
     private = torch.ops.lmhead_pass
     checks = ("test_schema", "test_faketensor")
     measures = measures or []

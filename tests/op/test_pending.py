@@ -60,7 +60,8 @@ def _head_in_fp64(hidden, weight, target):
 def test_the_upstream_gradient_is_multiplied_before_rounding(dtype, rows, factor):
     def op(hidden, weight, target):
         return torch.ops.lmhead_pass.linear_cross_entropy(
-            *(hidden, weight, None, target, *[None] * 4, "mean", -100, 0.0, 1.0, None, dtype, rows)
+            *(hidden, weight, None, target, *[None] * 5, "mean"),
+            *(-100, 0.0, 1.0, None, "tanh", dtype, rows),
         )
 
     _assert_right(op, _inputs(13, dtype), factor)
@@ -102,8 +103,8 @@ def test_any_number_of_chunks_is_one_graph(rows):
 @pytest.mark.parametrize("needed", [[True, True, False], [True, False, False]])
 def test_fake_results_are_like_real_ones(tokens, needed):
     hidden, weight, target = _inputs(tokens)
-    problem = (hidden.detach(), weight.detach(), None, target, *[None] * 4)
-    problem += ("mean", -100, 0.0, 1.0, None, torch.bfloat16, 4)
+    problem = (hidden.detach(), weight.detach(), None, target, *[None] * 5)
+    problem += ("mean", -100, 0.0, 1.0, None, "tanh", torch.bfloat16, 4)
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.lmhead_pass
     for measures in ([], ["logsumexp"], ["max"]):

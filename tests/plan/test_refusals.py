@@ -33,10 +33,6 @@ def write_to_hidden_through_view(h, w, b, y):
     return flat(z, y)
 
 
-def write_padding(z):
-    z[..., 90:] = -1e5
-
-
 def view_made_in_inference_mode(h, w, b, y):
     """No gradient gets through it in eager, though it says that it requires one."""
     z = F.linear(h, w)
@@ -116,18 +112,6 @@ def write_one_word(h, w, b, y):
     return flat(z, y)
 
 
-def write_some_words(h, w, b, y):
-    z = F.linear(h, w)
-    z[..., 90:] = -100.0
-    return flat(z, y)
-
-
-def write_words_in_between(h, w, b, y):
-    z = F.linear(h, w)
-    z[..., 80:90] = -torch.inf
-    return flat(z, y % 80)
-
-
 def write_rows(h, w, b, y):
     z = F.linear(h, w)
     z[:, 0] = -torch.inf
@@ -198,12 +182,6 @@ def write_by_fill_and_to_a_view(h, w, b, y):
     return loss + 0 * z[..., :90].detach().std()
 
 
-def write_by_fill(h, w, b, y):
-    z = F.linear(h, w)
-    z[:, :, 90:].fill_(-torch.inf)
-    return flat(z, y % 90)
-
-
 REFUSED = {
     "write_to_bias_before_the_backward": (
         write_to_bias_before_the_backward,
@@ -213,7 +191,6 @@ REFUSED = {
         write_by_fill_and_to_a_view,
         "std at .* reads the logits too",
     ),
-    "write_by_fill": (write_by_fill, "fill_ at .* reads the logits too"),
     "write_to_hidden": (write_to_hidden, "add_ at .* in place between the head and the loss"),
     "learned_temperature_before_a_write": (
         learned_temperature_before_a_write,
@@ -226,8 +203,6 @@ REFUSED = {
     "write_to_hidden_by_argument": (write_to_hidden_by_inplace_argument, "relu at .* in place"),
     "write_to_hidden_by_max_norm": (write_to_hidden_by_max_norm, "embedding at .* in place"),
     "write_one_word": (write_one_word, "indexed along the vocabulary"),
-    "write_some_words": (write_some_words, "setitem at .* sets logits to -100.0, not to -inf"),
-    "write_words_in_between": (write_words_in_between, "words that are not the last"),
     "write_rows": (write_rows, "setitem at .* writes to logits in place where|to a part"),
     "write_to_some_rows": (write_to_some_rows, "div_ at .* writes to the logits in place"),
     "write_without_gradient": (write_without_gradient, "mul_ at .* writes to the logits in place"),
@@ -262,6 +237,10 @@ REFUSED = {
         lambda h, w, b, y: flat(F.linear(h, w) * b, y),
         "scales the words of the vocabulary apart",
     ),
+    "scaled_in_float16": (
+        lambda h, w, b, y: flat(F.linear(h.half(), w.half()) / torch.tensor(1e-3), y).float(),
+        "div at .* scales FP16 logits, and hidden states may overflow by it",
+    ),
     "scaled_after_bias": (
         lambda h, w, b, y: flat(F.linear(h, w, b) * torch.tensor(2.0), y),
         "scales by a tensor after a bias",
@@ -287,44 +266,11 @@ REFUSED = {
         "a gradient of what was made without autograd",
     ),
     "argmax_of_rows": (argmax_of_rows, "argmax.* is not taken over the vocabulary"),
-    "masked_and_negated": (
-        lambda h, w, b, y: flat(-F.linear(h, w).masked_fill(torch.arange(V) >= 90, -1e5), y % 90),
-        "masked logits are multiplied by -1",
-    ),
-    "written_and_negated": (
-        lambda h, w, b, y: flat(-forms.written(F.linear(h, w), write_padding), y % 90),
-        "masked logits are multiplied by -1",
-    ),
-    # Behind a softcap, a mask is one all the same.
-    "capped_written_and_negated": (
-        lambda h, w, b, y: flat(
-            -forms.written(30 * torch.tanh(F.linear(h, w) / 30), write_padding), y % 90
-        ),
-        "masked logits are multiplied by -1",
-    ),
-    "masked_and_scaled_away": (
-        lambda h, w, b, y: flat(
-            F.linear(h, w).masked_fill(torch.arange(V) >= 90, -1e5) * 1e-4, y % 90
-        ),
-        "these words would count",
-    ),
     "masked_and_scaled_by_tensor": (
         lambda h, w, b, y: flat(
             forms.written(F.linear(h, w), forms.mask_padding) / b[0].detach().abs(), y % 90
         ),
         "scales masked logits by a tensor",
-    ),
-    "masked_with_smoothing": (
-        lambda h, w, b, y: flat(
-            F.linear(h, w).masked_fill(torch.arange(V) >= 90, -1e5), y % 90, label_smoothing=0.1
-        ),
-        "label_smoothing counts words of the vocabulary that are masked",
-    ),
-    "written_with_smoothing": (
-        lambda h, w, b, y: flat(
-            forms.written(F.linear(h, w), forms.mask_padding), y % 90, label_smoothing=0.1
-        ),
-        "label_smoothing counts words of the vocabulary that are masked",
     ),
     "masked_by_row": (
         lambda h, w, b, y: flat(F.linear(h, w).masked_fill((y == 3)[..., None], -torch.inf), y * 0),

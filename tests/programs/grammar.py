@@ -323,7 +323,8 @@ class _Writer:
         changed = replace(logits, x=self._assign(self._fill(text, logits)))
         if key in tables.SHORTENING:
             changed = replace(changed, vocab=logits.vocab - 3)
-        if key.startswith(("masked_", "vocabulary_")) and key != "masked_randomly":
+            changed = self._without_last_words(changed, logits.vocab)
+        elif key.startswith("masked_") and self._chance(2):
             changed = self._without_last_words(changed, logits.vocab)
         return changed
 
@@ -413,7 +414,7 @@ class _Writer:
             written = replace(logits, x=self._assign(self._fill(name, logits)))
         with self._region(8):
             self._line(self._fill(text, written))
-        if key in tables.LOGITS_WRITES_BY_WORD:
+        if key in tables.LOGITS_WRITES_BY_WORD and self._chance(2):
             return self._without_last_words(logits, logits.vocab)
         return logits
 

@@ -64,6 +64,7 @@ without_scale = another_problem(logit_scale=1.0)
 without_softcap = another_problem(softcap=None)
 without_weights_of_rows = another_problem(coefficient=None)
 without_z_loss = another_problem(z_loss=None)
+without_masks = another_problem(fill=None)
 without_coefficients_of_logsumexps = another_problem(logsumexp_coefficient=None)
 
 

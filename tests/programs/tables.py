@@ -158,6 +158,8 @@ ODD_VALUES = {
     "log_of_softmax": "{x}.softmax({v}).log()",
     "normalised_twice": "({x}.log_softmax({v}) * 0.5).log_softmax({v})",
     "softcap": "torch.tanh({x} / 3.0) * 3.0",
+    "softcap_algebraic": "3.0 * {x} * ({x} * {x} + 9.0).rsqrt()",
+    "softcap_by_root": "{x} / torch.sqrt(1.0 + ({x} / 3.0).square())",
     "softcap_left": "3.0 * ({x} / 3.0).tanh()",
     "softcap_sigmoid": "3.0 * torch.sigmoid({x} / 3.0)",
     "clamped": "{x}.clamp(-2, 2)",
@@ -187,6 +189,24 @@ ODD_VALUES_BY_WORD = {
     "row_temperature_none": "{x} * {r}[..., None]",
     "masked_suffix": "{x}.masked_fill(torch.arange({V}) >= {V} - 3, float('-inf'))",
     "masked_where": "torch.where(torch.arange({V}) < {V} - 3, {x}, -1e4)",
+    "masked_where_left": "torch.where(torch.arange({V})[None] % 3 == 1, -1.5, {x})",
+    "masked_where_method": "{x}.where(torch.arange({V}) % 3 > 0, torch.tensor(-2.0).to({x}))",
+    "masked_where_full": "torch.where(torch.arange({V}) % 4 == 1, torch.full_like({x}, -2), {x})",
+    "masked_where_words": (
+        "torch.where(torch.arange({V}) > 4, torch.linspace(-1, 1, {V}, dtype={x}.dtype), {x})"
+    ),
+    "masked_where_rows": "torch.where({r}.unsqueeze(-1) > 0.7, {x}, -2.0)",
+    "masked_index_fill": "{x}.index_fill(-1, torch.tensor([1, 4, -2]), float('-inf'))",
+    "masked_index_fill_tensor": "torch.index_fill({x}, -1, torch.arange(2, 5), torch.tensor(-3.0))",
+    "masked_fill_tensor": "{x}.masked_fill(torch.arange({V}) < 4, torch.tensor(0.5))",
+    "masked_then_capped": "torch.tanh({x}.masked_fill(torch.arange({V}) % 5 == 2, -4.0)) * 2.0",
+    "masked_then_biased": (
+        "{x}.masked_fill(torch.arange({V}) % 5 == 2, -4.0)"
+        " + torch.linspace(-1, 1, {V}, dtype={x}.dtype)"
+    ),
+    "masked_twice": (
+        "{x}.masked_fill(torch.arange({V}) < 4, -3.0).masked_fill(torch.arange({V}) > 2, -1e4)"
+    ),
     "masked_added": "{x} + torch.where(torch.arange({V}) < {V} - 3, 0.0, -1e4).to({x}.dtype)",
     "centred_rows": "{x} - {x}.amax(-1, keepdim=True)",
     "vocabulary_prefix": "{x}[..., : {V} - 3]",
@@ -266,6 +286,15 @@ LOGITS_WRITES_BY_WORD = {
     "narrow_filled": "{x}.narrow(-1, {x}.size(-1) - 3, 3).fill_(float('-inf'))",
     "masked_fill_": "{x}.masked_fill_(torch.arange({x}.size(-1)) >= {x}.size(-1) - 3, -1e4)",
     "setitem_suffix": "{x}[..., -3:] = -1e4",
+    "setitem_one_word": "{x}[..., 7] = float('-inf')",
+    "setitem_list": "{x}[..., [1, 4, -2]] = -2.0",
+    "setitem_words": "{x}[..., torch.tensor([1, 4, -2])] = -2.0",
+    "setitem_bool": "{x}[..., torch.arange({x}.size(-1)) % 3 == 1] = torch.tensor(-2.0).to({x})",
+    "setitem_middle": "{x}[..., 4:9] = -3.0",
+    "setitem_stepped": "{x}[..., ::3] = -3.0",
+    "index_fill_words_": "{x}.index_fill_(-1, torch.tensor([1, 4, -2]), -2.0)",
+    "part_filled": "{x}[..., 4:9].fill_(-3.0)",
+    "part_zeroed": "{x}.narrow(-1, 2, 3).zero_()",
 }
 # Writes that autograd allows after a head whose weight needs no gradient ...
 HIDDEN_WRITES = {

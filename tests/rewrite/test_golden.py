@@ -51,7 +51,7 @@ after:
     l_y_ = L_y_
     view_1 = l_y_.view(-1)
     flatten = l_h_.flatten(0, -2)
-    linear_cross_entropy_default = torch.ops.lmhead_pass.linear_cross_entropy.default(flatten, l_w_, None, view_1, None, None, None, None, 'mean', -100, 0.0, 1.0, None, torch.float32, 512)
+    linear_cross_entropy_default = torch.ops.lmhead_pass.linear_cross_entropy.default(flatten, l_w_, None, view_1, None, None, None, None, None, 'mean', -100, 0.0, 1.0, None, 'tanh', torch.float32, 512)
     return (linear_cross_entropy_default,)""",
     )
 
@@ -88,7 +88,7 @@ after:
     view_1 = contiguous_1.view(-1)
     getitem_2 = l_h_[(slice(None, None, None), slice(None, -1, None))]
     flatten = getitem_2.flatten(0, -2)
-    linear_cross_entropy_default = torch.ops.lmhead_pass.linear_cross_entropy.default(flatten, l_w_, None, view_1, None, None, None, None, 'mean', -100, 0.0, 1.0, None, torch.float32, 512)
+    linear_cross_entropy_default = torch.ops.lmhead_pass.linear_cross_entropy.default(flatten, l_w_, None, view_1, None, None, None, None, None, 'mean', -100, 0.0, 1.0, None, 'tanh', torch.float32, 512)
     return (linear_cross_entropy_default,)""",
     )
 
@@ -117,7 +117,7 @@ after:
     flatten = l_h_.flatten(0, -2)
     reshape = l_y_.reshape(-1)
     t_1 = t.t()
-    linear_cross_entropy_default = torch.ops.lmhead_pass.linear_cross_entropy.default(flatten, t_1, None, reshape, None, None, None, None, 'none', -100, 0.0, 1.0, None, torch.float32, 512)
+    linear_cross_entropy_default = torch.ops.lmhead_pass.linear_cross_entropy.default(flatten, t_1, None, reshape, None, None, None, None, None, 'none', -100, 0.0, 1.0, None, 'tanh', torch.float32, 512)
     view_as = linear_cross_entropy_default.view_as(l_y_)
     return (view_as,)""",
     )
@@ -153,7 +153,7 @@ after:
     flatten_2 = l_h_.flatten(0, -2)
     detach = flatten_2.detach()
     detach_1 = l_w_.detach()
-    linear_cross_entropy_default = torch.ops.lmhead_pass.linear_cross_entropy.default(detach, detach_1, None, flatten_1, None, None, None, None, 'sum', -100, 0.0, 1.0, None, torch.float32, 512)
+    linear_cross_entropy_default = torch.ops.lmhead_pass.linear_cross_entropy.default(detach, detach_1, None, flatten_1, None, None, None, None, None, 'sum', -100, 0.0, 1.0, None, 'tanh', torch.float32, 512)
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
     return (linear_cross_entropy_default,)""",
     )

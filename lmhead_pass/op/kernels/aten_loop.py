@@ -10,6 +10,9 @@ With ``x`` the result of the product (with the bias), the loss is that of the lo
 
     z = cap tanh(s x / cap)                    logit scale s, softcap cap; without a cap s x
 
+or, with an algebraic cap, ``cap y / sqrt(1 + y^2)`` for ``y = s x / cap``, whose derivative is
+``s (1 + y^2)^(-3/2)``. Masked words have constants instead, and no gradient, as targets neither.
+
 With target ``t``, class weights ``c`` (1 if there are none) with sum ``C``, and label smoothing
 ``e`` over ``V`` classes, ``torch.nn.functional.cross_entropy`` defines a row's loss as below;
 its gradient follows:
@@ -223,7 +226,8 @@ def _blocks(
 
     A block is in the accumulation dtype, scaled and capped, and may be overwritten. With
     ``write_back`` the caller turns it into the gradient with respect to these logits, times the
-    logit scale. That gradient, times the derivative of the cap, is then written to ``logits``.
+    logit scale. That gradient, times the derivative of the cap and 0 for masked words, is then
+    written to ``logits``.
     """
     dtype = problem.accumulate_dtype
     size = max(1, _BLOCK_BYTES // (logits.size(1) * dtype.itemsize))
@@ -236,17 +240,26 @@ def _blocks(
             block.mul_(problem.logit_scale)
         slope = None
         if problem.softcap is not None:
-            slope = _cap_(block, problem.softcap, write_back)
+            slope = _cap_(block, problem, problem.softcap, write_back)
+        if problem.masked is not None:
+            words, fill = problem.masked
+            block.index_copy_(1, words, fill.expand(len(block), -1))
         yield slice(chunk.start + start, chunk.start + start + part.size(0)), block
         if slope is not None:
             block.mul_(slope)
+        if write_back and problem.masked is not None:
+            block.index_fill_(1, problem.masked[0], 0)
         if write_back and not in_place:
             part.copy_(block)
 
 
-def _cap_(block: Tensor, softcap: float, differentiate: bool) -> Tensor | None:
+def _cap_(block: Tensor, problem: Problem, softcap: float, differentiate: bool) -> Tensor | None:
     """Cap the logits in ``block``; returns the derivative if ``differentiate``."""
     block.div_(softcap)
+    if problem.softcap_kind == "algebraic":
+        root = torch.hypot(block, block.new_ones(()))
+        block.div_(root).mul_(softcap)
+        return root.pow_(-3) if differentiate else None
     # Not 1 - tanh^2, which loses nearly all digits where tanh is close to 1.
     slope = torch.cosh(block).pow_(-2) if differentiate else None
     block.tanh_().mul_(softcap)

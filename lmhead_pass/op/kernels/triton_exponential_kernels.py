@@ -59,6 +59,7 @@ def exponential_gradients(
     target_coef: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
+    fill: Tensor | None,
     logit_scale: float,
     coefficient: Tensor,
     grad_logsumexp: Tensor | None,
@@ -68,16 +69,18 @@ def exponential_gradients(
     ``exponentials`` and ``gradient`` ``[rows, width]`` are of one size, and may be one memory.
     ``coefficient`` ``[rows]``, 0 where the target is ignored, is the gradient with respect to the
     rows' losses, and ``grad_logsumexp`` that with respect to the log-sum-exps of all rows; None is
-    0. Both may have any stride.
+    0. Both may have any stride. ``fill`` ``[V]`` is NaN for all words but those that are masked,
+    which get no gradient.
     """
     rows, width = exponentials.shape
     blocks = triton.cdiv(width, TILE_WORDS * _TILES)
     with on_device_of(exponentials):
         _gradient_kernel[(rows, blocks)](
             exponentials, gradient, exponentials.stride(0), largest, target_logit, word, ignored,
-            target_coef, row_max, log_sum, coefficient, coefficient.stride(0),
+            target_coef, row_max, log_sum, fill, coefficient, coefficient.stride(0),
             grad_logsumexp, 0 if grad_logsumexp is None else grad_logsumexp.stride(0),
-            rows, largest.size(0), width, LOGIT_SCALE=logit_scale,
+            rows, largest.size(0), width, 0 if fill is None else len(fill),
+            LOGIT_SCALE=logit_scale,
             TILES=_TILES, WORDS=TILE_WORDS, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -119,9 +122,9 @@ def _loss_kernel(
 @triton.jit
 def _gradient_kernel(
     exponentials_ptr, gradient_ptr, stride, largest_ptr, target_logit_ptr, word_ptr, ignored_ptr,
-    target_coef_ptr, row_max_ptr, log_sum_ptr, coefficient_ptr, coefficient_stride,
-    grad_logsumexp_ptr, grad_logsumexp_stride, rows, tiles, width, LOGIT_SCALE: tl.constexpr,
-    TILES: tl.constexpr, WORDS: tl.constexpr,
+    target_coef_ptr, row_max_ptr, log_sum_ptr, fill_ptr, coefficient_ptr, coefficient_stride,
+    grad_logsumexp_ptr, grad_logsumexp_stride, rows, tiles, width, vocab,
+    LOGIT_SCALE: tl.constexpr, TILES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
@@ -151,5 +154,8 @@ def _gradient_kernel(
         factor = LOGIT_SCALE * share * tl.exp(-log_sum) * 0.000030517578125
         gradient = exponential * (factor * tl.exp(largest - row_max))[:, None]
         gradient = tl.where(column == word, LOGIT_SCALE * at_target, gradient)
+        if fill_ptr is not None:
+            fill = tl.load(fill_ptr + column, mask=column < vocab, other=0)
+            gradient = tl.where(fill == fill, 0, gradient)  # NaN is not
         tl.debug_barrier()
         tl.store(gradient_ptr + place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)

@@ -26,6 +26,7 @@ class ExponentialRows:
             width = padded_width(vocab, problem.compute_dtype)
             self._buffer = problem.hidden.new_empty((size, width), dtype=problem.compute_dtype)
         self._bias = None if problem.bias is None else problem.bias.contiguous()
+        self._fill = None if problem.fill is None else problem.fill.contiguous()
 
     def multiply(self, chunk: slice, hidden: Tensor) -> None:
         """Go on to the rows ``chunk``."""
@@ -36,7 +37,7 @@ class ExponentialRows:
         self._of_rows = (
             self._rows.word[chunk], self._rows.ignored[chunk], self._rows.target_coef[chunk]
         )  # fmt: skip
-        given = (hidden, self._problem.compute_weight, self._of_rows[0], self._bias)
+        given = (hidden, self._problem.compute_weight, self._of_rows[0], self._bias, self._fill)
         scale = self._problem.logit_scale
         target_logits(*given, scale, self._target_logit)
         out = None if self._gradient is None else self._gradient.view(torch.float16)
@@ -64,6 +65,7 @@ class ExponentialRows:
         assert self._gradient is not None
         exponential_gradients(
             self._gradient.view(torch.float16), self._gradient, self._largest, self._target_logit,
-            *self._of_rows, row_max, log_sum, self._problem.logit_scale, upstream, grad_logsumexp,
+            *self._of_rows, row_max, log_sum, self._fill, self._problem.logit_scale, upstream,
+            grad_logsumexp,
         )  # fmt: skip
         return self._gradient

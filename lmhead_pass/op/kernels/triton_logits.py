@@ -25,9 +25,11 @@ class LogitRows:
             ignore_index=problem.ignore_index,
             bias=None if problem.bias is None else problem.bias.contiguous(),
             class_weight=rows.class_weight,
+            fill=None if problem.fill is None else problem.fill.contiguous(),
             label_smoothing=problem.label_smoothing,
             logit_scale=None if problem.logit_scale == 1 else problem.logit_scale,
             softcap=problem.softcap,
+            softcap_kind=problem.softcap_kind,
         )
 
     def multiply(self, chunk: slice, hidden: Tensor) -> None:

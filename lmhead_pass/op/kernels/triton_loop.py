@@ -140,7 +140,14 @@ def _measure(
         if problem.logit_scale != 1:
             part = part * problem.logit_scale
         if problem.softcap is not None:
-            part = problem.softcap * torch.tanh(part / problem.softcap)
+            part = part / problem.softcap
+            if problem.softcap_kind == "algebraic":
+                part = part / torch.hypot(part, part.new_ones(()))
+            else:
+                part = torch.tanh(part)
+            part = problem.softcap * part
+        if problem.fill is not None:
+            part = torch.where(problem.fill.isnan(), part, problem.fill.to(part.dtype))
         taken.take(place, part)
 
 

@@ -5,6 +5,7 @@
 of ``exp(z - m)``, and these exponentials themselves in FP16, times 2^15. So
 
     z = s (hidden @ weight.T + b)          bias b, logit scale s; each may be off
+    z = fill                               for masked words
     exponential = 2^15 exp(z - m)          in (0, 2^15]
 
 The words of the targets are left out of all three: of a confident row the other words alone say how
@@ -49,6 +50,7 @@ def exponentials(
     weight: Tensor,
     word: Tensor,
     bias: Tensor | None,
+    fill: Tensor | None,
     logit_scale: float,
     largest: Tensor,
     total: Tensor,
@@ -57,7 +59,8 @@ def exponentials(
     """Write what the tiles of the logits of ``hidden`` leave (see the module's text).
 
     ``hidden`` ``[rows, H]`` and ``weight`` ``[V, H]`` are BF16 or FP16, ``H`` a multiple of 8.
-    ``word`` ``[rows]`` int32 is each row's target, or -1. ``bias`` ``[V]`` is contiguous.
+    ``word`` ``[rows]`` int32 is each row's target, or -1. ``bias`` and ``fill`` ``[V]`` are
+    contiguous; ``fill`` is NaN for words that are not masked.
     ``largest`` and ``total`` ``[tiles, rows]`` are FP32 and contiguous. ``out`` ``[rows, >= V]``
     FP16 gets the exponentials, unless it is None.
     """
@@ -72,7 +75,7 @@ def exponentials(
         _exponentials_kernel[(programs,)](
             _operand(hidden, [TILE_ROWS, _DEPTH]), described,
             None if out is None else _descriptor(out[:, :vocab], [TILE_ROWS, TILE_WORDS // 2]),
-            word, bias, largest, total, rows, vocab, depth,
+            word, bias, fill, largest, total, rows, vocab, depth,
             LOGIT_SCALE=None if logit_scale == 1 else logit_scale, IS_TRANSPOSED=is_transposed,
             PROGRAMS=programs, GROUP=_GROUP,
             ROWS=TILE_ROWS, WORDS=TILE_WORDS, DEPTH=_DEPTH, **_OPTIONS,
@@ -84,6 +87,7 @@ def target_logits(
     weight: Tensor,
     word: Tensor,
     bias: Tensor | None,
+    fill: Tensor | None,
     logit_scale: float,
     out: Tensor,
 ) -> None:
@@ -94,7 +98,7 @@ def target_logits(
     rows, depth = hidden.shape
     with on_device_of(hidden):
         _target_logits_kernel[(rows,)](
-            hidden, *hidden.stride(), weight, *weight.stride(), word, bias, out, depth,
+            hidden, *hidden.stride(), weight, *weight.stride(), word, bias, fill, out, depth,
             LOGIT_SCALE=None if logit_scale == 1 else logit_scale, COLUMNS=1024, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -152,7 +156,7 @@ def _multiprocessors(index: int) -> int:
 
 @triton.jit
 def _exponentials_kernel(
-    hidden, weight, out, word_ptr, bias_ptr, largest_ptr, total_ptr,
+    hidden, weight, out, word_ptr, bias_ptr, fill_ptr, largest_ptr, total_ptr,
     rows, vocab, depth,
     LOGIT_SCALE: tl.constexpr, IS_TRANSPOSED: tl.constexpr, PROGRAMS: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr,
@@ -178,6 +182,10 @@ def _exponentials_kernel(
             ]
         if LOGIT_SCALE is not None:
             logits *= LOGIT_SCALE
+        if fill_ptr is not None:
+            of_word = j * WORDS + column
+            fill = tl.load(fill_ptr + of_word, mask=of_word < vocab, other=0).to(tl.float32)
+            logits = tl.where((fill == fill)[None, :], fill[None, :], logits)  # NaN is not
         target = tl.load(word_ptr + row, mask=row < rows, other=-1) - j * WORDS
         is_other = column[None, :] != target[:, None]
         logits = tl.where(is_other, logits, -float("inf"))
@@ -197,7 +205,7 @@ def _exponentials_kernel(
 @triton.jit
 def _target_logits_kernel(
     hidden_ptr, hidden_stride, hidden_step, weight_ptr, weight_stride, weight_step, word_ptr,
-    bias_ptr, out_ptr, depth, LOGIT_SCALE: tl.constexpr, COLUMNS: tl.constexpr,
+    bias_ptr, fill_ptr, out_ptr, depth, LOGIT_SCALE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     word = tl.load(word_ptr + row).to(tl.int64)
@@ -214,6 +222,10 @@ def _target_logits_kernel(
         logit += tl.load(bias_ptr + word, mask=word >= 0, other=0).to(tl.float32)
     if LOGIT_SCALE is not None:
         logit *= LOGIT_SCALE
+    if fill_ptr is not None:
+        nan = float("nan")
+        fill = tl.load(fill_ptr + word, mask=word >= 0, other=nan).to(tl.float32)
+        logit = tl.where(fill == fill, fill, logit)  # NaN is not
     tl.store(out_ptr + row, logit)
 
 

@@ -3,6 +3,8 @@
 One program works on one row. With ``x`` the result of the product, the loss is that of the logits
 
     z = cap tanh(s (x + b) / cap)             bias b, logit scale s, softcap cap; each may be off
+    z = cap y / sqrt(1 + y^2)                 y = s (x + b) / cap, with an algebraic softcap
+    z = fill                                  for masked words
 
 and, with target ``t``, class weights ``c`` (1 if there are none) with sum ``C``, label smoothing
 ``e`` over ``V`` classes, a row's loss and gradient are as in ``aten_loop.py``:
@@ -12,7 +14,7 @@ and, with target ``t``, class weights ``c`` (1 if there are none) with sum ``C``
     d loss / d z_v = ((1 - e) c_t + m) p_v - e / V c_v                  m = e C / V
     d loss / d z_t = m p_t - e / V c_t - (1 - e) c_t (1 - p_t)
     d lse  / d z_v = p_v
-    d z / d x      = s (1 - tanh^2)
+    d z / d x      = s (1 - tanh^2), or s (1 + y^2)^(-3/2), and 0 for masked words
 
     target_coef = (1 - e) c_t      smoothing_coef = e / V c_v       smoothing_coef_sum = m
 
@@ -55,9 +57,12 @@ class Terms:
     """``[V]`` contiguous, any floating dtype."""
     class_weight: Tensor | None = None
     """``[V]`` contiguous, any floating dtype."""
+    fill: Tensor | None = None
+    """``[V]`` contiguous, any floating dtype: the logits of masked words, NaN for the others."""
     label_smoothing: float = 0.0
     logit_scale: float | None = None
     softcap: float | None = None
+    softcap_kind: str = "tanh"
 
     @cached_property
     def _class_weight_sum(self) -> Tensor | None:
@@ -69,6 +74,9 @@ class Terms:
     def arguments(self, logits: Tensor) -> dict[str, Any]:
         """The kernels' arguments that follow from ``Terms`` and from the shape of the rows."""
         vocab, itemsize = logits.size(1), logits.dtype.itemsize
+        softcap = self.softcap
+        if softcap is not None and self.softcap_kind == "algebraic":
+            softcap = -softcap  # the kernels know it by its sign
         columns = min(triton.next_power_of_2(vocab), _BLOCK_BYTES // itemsize)
         return {
             "vocab": vocab,
@@ -76,10 +84,11 @@ class Terms:
             "bias_ptr": self.bias,
             "class_weight_ptr": self.class_weight,
             "class_weight_sum_ptr": self._class_weight_sum,
+            "fill_ptr": self.fill,
             "SMOOTHING": self.label_smoothing,
             "SMOOTHING_COEF": self.label_smoothing / vocab,
             "LOGIT_SCALE": self.logit_scale,
-            "SOFTCAP": self.softcap,
+            "SOFTCAP": softcap,
             "COLUMNS": columns,
             "num_warps": max(1, columns * itemsize // 2048),
             # Fused, the product in ``s x - largest`` would not be rounded, while the product in
@@ -148,7 +157,7 @@ def row_gradients(
 @triton.jit
 def _loss_kernel(
     logits_ptr, logits_stride, target_ptr, loss_ptr, row_max_ptr, log_sum_ptr,
-    vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
+    vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr, fill_ptr,
     SMOOTHING: tl.constexpr, SMOOTHING_COEF: tl.constexpr, LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
     EVERY_ROW: tl.constexpr,
@@ -164,10 +173,13 @@ def _loss_kernel(
         tl.store(row_max_ptr + row, 0.0)
         tl.store(log_sum_ptr + row, 0.0)
     else:
-        target_logit, _ = _target_logit(logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE, SOFTCAP)
+        target_logit, _ = _target_logit(
+            logits_ptr, target, vocab, bias_ptr, fill_ptr, LOGIT_SCALE, SOFTCAP
+        )
         loss, row_max, log_sum = _loss(
             logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
-            class_weight_sum_ptr, SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP, COLUMNS,
+            class_weight_sum_ptr, fill_ptr, SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP,
+            COLUMNS,
         )  # fmt: skip
         tl.store(loss_ptr + row, tl.where(ignored, 0, loss))
         tl.store(row_max_ptr + row, row_max)
@@ -179,7 +191,7 @@ def _gradient_kernel(
     logits_ptr, logits_stride, gradient_ptr, gradient_stride, target_ptr,
     coefficient_ptr, coefficient_stride, grad_logsumexp_ptr, grad_logsumexp_stride,
     loss_ptr, row_max_ptr, log_sum_ptr,
-    vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
+    vocab, ignore_index, bias_ptr, class_weight_ptr, class_weight_sum_ptr, fill_ptr,
     SMOOTHING: tl.constexpr, SMOOTHING_COEF: tl.constexpr, LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -198,12 +210,13 @@ def _gradient_kernel(
             tl.store(gradient_ptr + column, 0.0, mask=column < vocab)
     else:
         target_logit, target_slope = _target_logit(
-            logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE, SOFTCAP
+            logits_ptr, target, vocab, bias_ptr, fill_ptr, LOGIT_SCALE, SOFTCAP
         )
         if loss_ptr is not None:
             loss, row_max, log_sum = _loss(
                 logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr,
-                class_weight_sum_ptr, SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP, COLUMNS,
+                class_weight_sum_ptr, fill_ptr, SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP,
+                COLUMNS,
             )  # fmt: skip
             tl.store(loss_ptr + row, loss)
         else:
@@ -242,14 +255,14 @@ def _gradient_kernel(
             column = block * COLUMNS + tl.arange(0, COLUMNS)
             _store_gradient(
                 logits_ptr, gradient_ptr, column, None, target, at_target, factor, row_max,
-                coefficient, vocab, bias_ptr, class_weight_ptr,
+                coefficient, vocab, bias_ptr, class_weight_ptr, fill_ptr,
                 SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP,
             )  # fmt: skip
         if whole * COLUMNS < vocab:
             column = whole * COLUMNS + tl.arange(0, COLUMNS)
             _store_gradient(
                 logits_ptr, gradient_ptr, column, column < vocab, target, at_target, factor,
-                row_max, coefficient, vocab, bias_ptr, class_weight_ptr,
+                row_max, coefficient, vocab, bias_ptr, class_weight_ptr, fill_ptr,
                 SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP,
             )  # fmt: skip
 
@@ -257,11 +270,11 @@ def _gradient_kernel(
 @triton.jit
 def _store_gradient(
     logits_ptr, gradient_ptr, column, inside, target, at_target, factor, row_max, coefficient,
-    vocab, bias_ptr, class_weight_ptr, SMOOTHING: tl.constexpr, SMOOTHING_COEF: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    vocab, bias_ptr, class_weight_ptr, fill_ptr, SMOOTHING: tl.constexpr,
+    SMOOTHING_COEF: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One block of a row's gradient."""
-    logit, slope = _logit(logits_ptr, column, inside, bias_ptr, LOGIT_SCALE, SOFTCAP)
+    logit, slope = _logit(logits_ptr, column, inside, bias_ptr, fill_ptr, LOGIT_SCALE, SOFTCAP)
     gradient = factor * tl.exp(logit - row_max)
     if SMOOTHING > 0:
         gradient -= coefficient * _smoothing_coef(
@@ -279,7 +292,7 @@ def _store_gradient(
 @triton.jit
 def _loss(
     logits_ptr, target, target_logit, vocab, bias_ptr, class_weight_ptr, class_weight_sum_ptr,
-    SMOOTHING: tl.constexpr, SMOOTHING_COEF: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    fill_ptr, SMOOTHING: tl.constexpr, SMOOTHING_COEF: tl.constexpr, LOGIT_SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One read of a row: its loss, its largest logit, and its log_sum."""
@@ -296,13 +309,13 @@ def _loss(
         column = whole * COLUMNS + tl.arange(0, COLUMNS)
         largest, others, weighted = _add_block(
             largest, others, weighted, logits_ptr, column, column < vocab, target, shift, bias_ptr,
-            class_weight_ptr, SMOOTHING, LOGIT_SCALE, SOFTCAP,
+            class_weight_ptr, fill_ptr, SMOOTHING, LOGIT_SCALE, SOFTCAP,
         )  # fmt: skip
     for block in range(0, whole):
         column = (whole - 1 - block) * COLUMNS + tl.arange(0, COLUMNS)
         largest, others, weighted = _add_block(
             largest, others, weighted, logits_ptr, column, None, target, shift, bias_ptr,
-            class_weight_ptr, SMOOTHING, LOGIT_SCALE, SOFTCAP,
+            class_weight_ptr, fill_ptr, SMOOTHING, LOGIT_SCALE, SOFTCAP,
         )  # fmt: skip
     row_max = tl.maximum(tl.max(largest), target_logit)
     total = tl.sum(others * tl.exp(largest - row_max))
@@ -323,10 +336,11 @@ def _loss(
 @triton.jit
 def _add_block(
     largest, others, weighted, logits_ptr, column, inside, target, shift, bias_ptr,
-    class_weight_ptr, SMOOTHING: tl.constexpr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    class_weight_ptr, fill_ptr, SMOOTHING: tl.constexpr, LOGIT_SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The three running results of ``_loss``, with one more block of a row."""
-    logit, _ = _logit(logits_ptr, column, inside, bias_ptr, LOGIT_SCALE, SOFTCAP)
+    logit, _ = _logit(logits_ptr, column, inside, bias_ptr, fill_ptr, LOGIT_SCALE, SOFTCAP)
     if SMOOTHING > 0:
         share = logit - shift
         if inside is not None:
@@ -355,7 +369,7 @@ def _of_words(ptr, column, inside):
 
 @triton.jit
 def _logit(
-    logits_ptr, column, inside, bias_ptr,
+    logits_ptr, column, inside, bias_ptr, fill_ptr,
     LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Logits as the loss sees them, and their derivative with respect to the product's result."""
@@ -367,18 +381,29 @@ def _logit(
         logit *= LOGIT_SCALE
         slope *= LOGIT_SCALE
     if SOFTCAP is not None:
-        tanh, derivative = tanh_and_slope(logit * (1 / SOFTCAP))
-        return SOFTCAP * tanh, slope * derivative
-    else:
-        return logit, slope
+        scaled = logit * (1 / SOFTCAP)
+        if SOFTCAP > 0:
+            capped, derivative = tanh_and_slope(scaled)
+        else:
+            root = 1 / tl.sqrt(1 + scaled * scaled)
+            capped, derivative = scaled * root, root * root * root
+        logit = SOFTCAP * capped
+        slope *= derivative
+    if fill_ptr is not None:
+        fill = _of_words(fill_ptr, column, inside).to(logit.dtype)
+        is_masked = fill == fill  # NaN is not
+        logit = tl.where(is_masked, fill, logit)
+        slope = tl.where(is_masked, 0, slope)
+    return logit, slope
 
 
 @triton.jit
 def _target_logit(
-    logits_ptr, target, vocab, bias_ptr, LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr
-):
+    logits_ptr, target, vocab, bias_ptr, fill_ptr,
+    LOGIT_SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     in_range = (target >= 0) & (target < vocab)
-    logit, slope = _logit(logits_ptr, target, in_range, bias_ptr, LOGIT_SCALE, SOFTCAP)
+    logit, slope = _logit(logits_ptr, target, in_range, bias_ptr, fill_ptr, LOGIT_SCALE, SOFTCAP)
     return tl.where(in_range, logit, float("nan")), slope
 
 

@@ -34,7 +34,7 @@ def variants():
         "weight": "tensordesc<bf16[256,64]>",
         "out": "tensordesc<fp16[128,128]>",
         "word_ptr": "*i32",
-        "bias_ptr": None,
+        **dict.fromkeys(("bias_ptr", "fill_ptr")),
         **dict.fromkeys(("largest_ptr", "total_ptr"), "*fp32"),
         **dict.fromkeys(("rows", "vocab", "depth"), "i32"),
     }
@@ -44,6 +44,7 @@ def variants():
     scaled = {**plain, "LOGIT_SCALE": 0.5}
     yield "exponentials_bias", kernel, {**logits, "bias_ptr": "*bf16"}, scaled, PRODUCT
     transposed = {**logits, "weight": "tensordesc<bf16[64,256]>"}
+    yield "exponentials_fill", kernel, {**logits, "fill_ptr": "*fp32"}, plain, PRODUCT
     yield "exponentials_transposed", kernel, transposed, {**plain, "IS_TRANSPOSED": True}, PRODUCT
     yield "exponentials_loss_alone", kernel, {**logits, "out": None}, plain, PRODUCT
 
@@ -70,11 +71,14 @@ def variants():
         "word_ptr": "*i32",
         "ignored_ptr": "*i1",
         **dict.fromkeys(("stride", "width"), "i32:16"),
-        **dict.fromkeys(("rows", "tiles", "grad_logsumexp_stride", "coefficient_stride"), "i32"),
-        "grad_logsumexp_ptr": None,
+        **dict.fromkeys(("rows", "tiles", "vocab", "grad_logsumexp_stride"), "i32"),
+        "coefficient_stride": "i32",
+        **dict.fromkeys(("grad_logsumexp_ptr", "fill_ptr")),
     }
     constants = {"LOGIT_SCALE": 1.0, "TILES": of_exponentials._TILES, "WORDS": 256}
-    yield "gradients", of_exponentials._gradient_kernel, in_place, constants, ROW
+    kernel = of_exponentials._gradient_kernel
+    yield "gradients", kernel, in_place, constants, ROW
+    yield "gradients_fill", kernel, {**in_place, "fill_ptr": "*fp32"}, constants, ROW
 
     of_logits = {
         "logits_ptr": "*fp32",
@@ -85,11 +89,13 @@ def variants():
         **dict.fromkeys(("coefficient_stride", "grad_logsumexp_stride", "ignore_index"), "i32"),
         "vocab": "i32",  # 50257, say: divisible by nothing
         **dict.fromkeys(("grad_logsumexp_ptr", "row_max_ptr", "log_sum_ptr"), None),
-        **dict.fromkeys(("bias_ptr", "class_weight_ptr", "class_weight_sum_ptr"), None),
+        **dict.fromkeys(("bias_ptr", "class_weight_ptr", "class_weight_sum_ptr", "fill_ptr")),
     }
     off = {"SMOOTHING": 0.0, "SMOOTHING_COEF": 0.0, "LOGIT_SCALE": None, "COLUMNS": 4096}
     for name, softcap in (("logits", None), ("logits_softcap", 30.0)):
         yield name, rows._gradient_kernel, of_logits, {**off, "SOFTCAP": softcap}, ROW
+    masked = {**of_logits, "fill_ptr": "*fp32"}
+    yield "logits_fill", rows._gradient_kernel, masked, {**off, "SOFTCAP": None}, ROW
 
 
 def compiled(kernel, types, constants, options):

@@ -16,8 +16,8 @@ def problem(tokens, vocab, weight=None, dtype=torch.float32):
     hidden, target = torch.randn(tokens, 64).to(dtype), torch.randint(vocab, (tokens,))
     if weight is None:
         weight = torch.randn(vocab, 64).to(dtype)
-    options = ("none", -100, 0.0, -0.5, 30.0, dtype, 64)
-    return Problem(hidden, weight, None, target, *[None] * 4, *options)
+    options = ("none", -100, 0.0, -0.5, 30.0, "tanh", dtype, 64)
+    return Problem(hidden, weight, None, target, *[None] * 5, *options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 PRODUCTS = [
     *("exponentials", "exponentials_bias", "exponentials_transposed", "exponentials_loss_alone"),
-    *("weight", "weight_and_sum", "weight_and_sum_in_fp32"),
+    *("weight", "weight_and_sum", "weight_and_sum_in_fp32", "exponentials_fill"),
 ]
-ROWS = ["gradients", "logits", "logits_softcap"]
+ROWS = ["gradients", "gradients_fill", "logits", "logits_fill", "logits_softcap"]
 SHARED_OF_A_MULTIPROCESSOR = 227 << 10
 
 
@@ -28,8 +28,10 @@ def code():
 
 @pytest.mark.parametrize("name", PRODUCTS + ROWS)
 def test_nothing_is_spilled(code, name):
-    """Triton 3.9, not 3.6, spills 32 of the 128 numbers that a thread holds, with a bias."""
-    assert code[name]["stack"] <= (128 if name == "exponentials_bias" else 0)
+    """Triton 3.9, not 3.6, spills 32 of the 128 numbers that a thread holds with a bias, and 44
+    with masked words."""
+    most = {"exponentials_bias": 128, "exponentials_fill": 176}
+    assert code[name]["stack"] <= most.get(name, 0)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

@@ -68,9 +68,9 @@ import sys
 {before}
 import torch
 import lmhead_pass
-args = torch.ones(3, 4), torch.ones(5, 4), None, torch.zeros(3, dtype=torch.long), *[None] * 4
+args = torch.ones(3, 4), torch.ones(5, 4), None, torch.zeros(3, dtype=torch.long), *[None] * 5
 op = torch.ops.lmhead_pass.linear_cross_entropy
-print(op(*args, "mean", -100, 0.0, 1.0, None, torch.float32, 2).item())
+print(op(*args, "mean", -100, 0.0, 1.0, None, "tanh", torch.float32, 2).item())
 imported = {{"triton", "numpy"}} & {{name for name, module in sys.modules.items() if module}}
 assert not {{name for name in imported if "{before}" or name == "triton"}}, imported
 """

@@ -43,6 +43,7 @@ def _problem(dtype=torch.float32, tokens=TOKENS, rows=4, **options):
         "label_smoothing": 0.0,
         "logit_scale": 1.0,
         "softcap": None,
+        "softcap_kind": "tanh",
         "compute_dtype": dtype,
         "batch_chunk_size": rows,
     }
@@ -51,6 +52,11 @@ def _problem(dtype=torch.float32, tokens=TOKENS, rows=4, **options):
     given["class_weight"] = random(VOCAB).abs() + 0.5 if options.get("class_weight") else None
     for name in ("coefficient", "logsumexp_coefficient", "z_loss"):
         given[name] = random(tokens) if options.get(name) else None
+    given["fill"] = None
+    if options.get("fill"):  # with targets among the masked words
+        given["fill"] = torch.full((VOCAB,), torch.nan, device=DEVICE)
+        given["fill"][target[:3].clamp(min=0)] = 0.5
+        given["fill"][-40:] = -20.0
     return Problem(**given)
 
 
@@ -90,17 +96,23 @@ def _plain(problem, upstream, dtype=None, grad_logsumexp=None):
         problem.coefficient,
         problem.logsumexp_coefficient,
         problem.z_loss,
+        problem.fill,
         reduction=problem.reduction,
         label_smoothing=problem.label_smoothing,
         logit_scale=problem.logit_scale,
         softcap=problem.softcap,
+        softcap_kind=problem.softcap_kind,
     )
     total = (loss * upstream).sum() if problem.reduction == "none" else loss
     if grad_logsumexp is not None:
-        z = reference.logits(*leaves, problem.logit_scale, problem.softcap)
+        z = reference.logits(*leaves, *_of_logits(problem))
         total = total + (z.logsumexp(1) * grad_logsumexp).sum()
     total.backward()
     return [loss.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def _of_logits(problem):
+    return (problem.logit_scale, problem.softcap, problem.softcap_kind, problem.fill)
 
 
 def _assert_no_worse(problem):
@@ -122,7 +134,7 @@ def assert_measures(problem, measures):
     """They are of all rows, also of those that have no loss."""
     measures = dict(zip(MEASURES, measures, strict=True))
     inputs = (problem.hidden, problem.weight, problem.bias)
-    options = (problem.logit_scale, problem.softcap)
+    options = _of_logits(problem)
     exact = reference.measures(
         reference.logits(*(None if t is None else t.double() for t in inputs), *options)
     )
@@ -145,7 +157,9 @@ OPTIONS = {
     "loss": LOSS,
     "scale": {"logit_scale": 0.25},
     "softcap": {"softcap": 2.0},
-    "all": {**LOSS, **LOGITS},
+    "algebraic": {"softcap": 2.0, "softcap_kind": "algebraic"},
+    "fill": {"fill": True},
+    "all": {**LOSS, **LOGITS, "fill": True},
 }
 
 
@@ -181,7 +195,7 @@ def test_values_gradients_and_measures(dtype, reduction, options, rows):
     _assert_no_worse(_problem(dtype, tokens, rows, reduction=reduction, **OPTIONS[options]))
 
 
-@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("options", ["plain", "fill", "all"])
 @every_dtype
 def test_coefficient(dtype, options):
     problem = _problem(dtype, reduction="sum", coefficient=True, **OPTIONS[options])
@@ -190,12 +204,34 @@ def test_coefficient(dtype, options):
     assert triton_loop.forward(problem, [])[0].isfinite()
 
 
-@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("options", ["plain", "fill", "all"])
 @pytest.mark.parametrize("with_z_loss", [False, True], ids=["linear", "square"])
 @every_dtype
 def test_terms_of_log_sum_exps(dtype, with_z_loss, options):
     given = dict.fromkeys(("coefficient", "logsumexp_coefficient"), True) | {"z_loss": with_z_loss}
     _assert_no_worse(_problem(dtype, reduction="sum", **given, **OPTIONS[options]))
+
+
+@every_dtype
+@pytest.mark.parametrize("fill", [-torch.inf, -1e30])
+def test_targets_among_masked_words_have_no_entry_of_their_own(dtype, fill):
+    """Whatever their loss is; a coefficient of 0 takes an infinite one out of the sum."""
+    problem = _problem(dtype, reduction="sum", coefficient=True, fill=True)
+    problem.fill[problem.target[1:4]] = fill
+    problem.coefficient[1:4] = 0
+    upstream = torch.ones((), device=DEVICE)
+    exact, unfused = (
+        _plain(dataclasses.replace(problem, target=problem.target.index_fill(
+            0, torch.arange(1, 4, device=DEVICE), -100)), upstream, kind)
+        for kind in (torch.float64, None)
+    )  # fmt: skip
+    reference.assert_no_worse(_run(triton_loop, problem, upstream), unfused, exact, dtype)
+    problem = dataclasses.replace(problem, reduction="none", coefficient=None)
+    upstream = torch.ones(TOKENS, device=DEVICE)
+    loss, *gradients = _run(triton_loop, problem, upstream)
+    expected, *exact = _plain(problem, upstream, torch.float64)
+    torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=0.02, atol=0.02)
+    reference.assert_no_worse(gradients, _plain(problem, upstream)[1:], exact, dtype)
 
 
 @both
@@ -218,7 +254,7 @@ def test_float16_keeps_small_probabilities():
 
 
 @pytest.mark.parametrize("which", ["logsumexp", "both"])
-@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("options", ["plain", "fill", "all"])
 @every_dtype
 def test_gradient_of_logsumexp(dtype, options, which):
     problem = _problem(dtype, reduction="none", **OPTIONS[options])

@@ -28,6 +28,8 @@ OPTIONS = {
     "logit_scale": lambda vocab: {"logit_scale": 0.0625},
     "negative_scale": lambda vocab: {"logit_scale": -1.25, "bias": _random(vocab)},
     "softcap": lambda vocab: {"softcap": 3.0},
+    "algebraic": lambda vocab: {"softcap": 3.0, "softcap_kind": "algebraic", "logit_scale": -1.5},
+    "fill": lambda vocab: {"fill": _fill(vocab)},
     "all": lambda vocab: {
         "ignore_index": 0,
         "bias": _random(vocab),
@@ -35,6 +37,7 @@ OPTIONS = {
         "label_smoothing": 0.1,
         "logit_scale": 1.5,
         "softcap": 5.0,
+        "fill": _fill(vocab),
     },
 }
 # The dtype of the logits and that of their gradient.
@@ -56,6 +59,11 @@ def _random(*shape):
 
 def _positive(vocab):
     return torch.rand(vocab, dtype=torch.float64, device=DEVICE) + 0.5
+
+
+def _fill(vocab):
+    """Half of the words are masked, so that some targets are."""
+    return torch.where(_random(vocab) > 0, _random(vocab), torch.nan)
 
 
 def _targets(vocab, ignore_index=-100):
@@ -82,8 +90,12 @@ def _transformed(logits, terms):
         logits = logits + terms.bias.to(logits.dtype)
     if terms.logit_scale is not None:
         logits = logits * terms.logit_scale
-    if terms.softcap is not None:
+    if terms.softcap_kind == "algebraic":
+        logits = terms.softcap * logits / (logits.square() + terms.softcap**2).sqrt()
+    elif terms.softcap is not None:
         logits = terms.softcap * torch.tanh(logits / terms.softcap)
+    if terms.fill is not None:
+        logits = torch.where(terms.fill.isnan(), logits, terms.fill.to(logits.dtype))
     return logits
 
 
@@ -306,6 +318,7 @@ from lmhead_pass.op.kernels import triton_row_kernels as triton_rows
 ON = dict(SMOOTHING=0.1, SMOOTHING_COEF=1e-6, LOGIT_SCALE=0.5, SOFTCAP=30.0)
 OFF = dict(SMOOTHING=0.0, SMOOTHING_COEF=0.0, LOGIT_SCALE=None, SOFTCAP=None)
 OFF |= dict(bias_ptr=None, class_weight_ptr=None, class_weight_sum_ptr=None, coefficient_ptr=None)
+OFF |= dict(fill_ptr=None)
 NO_LSE = dict(grad_logsumexp_ptr=None)
 SAVED, SAVED_WITH_LSE = dict(loss_ptr=None, **NO_LSE), dict(loss_ptr=None)
 FUSED = dict(row_max_ptr=None, log_sum_ptr=None, **NO_LSE)
