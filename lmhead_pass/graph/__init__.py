@@ -1,8 +1,9 @@
 """What can be said of any pre-grad graph, whoever made it.
 
 ``canonical_ops`` maps every spelling of an operation to one name, ``tensors`` reads what Dynamo
-knows of a node's value, ``mutation`` tells which nodes may write to a tensor, and ``randomness``
-which draw random numbers; ``stack_trace`` finds the user's line, and ``Emitter`` inserts nodes.
+knows of a node's value, ``mutation`` tells which nodes may write to a tensor, ``randomness``
+which draw random numbers, and ``SameValues`` which hold the same values; ``stack_trace`` finds the
+user's line, and ``Emitter`` inserts nodes.
 What cannot be said raises ``Refused``.
 """
 
@@ -12,6 +13,7 @@ from .canonical_ops import arguments, canonical_op, describe, is_in_place, is_pi
 from .emitter import Emitter, size_of
 from .randomness import draws
 from .refusal import Refusal, Refused
+from .same_values import SameValues
 from .stack_trace import Place, at, place_in, place_of
 from .tensors import (
     AUTOCAST_SWITCHES,
@@ -41,6 +43,7 @@ __all__ = [
     "Place",
     "Refusal",
     "Refused",
+    "SameValues",
     "arguments",
     "at",
     "canonical_op",
