@@ -2,8 +2,9 @@
 
 ``canonical_ops`` maps every spelling of an operation to one name, ``tensors`` reads what Dynamo
 knows of a node's value, ``mutation`` tells which nodes may write to a tensor, ``randomness`` which
-draw random numbers, and ``gradients`` which pass gradients on; ``stack_trace`` finds the user's
-line, and ``Emitter`` inserts nodes. What cannot be said raises ``Refused``.
+draw random numbers, ``gradients`` which pass gradients on, and ``SameValues`` which hold the same
+values; ``stack_trace`` finds the user's line, and ``Emitter`` inserts nodes. What cannot be said
+raises ``Refused``.
 """
 
 from ..compat.graphs import ENTER_AUTOCAST
@@ -13,6 +14,7 @@ from .emitter import Emitter, size_of
 from .gradients import passing
 from .randomness import draws
 from .refusal import Refusal, Refused
+from .same_values import SameValues
 from .stack_trace import Place, at, place_in, place_of
 from .tensors import (
     AUTOCAST_SWITCHES,
@@ -41,6 +43,7 @@ __all__ = [
     "Place",
     "Refusal",
     "Refused",
+    "SameValues",
     "arguments",
     "at",
     "canonical_op",

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from ..compat.graphs import is_torch_op, writes_by_schema
+from ..compat.graphs import checkpointed_call, is_torch_op, writes_by_schema
+from .bodies import bodies_of
 from .tensors import memory_of
 
 _WRITING_OPERATORS = {
@@ -120,6 +121,9 @@ def _is_known(node: Node) -> bool:
     )
     if target is torch.batch_norm:  # it writes to its statistics
         return False
+    if target is checkpointed_call():
+        bodies = bodies_of(node)
+        return bool(bodies) and not any(may_write(n) for body in bodies for n in body.graph.nodes)
     is_pure = module in (*_PURE_MODULES, F.__name__) or target is builtins.getattr
     return is_torch_builtin or is_pure
 

@@ -1,7 +1,9 @@
 """Which nodes draw random numbers: run twice, or in another order, they draw others."""
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
+
+from .bodies import bodies_of
 
 # Functions of torch.nn.functional that draw, and whose names no operator of ATen has.
 _DRAWING = {
@@ -17,8 +19,7 @@ def draws(node: Node) -> bool:
         return bool(node.op == "call_module")
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return True
-    bodies = [_body(source) for source in node.all_input_nodes]
-    if any(draws(inner) for body in bodies if body is not None for inner in body.graph.nodes):
+    if any(draws(inner) for body in bodies_of(node) for inner in body.graph.nodes):
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     operator = getattr(torch.ops.aten, name, None)
@@ -29,11 +30,3 @@ def draws(node: Node) -> bool:
             for overload in operator.overloads()
         )
     )
-
-
-def _body(node: Node) -> GraphModule | None:
-    module = node.graph.owning_module
-    if node.op != "get_attr" or module is None:
-        return None
-    value = getattr(module, str(node.target), None)
-    return value if isinstance(value, GraphModule) else None

@@ -6,6 +6,7 @@ Importing this registers the op; it knows nothing of graphs.
 """
 
 from . import torch_ops
-from .chunking import plan_rows
+from .chunking import plan_rows, row_bytes
+from .problem import held_dtype
 
-__all__ = ["plan_rows", "torch_ops"]
+__all__ = ["held_dtype", "plan_rows", "row_bytes", "torch_ops"]

@@ -30,12 +30,24 @@ class _Plan:
     """Bytes that no head exceeds."""
     most_rows: float
     """Longer products are no faster."""
+    enough_rows: float
+    """Shorter products are slow. Beyond that, a chunk is at most a quarter of all rows: there would
+    be nothing to avoid else."""
 
 
-_CPU = _Plan(least=48 << 20, share=1 / 4, most=math.inf, most_rows=math.inf)
+_CPU = _Plan(least=48 << 20, share=1 / 4, most=math.inf, most_rows=math.inf, enough_rows=128)
 # On a GPU, reading and writing the sum of the weight's gradient takes longer, compared with the
 # products, than on a CPU, so chunks are larger. With the scratch of cuBLAS, 1.45 GB stay below 1.5.
-_GPU = _Plan(least=256 << 20, share=1, most=1.45e9, most_rows=4096)
+_GPU = _Plan(least=256 << 20, share=1, most=1.45e9, most_rows=4096, enough_rows=math.inf)
+
+
+def row_bytes(hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """What is held of one row of logits that come from products in ``dtype``."""
+    if can_hold_exponentials(device, dtype, hidden_size):
+        return vocab_size * EXPONENTIAL_BYTES
+    # On a GPU the logits come out of the product in FP32, or as exponentials.
+    held = dtype if device.type == "cpu" else torch.promote_types(dtype, torch.float32)
+    return vocab_size * held.itemsize
 
 
 def plan_rows(
@@ -55,21 +67,19 @@ def plan_rows(
     if config.batch_chunk_size is not None:
         return config.batch_chunk_size
     on_cpu = device.type == "cpu"
-    # On a GPU the logits come out of the product in FP32, or as exponentials.
-    held = dtype if on_cpu else torch.promote_types(dtype, torch.float32)
-    itemsize = held.itemsize
-    if can_hold_exponentials(device, dtype, hidden_size):
-        itemsize = EXPONENTIAL_BYTES
-    row_bytes = vocab_size * itemsize
+    of_row = row_bytes(hidden_size, vocab_size, dtype, device)
     if config.memory_budget is not None:
-        return max(1, config.memory_budget // row_bytes)
+        return max(1, config.memory_budget // of_row)
     plan = _CPU if on_cpu else _GPU
-    budget = max(plan.least, min(plan.most, 4 * vocab_size * hidden_size * plan.share))
-    rows = int(max(1, budget // row_bytes))
+    of_sum = 4 * vocab_size * hidden_size
+    budget = max(plan.least, min(plan.most, of_sum * plan.share))
+    rows = int(max(1, budget // of_row))
+    if tokens > 0:
+        rows = int(min(rows, max(plan.enough_rows, math.ceil(tokens / 4))))
     # A sum over chunks is held in FP32. A single chunk has no sum: its product is the gradient. The
     # memory of an FP32 sum of ``[V, H]`` holds some more rows of logits.
     has_sum = gradient_dtype.itemsize < torch.float32.itemsize
-    if not on_cpu and 0 < tokens <= rows + (4 * hidden_size // itemsize if has_sum else 0):
+    if 0 < tokens <= rows + (of_sum // of_row if has_sum else 0):
         return max(rows, tokens)
     rows = int(min(rows, plan.most_rows))
     return rows if on_cpu else _whole_tiles(rows)

@@ -2,8 +2,9 @@
 
 ``matcher`` goes from each head to a ``Rewrite``. ``call_planning`` decides which consumers share a
 call of the op, and where it stands; ``call_fusion`` which calls become one, because they end in one
-sum; ``returned_plan`` whether logits that leave the graph can be computed later. ``unreached``
-tells of losses that no head was followed to. Nothing is changed here.
+sum, and ``call_memory`` which ones leave their gradients to the backward; ``returned_plan`` whether
+logits that leave the graph can be computed later. ``unreached`` tells of losses that no head was
+followed to. Nothing is changed here.
 """
 
 from .call_fusion import FusedCall, plan_fused_calls

@@ -5,11 +5,14 @@ prediction) would be several calls, and each would hold a gradient of the weight
 And a call with several consumers (a cross entropy and a z-loss, or losses that are logged as well)
 would leave its gradients to the backward, which computes the logits again. In a sum, the forward
 already knows what each consumer counts for in the gradient.
+
+Where there is no sum, and gradients of the weight would take more memory than logits do
+(``call_memory``), one call leaves the gradients of several losses to the backward.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Container, Hashable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.fx import Node
@@ -18,6 +21,7 @@ from ..compat.graphs import tree_leaves
 from ..graph import (
     AUTOCAST_SWITCHES,
     ENTER_AUTOCAST,
+    SameValues,
     canonical_op,
     draws,
     gradients_are_recorded,
@@ -32,6 +36,8 @@ from ..graph import (
 )
 from ..logits import NOTHING_IGNORED, Consumer, ConsumerKind, row_order
 from ..sums import LinearReduction, can_be_made_behind, sums
+from .call_memory import hold_more_than_they_save
+from .call_planning import rows_per_chunk
 from .types import Match, Rewrite
 
 
@@ -40,8 +46,9 @@ class FusedCall:
     """Consumers whose gradients one call computes together."""
 
     matches: tuple[Match, ...]
-    linear_reduction: LinearReduction
-    """How the sum is made of the consumers that require a gradient."""
+    linear_reduction: LinearReduction | None
+    """How the sum is made of the consumers that require a gradient. None: they end in no sum, and
+    the backward computes the gradient of each row."""
     last: Node
     """The call comes right after this node: all its inputs are computed by then."""
     moved: tuple[Node, ...]
@@ -51,41 +58,102 @@ class FusedCall:
     and another one of the same shape that is there earlier."""
 
     @property
-    def root(self) -> Node:
-        """The sum."""
-        return self.linear_reduction.sum
+    def root(self) -> Node | None:
+        """The sum; None if there is none."""
+        return None if self.linear_reduction is None else self.linear_reduction.sum
+
+    @cached_property
+    def call(self) -> Match:
+        """What the op is called for: the first match, with the rows of all."""
+        first = self.matches[0]
+        tokens = sum(match.tokens for match in self.matches)
+        rows = rows_per_chunk(first.logits, first.vocab_size, tokens, differentiable=True)
+        reduction = "none" if self.linear_reduction is None else "sum"
+        return replace(first, reduction=reduction, tokens=tokens, rows_per_chunk=rows)
 
 
-def plan_fused_calls(rewrites: list[Rewrite]) -> Iterator[FusedCall]:
-    """The calls that compute several matches of ``rewrites``, or one with the gradient of its sum.
+def plan_fused_calls(
+    rewrites: list[Rewrite], checkpointed: Container[Node]
+) -> Iterator[FusedCall | Match]:
+    """The calls of the op that serve the matches of ``rewrites``.
 
-    A generator: the next one is planned when the one before has been inserted into the graph.
+    A ``FusedCall`` serves several matches, or one with the gradient of its sum. Heads in
+    ``checkpointed`` were in checkpointed regions. A generator: the next one is planned when the one
+    before has been inserted into the graph.
     """
-    places = {match.place for rewrite in rewrites for match in rewrite.matches}
-    alike: list[list[Match]] = []
-    for rewrite in rewrites:
-        for match in rewrite.matches:
-            if not match.differentiable:
-                continue
-            group = next((group for group in alike if _key(group[0]) == _key(match)), None)
-            if group is None:
-                alike.append(group := [])
-            group.append(match)
-    for group in alike:
-        fused = _fused_call(group, places) if len(group) > 1 else None
-        if fused is None and len(group) > 1:
-            group = [match for match in group if next(_sums([match]), None) is not None]
-            fused = _fused_call(group, places) if len(group) > 1 else None
-        if fused is not None:
-            yield fused
-            continue
-        for match in group:
+    matches = [match for rewrite in rewrites for match in rewrite.matches]
+    places = {match.place for match in matches}
+    plain = [match for match in matches if not match.differentiable]
+    for over_one_weight in _alike(matches):
+        joined: list[Match] = []
+        apart: list[Match] = []
+        for group in over_one_weight:
+            fused = _joined(group, places)
+            if fused is not None:
+                joined.append(fused.call)
+                yield fused
+            apart += [m for m in group if fused is None or m not in fused.matches]
+        with_gradients = [match for match in apart if match.reduction != "none"]
+        if len(joined) + len(apart) > 2:
+            with_gradients += [
+                match
+                for match in apart
+                if match.reduction == "none" and _fused_call([match], places) is not None
+            ]
+        holding = [*joined, *with_gradients]
+        if len(holding) > 2 and hold_more_than_they_save(holding, checkpointed):
+            for group in over_one_weight:
+                by_row = _by_row([match for match in group if match in apart], places)
+                if by_row is not None:
+                    yield by_row
+                    apart = [match for match in apart if match not in by_row.matches]
+        for match in apart:
             alone = _fused_call([match], places)
-            # Others have their gradients in the forward as they are.
-            if alone is not None and (
-                match.reduction == "none" or alone.linear_reduction.is_scaled
-            ):
+            if alone is None or not _gains(alone):
+                plain.append(match)
+            else:
                 yield alone
+    yield from plain
+
+
+def _gains(alone: FusedCall) -> bool:
+    """Whether a single match is better off with the gradient of its sum.
+
+    Others have their gradients in the forward as they are.
+    """
+    (match,), reduction = alone.matches, alone.linear_reduction
+    return match.reduction == "none" or (reduction is not None and reduction.is_scaled)
+
+
+def _alike(matches: list[Match]) -> list[list[list[Match]]]:
+    """For each weight, the matches with a gradient: in one list those that may share a call."""
+    matches = [match for match in matches if match.differentiable]
+    found: dict[Hashable, dict[Hashable, list[Match]]] = {}
+    if matches:
+        same_values = SameValues(matches[0].node.graph)
+        for match in matches:
+            weight = same_values.of(match.logits.head.weight, match.node)
+            of_weight = found.setdefault(weight, {})
+            of_weight.setdefault(_key(match, same_values), []).append(match)
+    return [list(of_weight.values()) for of_weight in found.values()]
+
+
+def _joined(group: list[Match], places: set[Node]) -> FusedCall | None:
+    """A call for several of ``group``: for all, or all that end in a sum; None if there is none."""
+    fused = _fused_call(group, places) if len(group) > 1 else None
+    if fused is None and len(group) > 1:
+        group = [match for match in group if next(_sums([match]), None) is not None]
+        fused = _fused_call(group, places) if len(group) > 1 else None
+    return fused
+
+
+def _by_row(group: list[Match], places: set[Node]) -> FusedCall | None:
+    """All of ``group`` in one call that computes its gradients in the backward, and so holds none
+    until then; None if that is impossible."""
+    returns = any(c.kind is ConsumerKind.RETURNED for match in group for c in match.consumers)
+    if len(group) < 2 or returns:
+        return None
+    return _fused_call_in(None, group, places - {match.place for match in group})
 
 
 def _sums(group: list[Match]) -> Iterator[LinearReduction]:
@@ -111,7 +179,7 @@ def _is_of_all_rows(match: Match, consumer: Consumer) -> bool:
     return row_order(consumer.logits.steps) == row_order(match.logits.steps)
 
 
-def _key(match: Match) -> tuple[Any, ...]:
+def _key(match: Match, same_values: SameValues) -> Hashable:
     """What has to be the same for matches to share a call."""
     logits, use = match.logits, match.target_use
     # Without a target, the call has one that is ignored in each row.
@@ -120,9 +188,10 @@ def _key(match: Match) -> tuple[Any, ...]:
         if use is None
         else (use.class_weight, use.ignore_index, use.label_smoothing)
     )
-    return (
-        *(logits.head.weight, logits.head.weight_is_transposed, logits.values),
-        *(match.compute_dtype, counted),
+    head = logits.head
+    return same_values.of(
+        (head.weight, head.weight_is_transposed, logits.values, match.compute_dtype, counted),
+        reader=match.node,
     )
 
 
@@ -138,21 +207,25 @@ def _fused_call(group: list[Match], places: set[Node]) -> FusedCall | None:
 
 
 def _fused_call_in(
-    linear_reduction: LinearReduction, group: list[Match], others: set[Node]
+    linear_reduction: LinearReduction | None, group: list[Match], others: set[Node]
 ) -> FusedCall | None:
-    """The call for ``group`` with the gradient of one sum; None if it has no place.
+    """The call for ``group`` with the gradient of one sum, or of each row; None if it has no place.
 
     ``others`` are the nodes before which other calls will be inserted.
     """
-    root = linear_reduction.sum
+    graph = group[0].node.graph
+    # The backward of each row reads the inputs again.
+    root = graph.output_node() if linear_reduction is None else linear_reduction.sum
+    reads_of = {} if linear_reduction is None else linear_reduction.reads_of
+    weighted_by = set[Node]().union(*reads_of.values())
     consumers = {consumer.node for match in group for consumer in match.consumers}
     wanting = {consumer.node for match in group for consumer in match.differentiable}
     asked = {node for match in group for node in _inputs(match)}
-    inputs = asked | linear_reduction.reads
+    inputs = asked | weighted_by
     # A weight that is written in place is read after the last write.
     inputs.update(
         writer
-        for node, reads in linear_reduction.reads_of.items()
+        for node, reads in reads_of.items()
         for writer in mutation.writers(mutation.nodes_between(min(consumers), node), reads)
     )
     # Consumers without a gradient have no other inputs, and may come later.
@@ -160,23 +233,29 @@ def _fused_call_in(
     while last < root and not gradients_are_recorded(last.next):
         last = last.next  # an input is made under no_grad
     users = _users_until(last, consumers)
-    if last >= root or users is None or not consumers.isdisjoint(linear_reduction.reads):
+    if last >= root or users is None or not consumers.isdisjoint(weighted_by):
         return None
     moved, looking = users
     likes = {node: (seen, _twin(node, seen)) for node, seen in looking.items()}
     if not (inputs | others).isdisjoint(moved):
         return None
     # The node that replaces the root has memory of its own.
-    later = mutation.nodes_between(root, root.graph.output_node())
-    if mutation.has_other_names(root) and any(mutation.writers(later, of=[root])):
+    later = mutation.nodes_between(root, graph.output_node())
+    if (
+        linear_reduction is not None
+        and mutation.has_other_names(root)
+        and any(mutation.writers(later, of=[root]))
+    ):
         return None
     # The call reads the same values as the nodes between the consumers and the root did.
     on_the_way = list(mutation.nodes_between(min(consumers), root))
     if any(mutation.writers(on_the_way, of=asked)):
         return None
-    if not can_be_made_behind(last, linear_reduction):
+    if linear_reduction is not None and not can_be_made_behind(last, linear_reduction):
         return None
-    if any(mutation.writers(on_the_way, of=linear_reduction.squared)):
+    if linear_reduction is not None and any(
+        mutation.writers(on_the_way, of=linear_reduction.squared)
+    ):
         return None  # the squares may be of other numbers then
     if not _run_the_same_behind(last, moved):
         return None

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from ..graph import Refused, at, describe, draws, hint, mutation, product, tensor_of, value_of
-from ..logits import Consumer, ConsumerKind, ScaleRows, TargetUse
+from ..logits import Consumer, ConsumerKind, Logits, ScaleRows, TargetUse
 from ..op import plan_rows
 from .types import Match
 
@@ -126,7 +126,7 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
     _check_writers(call, place, last, order)
 
     head, logits = consumers[0].logits.head, consumers[0].logits
-    computed, weight = tensor_of(head.node), tensor_of(head.weight)
+    computed = tensor_of(head.node)
     start, stop = logits.values.vocab_slice or (0, head.vocab_size)
     shape = tensor_of(logits.node).shape
     tokens = product(size for dim, size in enumerate(shape) if dim != logits.vocab_dim)
@@ -138,17 +138,25 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
         tokens=tokens,
         vocab_size=stop - start,
         compute_dtype=computed.dtype,
-        rows_per_chunk=plan_rows(
-            hint(tensor_of(head.hidden).size(head.hidden_dim)),
-            hint(stop - start),
-            computed.dtype,
-            computed.device,
-            tokens=hint(tokens),
-            gradient_dtype=weight.dtype
-            if differentiable and weight.requires_grad
-            else torch.float32,
-        ),
+        rows_per_chunk=rows_per_chunk(logits, stop - start, tokens, differentiable),
         returns_logits=returns_logits,
+    )
+
+
+def rows_per_chunk(
+    logits: Logits, vocab_size: int | torch.SymInt, tokens: int | torch.SymInt, differentiable: bool
+) -> int:
+    """How many rows of ``logits`` exist at once in a call for ``tokens`` rows."""
+    head = logits.head
+    computed, weight = tensor_of(head.node), tensor_of(head.weight)
+    has_gradient = differentiable and weight.requires_grad
+    return plan_rows(
+        hint(tensor_of(head.hidden).size(head.hidden_dim)),
+        hint(vocab_size),
+        computed.dtype,
+        computed.device,
+        tokens=hint(tokens),
+        gradient_dtype=weight.dtype if has_gradient else torch.float32,
     )
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from ..graph import hint, tensor_of
 from ..logits import Consumer, Logits, MetadataUse, TargetUse
+from ..op import row_bytes
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,23 @@ class Match:
     def differentiable(self) -> tuple[Consumer, ...]:
         """The consumers that a gradient may reach."""
         return tuple(c for c in self.consumers if c.is_differentiated)
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of the logits that are avoided, but for those of one chunk."""
+        return hint(self.tokens) * hint(self.vocab_size) * self.compute_dtype.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of the logits that exist at once."""
+        hidden = tensor_of(self.logits.head.hidden)
+        of_row = row_bytes(
+            hint(hidden.size(self.logits.head.hidden_dim)),
+            hint(self.vocab_size),
+            self.compute_dtype,
+            hidden.device,
+        )
+        return min(hint(self.tokens), self.rows_per_chunk) * of_row
 
     @property
     def node(self) -> Node:

@@ -85,7 +85,9 @@ def _lift(region: Node, body: GraphModule, roots: set[Node]) -> LiftedRegion | N
     to be done."""
     if not all(map(_may_move, body.graph.nodes)):
         return None
-    moved = _depending_on(body.graph, roots)
+    inputs = dict(zip(body.graph.find_nodes(op="placeholder"), region.args[1:], strict=True))
+    constants = {inner for inner, outer in inputs.items() if _is_input(outer)}
+    moved = _with_weights(body.graph, _depending_on(body.graph, roots), constants)
     if any(map(draws, moved)):  # it would be drawn in the region, and behind it again
         return None
     outputs = body.graph.output_node().args[0]
@@ -100,7 +102,6 @@ def _lift(region: Node, body: GraphModule, roots: set[Node]) -> LiftedRegion | N
         return None
     lifted = LiftedRegion(region, body, {}, needed)
     graph = region.graph
-    inputs = dict(zip(body.graph.find_nodes(op="placeholder"), region.args[1:], strict=True))
     place = region.next
     with graph.inserting_before(place):
         for number, node in enumerate(needed):
@@ -150,6 +151,10 @@ def _may_move(node: Node) -> bool:
     return not changes_mode and not mutation.may_write(node)
 
 
+def _is_input(argument: object) -> bool:
+    return isinstance(argument, Node) and argument.op in ("placeholder", "get_attr")
+
+
 def _depending_on(graph: Graph, roots: set[Node]) -> list[Node]:
     moved: dict[Node, None] = {}
     for node in graph.nodes:
@@ -159,3 +164,21 @@ def _depending_on(graph: Graph, roots: set[Node]) -> list[Node]:
         ):
             moved[node] = None
     return list(moved)
+
+
+def _with_weights(graph: Graph, moved: list[Node], constants: set[Node]) -> list[Node]:
+    """``moved``, with what makes weights, biases and targets of ``constants`` for it alone.
+
+    These are inputs of the whole graph. Behind the regions, what each of them makes of one weight
+    can be seen to be the same. Hidden states stay: their layers would not be checkpointed.
+    """
+    hidden = {head.hidden for head in large_heads(graph)}
+    found, made = set(moved), set(constants)
+    for node in graph.nodes:
+        is_made = node.op not in ("placeholder", "output") and not draws(node)
+        if is_made and made.issuperset(node.all_input_nodes):
+            made.add(node)
+    for node in reversed(graph.nodes):
+        if node in made - constants - hidden and node.users and found.issuperset(node.users):
+            found.add(node)
+    return sorted(found)

@@ -35,8 +35,8 @@ def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]
 def emit_fused_call(graph: Graph, fused: FusedCall) -> tuple[dict[Node, Node], Node, list[Node]]:
     """Insert the call that serves ``fused``.
 
-    Returns what replaces which consumer, the result that the root's gradient has to go to
-    (``emit_root``), and all new nodes.
+    Returns what replaces which consumer, the result that the root's gradient, if there is a root,
+    has to go to (``emit_root``), and all new nodes.
     """
     emit = Emitter(graph, fused.last.next)
     matches, several = fused.matches, len(fused.matches) > 1
@@ -46,15 +46,16 @@ def emit_fused_call(graph: Graph, fused: FusedCall) -> tuple[dict[Node, Node], N
         flat = [emit("to", part, matches[0].compute_dtype) for part in flat]
     targets = list(map(partial(_emit_target, emit), matches, rows))
     results = _emit_op(
-        *(emit, replace(matches[0], reduction="sum"), concatenated(emit, flat)),
+        *(emit, fused.call, concatenated(emit, flat)),
         *(concatenated(emit, targets), emit_coefficients(emit, fused, rows, targets)),
-        ["losses", *_measures(matches)],
+        [*(["losses"] if fused.root else []), *_measures(matches)],
     )
-    pieces = [results]
+    by_row = {**results, "loss": results.get("losses", results["loss"])}
+    pieces = [by_row]
     if several:
         sizes = [size_of(emit, target, 0) for target in targets]
         split = {
-            name: emit(torch.split, results[name], sizes) for name in results if name != "loss"
+            name: emit(torch.split, by_row[name], sizes) for name in by_row if name != "losses"
         }
         pieces = [
             {name: emit(operator.getitem, parts, number) for name, parts in split.items()}
@@ -65,8 +66,7 @@ def emit_fused_call(graph: Graph, fused: FusedCall) -> tuple[dict[Node, Node], N
         # Its consumers, as if it had a call for them alone.
         alone = replace(match, reduction="none")
         for consumer in match.consumers:
-            of_rows = {**piece, "loss": piece["losses"]}
-            values[consumer.node] = emit_result(emit, alone, consumer, of_match, of_rows)
+            values[consumer.node] = emit_result(emit, alone, consumer, of_match, piece)
     _move_behind(emit, fused.moved)
     for node, (seen, twin) in fused.likes.items():
         before = Emitter(graph, node)

@@ -28,6 +28,8 @@ def emit_coefficients(
     emit: Emitter, fused: FusedCall, rows: list[Node], targets: list[Node]
 ) -> Coefficients:
     """For the call that computes all of ``fused``: ``rows`` and ``targets`` are of its matches."""
+    if fused.linear_reduction is None:
+        return Coefficients()
     given = list(zip(fused.matches, rows, targets, strict=True))
     shaped_by = fused.linear_reduction.shaped_by
     ones = {

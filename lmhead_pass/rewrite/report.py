@@ -51,36 +51,47 @@ class EmittedCall:
     """What is rewritten."""
 
     match: Match
+    call: Match
+    """What the op is called for: the match, or a sum that it goes into, perhaps with others."""
     nodes: list[Node]
     """The nodes of its call of the op."""
-    is_fused: bool
-    """Whether the call computes the gradient of the sum that its losses go into."""
 
 
 def summary(item: EmittedCall | Refusal) -> str:
     """One sentence on what became of a loss, and why."""
     if isinstance(item, Refusal):
         return f"left alone: {_where(item.loss)}: {item.reason}"
-    return _summary(item.match, item.is_fused)
+    return _summary(item.match, item.call)
 
 
 def _where(node: Node) -> str:
     return f"{describe(node)} at {place_of(node) or 'unknown place'}"
 
 
-def _summary(match: Match, is_fused: bool) -> str:
+def _summary(match: Match, call: Match) -> str:
     head = match.logits.head
     hidden, weight = tensor_of(head.hidden), tensor_of(head.weight)
     # Not from a transposed view: where the weight is written to later, autograd refuses one.
     shape = weight.shape[::-1] if head.weight_is_transposed else weight.shape
     also = "".join(f", with {describe(consumer.node)}" for consumer in match.consumers[1:])
-    reduction = match.consumers[0].reduction
-    how = f"reduction {'a weighted sum' if is_fused and reduction == 'none' else reduction}"
     return (
         f"rewritten: {_where(match.node)}{also}: hidden {_type(hidden.shape, hidden.dtype)}, "
-        f"weight {_type(shape, weight.dtype)}, {how}; {match.rows_per_chunk} rows per chunk; "
-        f"{_avoided(match)} of {_name(match.compute_dtype)} logits avoided{_returned(match)}"
+        f"weight {_type(shape, weight.dtype)}, reduction {_reduction(match, call)}; "
+        f"{call.rows_per_chunk} rows per chunk; {_avoided(match, call)}{_returned(match)}"
     )
+
+
+def _reduction(match: Match, call: Match) -> str:
+    """What the losses come to, and how the call that they are part of makes it."""
+    consumer = match.consumers[0]
+    reduction = "sum" if consumer.is_summed else consumer.reduction
+    if call.reduction == "sum" and reduction == "none":
+        reduction = "a weighted sum"
+    if hint(call.tokens) != hint(match.tokens):
+        reduction += ", in one call with others"
+    if call.reduction == "none" and match.differentiable:
+        reduction += ", logits computed again in the backward"
+    return reduction
 
 
 def rewritten(call: EmittedCall) -> None:
@@ -167,8 +178,13 @@ def _returned(match: Match) -> str:
     return f"; logits are returned {how[config.returned_logits]}"
 
 
-def _avoided(match: Match) -> str:
-    per_token = hint(match.vocab_size) * match.compute_dtype.itemsize
-    if isinstance(match.tokens, int):
-        return f"{match.tokens * per_token / 1e6:,.1f} MB"
-    return f"{per_token / 1e3:,.1f} kB per token"
+def _avoided(match: Match, call: Match) -> str:
+    """What does not exist of the logits: all but the match's share of a chunk of the call."""
+    dtype = _name(match.compute_dtype)
+    if not isinstance(call.tokens, int):
+        per_token = hint(match.vocab_size) * match.compute_dtype.itemsize
+        return f"{per_token / 1e3:,.1f} kB of {dtype} logits avoided for each token beyond a chunk"
+    avoided = match.logits_bytes * (1 - call.chunk_bytes / max(1, call.logits_bytes))
+    if avoided <= 0:
+        return f"no logits avoided: all {call.tokens} rows are one chunk"
+    return f"{avoided / 1e6:,.1f} MB of {dtype} logits avoided"

@@ -54,27 +54,28 @@ def prepare(edit: GraphEdit, of_loss_alone: bool = True) -> tuple[list[EmittedCa
     """
     found = find_across_regions(edit, of_loss_alone)
     rewrites = [item for item in found if isinstance(item, Rewrite)]
-    calls = _emit_fused_calls(edit, rewrites)
-    fused = [call.match for call in calls]
+    calls = _emit_calls(edit, rewrites)
     for rewrite in rewrites:
-        for match in rewrite.matches:
-            if match not in fused:
-                calls.append(EmittedCall(match, _emit_call(edit, match), is_fused=False))
         if not rewrite.matches:
             edit.deferred += rewrite.returned
         _replace_head(edit, rewrite)
     return calls, [item for item in found if isinstance(item, Refusal)]
 
 
-def _emit_fused_calls(edit: GraphEdit, rewrites: list[Rewrite]) -> list[EmittedCall]:
+def _emit_calls(edit: GraphEdit, rewrites: list[Rewrite]) -> list[EmittedCall]:
     calls: list[EmittedCall] = []
     results: dict[Node, list[Node]] = {}
-    for fused in plan_fused_calls(rewrites):
-        values, result, nodes = emit_fused_call(edit.graph, fused)
+    lifted = {copy for region in edit.regions for copy in region.copies.values()}
+    for planned in plan_fused_calls(rewrites, checkpointed=lifted):
+        if isinstance(planned, Match):
+            calls.append(EmittedCall(planned, planned, _emit_call(edit, planned)))
+            continue
+        values, result, nodes = emit_fused_call(edit.graph, planned)
         edit.replaced |= values
-        edit.erased.update(fused.likes)
-        calls += (EmittedCall(match, nodes, is_fused=True) for match in fused.matches)
-        results.setdefault(fused.root, []).append(result)
+        edit.erased.update(planned.likes)
+        calls += (EmittedCall(match, planned.call, nodes) for match in planned.matches)
+        if planned.root is not None:
+            results.setdefault(planned.root, []).append(result)
     for root, of_calls in results.items():
         edit.replaced[root] = emit_root(edit.graph, root, of_calls)
     return calls

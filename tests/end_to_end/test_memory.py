@@ -1,8 +1,13 @@
 """The promise on memory, counted in bytes of tensor allocations."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import lmhead_pass
 
@@ -87,3 +92,67 @@ def test_memory_budget_is_kept():
     with lmhead_pass.config.patch(memory_budget=2_000_000):
         rows = 2_000_000 // (8192 * 4)
         assert scratch(2048, 64, 8192) <= rows * 8192 * 4 + 2_000_000  # and what is left of hidden
+
+
+def loss_of_a_piece(h, w, y):
+    return F.cross_entropy((h @ w.t()).float(), y, reduction="sum")
+
+
+def of_pieces(one):
+    return lambda h, w, y: [
+        one(*piece) for piece in zip(h.chunk(4), [w] * 4, y.chunk(4), strict=True)
+    ]
+
+
+def one_transpose_in_each(h, w, y):
+    return sum(of_pieces(loss_of_a_piece)(h, w, y))
+
+
+def in_checkpointed_regions(h, w, y):
+    one = partial(checkpoint, loss_of_a_piece, use_reentrant=False)
+    return sum(of_pieces(one)(h, w, y))
+
+
+def returned_apart(h, w, y):
+    return of_pieces(loss_of_a_piece)(h, w, y)
+
+
+def the_largest(h, w, y):
+    return torch.stack(of_pieces(loss_of_a_piece)(h, w, y)).amax()
+
+
+def one(h, w, y):
+    return F.cross_entropy(F.linear(h, w).float(), y)
+
+
+@pytest.mark.parametrize(
+    ("function", "tokens", "hidden_size", "dtype"),
+    [
+        (one_transpose_in_each, 512, 128, torch.float32),
+        (in_checkpointed_regions, 512, 128, torch.float32),
+        (returned_apart, 256, 256, torch.float32),
+        (the_largest, 256, 256, torch.float32),
+        (one, 512, 128, torch.float32),
+        (one, 512, 128, torch.bfloat16),
+    ],
+)
+def test_never_more_than_without(function, tokens, hidden_size, dtype):
+    hidden = torch.randn(tokens, hidden_size).to(dtype).requires_grad_()
+    weight = torch.randn(8192, hidden_size).to(dtype).requires_grad_()
+    target = torch.randint(8192, (tokens,))
+    compiled = torch.compile(function)
+
+    def step():
+        hidden.grad = weight.grad = None
+        result = compiled(hidden, weight, target)
+        (sum(result) if isinstance(result, list) else result).backward()
+
+    peaks = []
+    for context in (nullcontext, lmhead_pass.disabled):
+        torch._dynamo.reset()
+        with context():
+            step()
+        peaks.append(peak_bytes(step))
+    assert counters["lmhead_pass"]["rewritten"] >= 1
+    with_it, without = peaks
+    assert with_it <= 1.05 * without  # beside logits, it holds a few rows and hidden states

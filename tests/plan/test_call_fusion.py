@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from .. import forms, reference
 from ..backend import rewrite
@@ -148,7 +149,40 @@ def total_in_a_tensor(h, w, b, y):
     return totals.sum() + h.sum()
 
 
+def pieces(h, y):
+    return zip(h.split(2, 1), y.split(2, 1), strict=True)
+
+
+def transposed_in_each(h, w, b, y):
+    return sum(forms.flat(hidden @ w.t() + b, target) for hidden, target in pieces(h, y))
+
+
+def made_in_each(h, w, b, y):
+    """Weight, bias and class weights."""
+    total = 0
+    for hidden, target in pieces(h, y):
+        weight, bias = F.normalize(w.double() * 2.0, dim=-1), b.double()[None]
+        logits = F.linear(hidden.double(), weight) + bias
+        total += forms.flat(logits, target, weight=b.detach().abs().double()).to(h.dtype)
+    return total
+
+
+def of_a_region(h, w, b, y):
+    logits = torch.tanh(h).double() @ F.normalize(w).double().t()
+    return forms.flat(logits + b.double(), y)
+
+
+def in_regions(h, w, b, y):
+    return sum(
+        checkpoint(of_a_region, hidden, w, b, target, use_reentrant=False)
+        for hidden, target in pieces(h, y)
+    )
+
+
 JOINED = [
+    transposed_in_each,
+    made_in_each,
+    in_regions,
     total_in_a_tensor,
     factor_written_afterwards,
     total_of_two_names,
@@ -273,7 +307,42 @@ def target_written_in_between(h, w, b, y):
     return first + forms.flat(F.linear(torch.tanh(h), w, b), y)
 
 
+def weight_written_in_between(h, w, b, y):
+    first, second = w.double(), w.double()
+    with torch.no_grad():
+        second.mul_(2)
+    losses = forms.flat(F.linear(h.double(), first), y), forms.flat(F.linear(h.double(), second), y)
+    return (losses[0] + losses[1]).to(h.dtype) + b.sum()
+
+
+def copy_written_in_between(h, w, b, y):
+    first, second = (w * 2).detach(), (w * 2).detach()
+    first.mul_(2)
+    losses = [forms.flat(F.linear(h, weight, b), y) for weight in (first, second)]
+    return losses[0] + losses[1] + w.sum()
+
+
+def weight_of_another_mode(h, w, b, y):
+    with torch.no_grad():
+        constant = w * 2
+    return forms.flat(F.linear(h, constant, b), y) + forms.flat(F.linear(h, w * 2, b), y)
+
+
+def other_numbers(h, w, b, y):
+    return forms.flat(F.linear(h, w * True, b), y) + forms.flat(F.linear(h, w * 1.0, b), y)
+
+
+def dropped_words(h, w, b, y):
+    weights = F.dropout(w, 0.0), F.dropout(w, 0.0)
+    return sum(forms.flat(F.linear(h, weight, b), y) for weight in weights)
+
+
 APART = [
+    weight_written_in_between,
+    copy_written_in_between,
+    weight_of_another_mode,
+    other_numbers,
+    dropped_words,
     target_written_in_between,
     read_by_a_transform,
     logged_times_what_is_written,
@@ -299,6 +368,47 @@ def test_a_call_for_each(function):
     assert_as_eager(function, tensors, compiled)
     assert graphs[1].count("lmhead_pass.linear_cross_entropy") == 2, graphs[1]
     torch.testing.assert_close(compiled(*tensors), function(*tensors))
+
+
+def losses_of_pieces(h, w, b, y):
+    return [forms.flat(F.linear(hidden, w, b), target) for hidden, target in pieces(h, y)]
+
+
+def largest(h, w, b, y):
+    return torch.stack(losses_of_pieces(h, w, b, y)).amax()
+
+
+def multiplied(h, w, b, y):
+    return torch.stack(losses_of_pieces(h, w, b, y)).prod() / 50
+
+
+def some_returned_apart(h, w, b, y):
+    first, *others = losses_of_pieces(h, w, b, y)
+    return first.exp() / 50 + sum(loss**2 for loss in others), *others
+
+
+@pytest.mark.parametrize(
+    "function",
+    [largest, multiplied, some_returned_apart],
+    ids=lambda function: function.__name__,
+)
+def test_gradients_that_would_take_more_than_logits(function, passes):
+    """In the forward each call would hold a gradient of the weight."""
+    tensors, graphs = forms.inputs(), []
+    assert_as_eager(function, tensors, rewrite(function, graphs))
+    assert graphs[1].count("lmhead_pass.linear_cross_entropy") == 1, graphs[1]
+    assert passes == ["forward", "backward"]
+
+
+def test_gradients_that_take_less_than_logits(passes):
+    hidden, weight = (torch.randn(*s, requires_grad=True) for s in ((3, 200, 16), (V, 16)))
+    target = torch.randint(V, (3, 200))
+
+    def function(h, w, y):
+        return torch.stack([forms.flat(F.linear(h[i], w), y[i]) for i in range(3)]).amax()
+
+    rewrite(function)(hidden, weight, target).backward()
+    assert passes == ["forward_and_gradients"] * 3
 
 
 def both_terms(h, w, b, y):

@@ -4,10 +4,13 @@ import io
 import logging
 import re
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import lmhead_pass
+from lmhead_pass.rewrite.report import log
 
 from ..backend import rewrite
 from ..forms import V, flat, inputs
@@ -24,9 +27,9 @@ TRAIN = """
         logits = hidden @ weight.t()
         return F.cross_entropy(logits, target), logits
 
-    hidden, weight = torch.randn(8, 16), torch.randn(5000, 16, requires_grad=True)
+    hidden, weight = torch.randn(512, 16), torch.randn(5000, 16, requires_grad=True)
     for function in (train, classify):
-        torch.compile(function)(hidden, weight, torch.arange(8))
+        torch.compile(function)(hidden, weight, torch.arange(512))
 """
 
 
@@ -47,10 +50,10 @@ def test_info():
         r"rewritten: cross_entropy at \S+script.py:\d+ `return F.cross.*`: hidden", log
     ), log
     for part in (
-        "hidden [8, 16] float32",
+        "hidden [512, 16] float32",
         "weight [5000, 16] float32",
-        "rows per chunk",
-        "0.2 MB of float32 logits avoided",
+        "128 rows per chunk",
+        "7.7 MB of float32 logits avoided",
     ):
         assert part in log
     assert re.search(
@@ -135,3 +138,43 @@ def test_handlers_of_other_streams_have_each_line_too(caplog):
         log.removeHandler(handler)
     assert stream.getvalue().count("rewritten: cross_entropy") == 1
     assert caplog.text.count("rewritten: cross_entropy") == 1
+
+
+def lines_of(function, *tensors):
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "info", lambda form, *values: lines.append(form % values))
+        rewrite(function)(*tensors)
+    return lines
+
+
+def test_a_line_says_what_the_call_is():
+    hidden, weight, _, target = inputs()
+
+    def pieces(h, w, y):
+        return [flat(F.linear(row, w), t) for row, t in zip(h, y, strict=True)]
+
+    def chosen(h, w, y):
+        return -F.linear(h, w).log_softmax(-1).gather(-1, y[..., None]).sum()
+
+    for function, count, how in (
+        (lambda *given: sum(pieces(*given)), 3, "reduction mean, in one call with others; "),
+        (
+            lambda *given: torch.stack(pieces(*given)).amax(),
+            3,
+            "reduction mean, in one call with others, logits computed again in the backward; ",
+        ),
+        (chosen, 1, "reduction a weighted sum; "),
+    ):
+        lines = lines_of(function, hidden, weight, target)
+        assert len(lines) == count
+        assert all(how in line for line in lines), lines
+
+
+def test_what_is_avoided_is_all_but_a_chunk():
+    weight = torch.randn(V, 16, requires_grad=True)
+    for tokens, avoided in ((1000, "0.3 MB of float32 logits avoided"), (100, "no logits avoided")):
+        torch._dynamo.reset()  # else the number of tokens is dynamic
+        hidden, target = torch.randn(tokens, 16), torch.randint(V, (tokens,))
+        (line,) = lines_of(lambda h, w, y: F.cross_entropy(h @ w.t(), y), hidden, weight, target)
+        assert avoided in line

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..chunking import even_rows
-from ..problem import Gradients, Problem, nothing_pending
+from ..problem import Gradients, Problem, held_dtype, nothing_pending
 from .measures import Measure, Measures
 from .row_terms import GradientSums, RowTerms, power_of_two_scale
 
@@ -230,7 +230,9 @@ def _blocks(
     written to ``logits``.
     """
     dtype = problem.accumulate_dtype
-    size = max(1, _BLOCK_BYTES // (logits.size(1) * dtype.itemsize))
+    # Small beside the chunk, too: a block may be a copy.
+    most = _BLOCK_BYTES // (logits.size(1) * dtype.itemsize)
+    size = max(1, min(most, logits.size(0) // 16))
     in_place = logits.dtype == dtype
     scratch = logits if in_place else logits.new_empty((size, logits.size(1)), dtype=dtype)
     for start in range(0, logits.size(0), size):
@@ -327,7 +329,10 @@ class _GradientSums(GradientSums):
             # Times the largest weight it bounds the products of these gradients with the weight.
             largest = torch.stack(torch.aminmax(problem.compute_weight)).abs().amax()
             scale = power_of_two_scale(grad_bound * abs(problem.logit_scale) * largest.clamp_min(1))
+        # A sum over chunks is held in FP32. A single chunk has no sum: its product is the gradient.
         dtype, words = problem.accumulate_dtype, len(problem.weight)
+        if len(rows.index) <= problem.batch_chunk_size:
+            dtype = held_dtype(problem.weight.dtype)
         super().__init__(problem, needed, scale, dtype, Tensor.new_zeros, words)
         self._targets = None
         if problem.compute_dtype == torch.bfloat16 and len(rows.index) > problem.batch_chunk_size:
