@@ -154,7 +154,7 @@ CHAINS |= {
     "tensor_split": lambda z, y: flat(z.tensor_split(3, 1)[2], y.tensor_split(3, 1)[2]),
     "unbind": lambda z, y: F.cross_entropy(z.unbind(0)[1], y[1]),
     "expanded": lambda z, y: flat(z.expand(-1, -1, V), y),
-    "viewed_as_itself": lambda z, y: flat(z.view_as(z).type_as(z) / 2, y),
+    "viewed_as_itself": lambda z, y: flat(z.view_as(z) / 2, y),
 }
 
 
