@@ -17,9 +17,7 @@ from torch.fx import GraphModule
 from .. import config
 from ..compat import lazy_tensors as compat
 from ..compat.settings import settings_of
-from ..returned import reading
-from ..returned.cells import Call, Cell
-from ..returned.recipe import Recipe
+from ..returned import Call, Cell, Recipe, user_stack
 from ..rewrite import rewrite_graph
 from .recording import Recorder
 
@@ -129,7 +127,7 @@ def _record(call: Call, root: Cell, fakes: list[Tensor], mode: Any) -> GraphModu
     """The graph of ``call``, from the tensors of the root's recipe and the other ones."""
     recipe = root.source
     assert isinstance(recipe, Recipe)
-    recorder = Recorder(reading.user_stack())
+    recorder = Recorder(user_stack())
     for number, fake in enumerate(fakes):
         recorder.input(f"input_{number}", fake)
     given = len(recipe.tensors)

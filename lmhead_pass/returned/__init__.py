@@ -1,11 +1,16 @@
 """Logits that a compiled function returns, computed when somebody reads them.
 
-``return_op`` has the op that makes them in a graph, ``recipe`` what they are computed from,
-``lazy_logits`` the tensor that the caller gets, and ``gradient_refusal`` the error that a gradient
-through them raises. Importing this registers the ops.
+``return_op`` has the op that makes them in a graph, ``recipe`` what they are computed from, and
+``lazy_logits`` the tensor that the caller gets: it stands for a ``Cell`` (``cells``), a value that
+is computed when it is read. ``history`` is what autograd sees of it, ``lazy_gradient`` what comes
+back. ``steps`` says which functions are written down, ``likes`` what they return, without values,
+and ``metadata`` what reads no values; ``reading`` looks after late readings, and tells of all.
+Importing this registers the ops.
 """
 
 from . import return_op
-from .recipe import Step, StepKind
+from .cells import Call, Cell
+from .reading import user_stack
+from .recipe import Recipe, Step, StepKind
 
-__all__ = ["Step", "StepKind", "return_op"]
+__all__ = ["Call", "Cell", "Recipe", "Step", "StepKind", "return_op", "user_stack"]

@@ -72,6 +72,8 @@ class Cell:
         self.root: Cell | None = self if isinstance(source, Recipe) else None
         """The logits as the model returned them, if all comes from the same."""
         self._made: list[weakref.ref[Cell]] = []
+        self._is_settled = value is not None
+        """Whether the value is computed, and those of all that was made of it before."""
         if isinstance(source, Call):
             cells = source.cells
             roots = {cell.root for cell in cells}
@@ -93,7 +95,7 @@ class Cell:
 
     def read(self) -> Tensor:
         """The value. RuntimeError if it can no longer be computed."""
-        if self.value is None:
+        if not self._is_settled:
             first = self._unread_sources()
             # It may be read again elsewhere, so no mode or transform of this reader applies.
             with compat.outside_of_modes(), torch.inference_mode(False), torch.no_grad():
@@ -115,12 +117,13 @@ class Cell:
                 self.value = self.source.compute()
             elif isinstance(self.source, Call):
                 values = {cell: cell.value for cell in self.source.cells}
-                if None in values.values():
+                if any(value is None for value in values.values()):
                     return  # once the others are read
                 with compat.autocast_as(self.source.autocast):
                     self.value = self.source.run(values).detach()  # type: ignore[arg-type]
         for cell in self.made:
             cell._compute()
+        self._is_settled = True
         if isinstance(self.source, Recipe) or not self.is_view:
             self.source = None
 

@@ -48,17 +48,17 @@ class Head(torch.autograd.Function):
             )
         results: Sources = (None,) * len(needed)
         plain = [term.dense() for term in terms if term.sources is None]
-        parts = [term.sources for term in terms if term.sources is not None]
         if plain:
             if ctx.is_late:
                 raise RuntimeError(
                     "lmhead_pass: the head of logits that a compiled model returned has been "
                     "modified by an inplace operation, and their gradient needs it as it was"
                 )
-            parts.append(_gradients(ctx.recipe, inputs, needed, sum(plain[1:], plain[0])))
-        for part in parts:
-            pairs = zip(results, part, strict=True)
-            results = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
+            results = _gradients(ctx.recipe, inputs, needed, sum(plain[1:], plain[0]))
+        for term in terms:
+            if term.sources is not None and (part := term.sources()):
+                pairs = zip(results, part, strict=True)
+                results = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
         wanted = (r if is_needed else None for r, is_needed in zip(results, needed, strict=True))
         return None, None, None, *wanted, *extra
 
@@ -157,7 +157,13 @@ class Consume(torch.autograd.Function):
     ) -> Tensor:
         """``inputs`` are hidden states, weight and bias as leaves, those that get a gradient."""
         ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
-        ctx.inputs = inputs
+        ctx.inputs, ctx.compute = inputs, compute
+        ctx.versions = [tensor._version for tensor in inputs if tensor is not None]
+        if is_piece(call):
+            # Gradients that are computed now would wait for the backward, one for each piece.
+            with torch.no_grad():
+                ctx.result = None
+                return compute().detach()
         with torch.enable_grad():
             ctx.result = compute()
         result: Tensor = ctx.result.detach()
@@ -168,21 +174,31 @@ class Consume(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             return None, None, None, *_differentiable(ctx.call, ctx.logits, gradient, needed)
-        if ctx.result is None:
+        if ctx.compute is None:
             raise RuntimeError(
                 "Trying to backward through the graph a second time. Specify retain_graph=True"
             )
-        keep = compat.keeps_graph()
-        sources: Sources = (None,) * len(ctx.inputs)
+        if ctx.versions != [tensor._version for tensor in ctx.inputs if tensor is not None]:
+            raise RuntimeError(
+                "lmhead_pass: one of the variables needed for gradient computation has been "
+                "modified by an inplace operation: hidden states or head of returned logits"
+            )
+        keep, compute, result = compat.keeps_graph(), ctx.compute, ctx.result
         asked = [tensor for tensor in ctx.inputs if tensor is not None and tensor.requires_grad]
-        if asked and ctx.result.requires_grad:
-            given = iter(torch.autograd.grad(ctx.result, asked, gradient, retain_graph=keep))
-            sources = tuple(
+
+        def sources() -> Sources:
+            with torch.enable_grad():
+                value = compute() if result is None else result
+            if not asked or not value.requires_grad:
+                return ()
+            given = iter(torch.autograd.grad(value, asked, gradient, retain_graph=keep))
+            return tuple(
                 next(given) if tensor is not None and tensor.requires_grad else None
                 for tensor in ctx.inputs
             )
+
         if not keep:
-            ctx.result = None
+            ctx.compute = ctx.result = None
         first = needed.index(True)
         results: list[Tensor | None] = []
         for number, (like, device) in enumerate(ctx.likes):
@@ -206,6 +222,13 @@ def _differentiable(
     asked = [value for value, is_needed in zip(values, needed, strict=True) if is_needed]
     given = iter(torch.autograd.grad(result, asked, gradient, create_graph=True))
     return [next(given) if is_needed else None for is_needed in needed]
+
+
+def is_piece(call: Call) -> bool:
+    """Whether ``call`` reads no more than half of the logits that the model returned."""
+    read = max(cell.like.numel() for cell in call.cells)
+    (root, *_) = (cell.root for cell in call.cells)
+    return root is not None and 2 * read <= root.like.numel()
 
 
 def _likes(logits: Sequence[Any]) -> list[tuple[Tensor, torch.device]]:

@@ -24,15 +24,11 @@ class Term:
 
     dense: Callable[[], Tensor]
     """Computes it."""
-    sources: Sources | None = None
-    """What it comes to for hidden states, weight and bias; None if that is to be computed of it."""
+    sources: Callable[[], Sources] | None = None
+    """Computes what it comes to for hidden states, weight and bias; None if that takes it itself.
 
-    def plus(self, other: "Term") -> "Term":
-        """Both, if both know what they come to."""
-        assert self.sources is not None and other.sources is not None
-        pairs = zip(self.sources, other.sources, strict=True)
-        sums = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
-        return Term(lambda: self.dense() + other.dense(), sums)
+    Not before all terms are in one place: each weight's gradient would wait there for the others.
+    """
 
 
 class LazyGradient(Tensor):
@@ -47,10 +43,7 @@ class LazyGradient(Tensor):
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=device
         )
         compat.forbid_address(self)
-        known = [term for term in terms if term.sources is not None]
-        while len(known) > 1:
-            known[:2] = [known[0].plus(known[1])]
-        self.terms = [*known, *(term for term in terms if term.sources is None)]
+        self.terms = terms
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -112,5 +105,5 @@ def through(term: Term, change: Callable[[Tensor], Tensor], has_sources: bool) -
     """
     sources = term.sources
     if sources is not None and not has_sources:
-        sources = (None,) * len(sources)
+        sources = lambda: ()  # noqa: E731
     return replace(term, dense=lambda: change(term.dense()), sources=sources)

@@ -25,7 +25,7 @@ from .history import Become, Consume, Derive, Gate, Head, Values
 from .likes import likes_of
 from .metadata import METADATA
 from .recipe import Recipe
-from .steps import COMPUTED, DETACHING, PIECES, is_in_place, is_written_down
+from .steps import COMPUTED, DETACHING, PIECES, VIEWS, is_in_place, is_written_down
 
 
 class LazyLogits(Tensor):
@@ -176,7 +176,8 @@ def _without_reading(
     if (
         len(roots) != 1
         or None in roots
-        or any(cell.value is not None for cell in cells)
+        # Views of values that are there are no less views of the same tensor.
+        or (func not in VIEWS | PIECES and any(cell.value is not None for cell in cells))
         or any(tensor.requires_grad for tensor in others)
         or torch.is_inference_mode_enabled()
         or compat.is_inside_of_modes()
@@ -193,6 +194,8 @@ def _without_reading(
         return NotImplemented
     (root,) = roots
     assert root is not None
+    if any(cell.value is not None for cell in cells):
+        return NotImplemented
     call = _call(func, args, kwargs, logits[0].device.type)
     compute = _reader_of(call, root)
     if compute is None:
@@ -201,7 +204,7 @@ def _without_reading(
     root.source.check_unchanged()
     if not is_recorded or not likes.is_floating_point():
         with torch.no_grad():
-            return compute(*(tensor.detach() for tensor in root.source.tensors))
+            return compute(*(tensor.detach() for tensor in root.source.tensors)).detach()
     # A gradient ends at logits that are detached from what they are made of.
     has_way_back = not any(cell.is_detached for cell in cells)
     inputs = tuple(
@@ -261,6 +264,8 @@ def _made(
     device = logits[0].device
     call = _call(func, args, kwargs, device.type, item)
     cell = Cell(call, like)
+    if any(source.value is not None for source in call.cells):
+        cell.read()
     if func in DETACHING:
         cell.is_detached = True
     given = [_tensor_of(source, logits) for source in call.cells]
@@ -313,7 +318,14 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     for logits in _lazy_in((args, kwargs)):
         logits._cell.read()
     with compat.without_torch_function():
-        values = _views_of(_first_owner(written._cell))
+        first = _first_owner(written._cell)
+        owner = first.owner()
+        if owner is not None and owner.is_leaf and owner.requires_grad:
+            what = "a leaf" if owner is written else "a view of a leaf"
+            raise RuntimeError(
+                f"{what} Variable that requires grad is being used in an in-place operation."
+            )
+        values = _views_of(first)
     owned = {id(logits): value for logits, value in values}
     result_args = compat.tree_map(lambda leaf: owned.get(id(leaf), leaf), (args, kwargs))
     result = _on_values(func, *result_args)

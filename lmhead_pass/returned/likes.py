@@ -16,11 +16,13 @@ def likes_of(func: Callable[..., Any], args: Any, kwargs: Any, device: torch.dev
     None if that depends on values, is on another device, or is an error, which eager will raise.
     """
     if func is Tensor.to:
+        copy = kwargs.get("copy", False)
         options = {name: value for name, value in kwargs.items() if name != "copy"}
         read = compat.read_to(*args[1:], **options)
-        if read is None or read[0] not in (None, device):
+        if read is None or read[0] not in (None, device) or len(args) > 2:
             return None
-        kwargs = {"dtype": read[1] or args[0].like.dtype, "memory_format": read[3]}
+        dtype = read[1] or args[0].like.dtype
+        kwargs = {"dtype": dtype, "memory_format": read[3], "copy": copy}
         args = args[:1]
     try:
         with torch.no_grad():

@@ -22,7 +22,7 @@ METADATA = {
             *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset"),
             *("is_contiguous", "element_size", "get_device", "is_inference", "_is_view"),
             *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg"),
-            *("requires_grad_", "retain_grad", "register_hook"),
+            *("requires_grad_", "detach_", "retain_grad", "register_hook"),
             "register_post_accumulate_grad_hook",
         )
         if hasattr(namespace, name)

@@ -68,7 +68,9 @@ def _watch_optimizers() -> None:
     # Not when this is imported: torch itself may be, and not have got that far.
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-    register_optimizer_step_pre_hook(_keep_what_a_step_changes)
+    # Where a step is compiled, it is called as it is.
+    disabled = torch.compiler.disable(_keep_what_a_step_changes)  # type: ignore[no-untyped-call]
+    register_optimizer_step_pre_hook(disabled)
 
 
 def tell(func: Callable[..., Any], cell: Cell) -> None:

@@ -21,7 +21,7 @@ def _functions(*names: str) -> set[Any]:
     }
 
 
-_VIEWS = {
+VIEWS = {
     *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
     *_functions(
         *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "view_as"),
@@ -45,7 +45,7 @@ COMPUTED = {
     ),
 }
 """These have no vocabulary in their result, and the op may compute them."""
-_WRITTEN_DOWN = _VIEWS | _CASTS | _VALUES
+_WRITTEN_DOWN = VIEWS | _CASTS | _VALUES
 # Of so many words at least one remains in what is written down.
 _FEWER = 16
 

@@ -71,7 +71,7 @@ RETURNS = {
     "vocabulary first": lambda logits: logits.transpose(1, 2),
     "detached": lambda logits: logits.detach(),
     "double": lambda logits: logits.bfloat16().float()[:, 1:].contiguous(),
-    "several": lambda logits: (logits, logits.double()[:, 0], {"again": logits}),
+    "several": lambda logits: (logits, logits.bfloat16()[:, 0], {"again": logits}),
 }
 
 

@@ -59,7 +59,6 @@ def test_reading_after_an_optimizer_step_gives_the_forwards_values(cls, options)
     else:
         optimizer.step()
     assert not torch.equal(model.head.weight, before)
-    assert is_unread(unread)
     torch.testing.assert_close(unread.detach().clone(), expected)
 
 

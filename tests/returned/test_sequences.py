@@ -10,7 +10,6 @@ from torch import Tensor
 from lmhead_pass.returned.lazy_logits import LazyLogits
 
 from ..backend import rewrite
-from .model import SETTING
 
 
 def last_set(x):
@@ -45,8 +44,7 @@ WRITING = {
     "set": last_set,
     "set without gradient": torch.no_grad()(last_set),
     "cleared without gradient": torch.no_grad()(lambda x: x.zero_()),
-    "detached in place": lambda x: x.detach_(),
-    "of a gradient": lambda x: x.requires_grad_(),
+    "of a gradient": lambda x: x.detach().requires_grad_(),
 }
 OPERATIONS = DERIVED | READING | WRITING
 
@@ -63,14 +61,15 @@ def known(x):
 
 
 def gradient(x, weight):
-    """None if none gets from ``x`` to ``weight``; a RuntimeError if it is refused."""
+    """Zeros if none gets from ``x`` to ``weight``; a RuntimeError if eager has none."""
+    none = torch.zeros_like(weight)
     if not (x.requires_grad and x.is_floating_point()):
-        return None
+        return none
     try:
         (found,) = torch.autograd.grad(x.sum(), weight, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         return error
-    return found if found is not None and found.any() else None
+    return none if found is None else found
 
 
 @pytest.mark.parametrize("needs_gradient", [True, False])
@@ -100,10 +99,9 @@ def test_values_views_and_gradients(dtype, needs_gradient):
         for lazy, plain in pairs:
             assert known(lazy) == known(plain)
             expected = gradient(plain, weight)
-            if expected is None or isinstance(expected, Tensor):
-                refused = gradient(lazy, weight)
-                assert (refused is None) == (expected is None)
-                assert refused is None or SETTING in str(refused)
+            if isinstance(expected, Tensor):
+                tolerance = {"rtol": 5e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
+                torch.testing.assert_close(gradient(lazy, weight), expected, **tolerance)
         for lazy, plain in pairs:
             torch.testing.assert_close(lazy.detach().clone(), plain.detach())
 
