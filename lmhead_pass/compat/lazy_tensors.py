@@ -28,6 +28,7 @@ is_fake = find("torch._subclasses.fake_tensor.is_fake", NO_LAZY_LOGITS)
 """Whether a tensor, or what it wraps, is a fake one."""
 
 _swap = find("torch.utils.swap_tensors", NO_LAZY_LOGITS)
+find("torch.Tensor._version", NO_LAZY_LOGITS)
 _parse_to = find("torch._C._nn._parse_to", "to() computes logits that are not read yet")
 new_fake_mode = find("torch._subclasses.fake_tensor.FakeTensorMode", NO_LAZY_LOGITS)
 """A mode with fake tensors of its own."""
@@ -49,6 +50,11 @@ def outside_of_modes() -> Iterator[None]:
     """A block that no mode and no torch.func transform around it sees."""
     with _no_modes(), _no_transforms():
         yield
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often ``tensor`` was written to in place; 0 where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def read_to(*args: Any, **kwargs: Any) -> tuple[Any, ...] | None:

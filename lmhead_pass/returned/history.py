@@ -158,7 +158,7 @@ class Consume(torch.autograd.Function):
         """``inputs`` are hidden states, weight and bias as leaves, those that get a gradient."""
         ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
         ctx.inputs, ctx.compute = inputs, compute
-        ctx.versions = [tensor._version for tensor in inputs if tensor is not None]
+        ctx.versions = [compat.version_of(tensor) for tensor in inputs if tensor is not None]
         if is_piece(call):
             # Gradients that are computed now would wait for the backward, one for each piece.
             with torch.no_grad():
@@ -178,7 +178,8 @@ class Consume(torch.autograd.Function):
             raise RuntimeError(
                 "Trying to backward through the graph a second time. Specify retain_graph=True"
             )
-        if ctx.versions != [tensor._version for tensor in ctx.inputs if tensor is not None]:
+        versions = [compat.version_of(tensor) for tensor in ctx.inputs if tensor is not None]
+        if ctx.versions != versions:
             raise RuntimeError(
                 "lmhead_pass: one of the variables needed for gradient computation has been "
                 "modified by an inplace operation: hidden states or head of returned logits"

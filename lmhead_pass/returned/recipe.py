@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import assert_never
 
+from ..compat.lazy_tensors import version_of
 from ..compat.library import add_fake_kernel, define
 
 SETTING = (
@@ -130,7 +131,7 @@ class Recipe:
     @property
     def versions(self) -> list[tuple[int, int]]:
         """Which tensors these are, and how often each was written to."""
-        return [(id(t), 0 if t.is_inference() else t._version) for t in self.tensors[1:]]
+        return [(id(tensor), version_of(tensor)) for tensor in self.tensors[1:]]
 
     @property
     def wanted(self) -> list[bool]:

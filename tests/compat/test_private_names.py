@@ -124,6 +124,10 @@ def wrappers():
 def leaves_of_trees():
     for tree_leaves in (graphs.tree_leaves, lazy_tensors.tree_leaves):
         assert tree_leaves((1, [2, {"a": None}], torch.Size([3]))) == [1, 2, None, 3]
+    leaves, spec = lazy_tensors.tree_flatten(((1, [2]), {"a": 3}))
+    assert leaves == [1, 2, 3] and repr(spec) == repr(
+        torch.utils._pytree.tree_structure(((7, [8]), {"a": 9}))
+    )
     mapped = lazy_tensors.tree_map(lambda leaf: leaf * 2, ((1, [2]), {"a": 3}))
     assert mapped == ((2, [4]), {"a": 6})
 
@@ -135,6 +139,10 @@ def fake_tensors():
         assert type(torch.ones(3)) is type(value)
     assert lazy_tensors.is_fake(value)
     assert not lazy_tensors.is_fake(torch.ones(2))
+    mode = lazy_tensors.new_fake_mode()
+    with mode:
+        assert lazy_tensors.is_fake(torch.ones(2))
+    assert mode.from_tensor(torch.ones(3)).shape == (3,)
 
 
 def example_values():
@@ -361,12 +369,16 @@ def modes():
     def function(x):
         with lazy_tensors.outside_of_modes():
             assert not graphs.is_transformed(torch.ones(2) * 2)
-            assert not torch._C._functorch.peek_interpreter_stack()
+            assert not lazy_tensors.is_inside_of_modes()
+        assert lazy_tensors.is_inside_of_modes()
         return x.sum()
 
     with Mode() as mode, lazy_tensors.outside_of_modes():
         torch.ones(2) * 2
     assert mode.calls == 0
+    assert not lazy_tensors.is_inside_of_modes()
+    with Mode():
+        assert lazy_tensors.is_inside_of_modes()
     torch.func.grad(function)(torch.ones(2))
 
 
@@ -400,10 +412,34 @@ def wrappers_without_memory():
     assert Plain().shape == (2, 3)
 
 
-def views_and_versions():
+def swapped_tensors():
+    x, y = torch.ones(2), torch.zeros(3, requires_grad=True) * 2
+    held = x
+    lazy_tensors.give_history(x, y)
+    assert held.shape == (3,) and held.grad_fn is not None and y.shape == (2,)
+
+
+def kept_graphs():
+    kept = []
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            kept.append(lazy_tensors.keeps_graph())
+            return gradient
+
+    x = Function.apply(torch.ones(2, requires_grad=True)).sum()
+    x.backward(retain_graph=True)
+    x.backward()
+    assert kept == [True, False]
+
+
+def versions():
     x = torch.ones(2)
-    assert lazy_tensors.is_view(x[1:]) and not lazy_tensors.is_view(x)
-    assert lazy_tensors.view_base.__get__(x[1:]) is x
     before = lazy_tensors.version_of(x)
     x.add_(1)
     assert lazy_tensors.version_of(x) == before + 1
@@ -499,9 +535,13 @@ CANARIES = {
     "torch._C._set_throw_on_mutable_data_ptr": wrappers_without_memory,
     "torch._C.DisableTorchFunctionSubclass": wrappers_without_memory,
     "torch._C._disabled_torch_function_impl": wrappers_without_memory,
-    "torch.Tensor._is_view": views_and_versions,
-    "torch.Tensor._base": views_and_versions,
-    "torch.Tensor._version": views_and_versions,
+    "torch.Tensor._version": versions,
+    "torch.utils.swap_tensors": swapped_tensors,
+    "torch.utils._pytree.tree_flatten": leaves_of_trees,
+    "torch._subclasses.fake_tensor.FakeTensorMode": fake_tensors,
+    "torch._C._autograd._get_current_graph_task_keep_graph": kept_graphs,
+    "torch._C._functorch.peek_interpreter_stack": modes,
+    "torch._C._len_torch_dispatch_stack": modes,
     "torch._C._nn._parse_to": reads_of_to,
     "torch.utils._python_dispatch._disable_current_modes": modes,
     "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack": modes,
