@@ -69,18 +69,23 @@ class Cell:
         """Of what they are computed from, when they were returned."""
         self.is_detached = False
         """Whether a gradient ends on the way from here to the hidden states and the weight."""
-        self.root: Cell | None = self if isinstance(source, Recipe) else None
-        """The logits as the model returned them, if all comes from the same."""
+        self._is_root = isinstance(source, Recipe)
+        self._root: Cell | None = None  # never itself: memory waits for no garbage collector
         self._made: list[weakref.ref[Cell]] = []
         self._is_settled = value is not None
         """Whether the value is computed, and those of all that was made of it before."""
         if isinstance(source, Call):
             cells = source.cells
             roots = {cell.root for cell in cells}
-            self.root = roots.pop() if len(roots) == 1 else None
+            self._root = roots.pop() if len(roots) == 1 else None
             self.is_detached = any(cell.is_detached for cell in cells)
             for cell in cells:
                 cell._made.append(weakref.ref(self))
+
+    @property
+    def root(self) -> "Cell | None":
+        """The logits as the model returned them, if all comes from the same."""
+        return self if self._is_root else self._root
 
     @property
     def is_late(self) -> bool:
