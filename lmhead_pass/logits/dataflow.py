@@ -150,7 +150,8 @@ class _LogitsTracker:
         if (use := self._metadata_use(logits, node)) is not None:
             self.flow.metadata_uses[node] = use
         elif (consumer := read(logits, node)) is not None:
-            self._consume(consumer, node)
+            if not self._is_only_seen(node, inputs[0]):
+                self._consume(consumer, node)
         elif (largest := consumers_of_largest(logits, node)) is not None:
             self._hold(node, largest)
         elif canonical_op(node) == "broadcast_tensors":

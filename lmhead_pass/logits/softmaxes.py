@@ -24,13 +24,14 @@ from .types import Logits, Stage
 # How a node that a tensor was reshaped or cast from is found again.
 _SHAPED = ("reshape", "cast", "expand")
 # What a softmax of is the same.
+_BEFORE_SOFTMAX = (Stage.LOGITS, Stage.SQUARE, Stage.ROOT, Stage.INVERSE_ROOT)
 _WITH_SOFTMAX = (Stage.LOGITS, Stage.LOG_PROBABILITIES)
 
 
 def is_softmax_step(logits: Logits, node: Node) -> bool:
     """Whether ``node`` takes a softmax, or goes on with one."""
-    is_logits = logits.stage is Stage.LOGITS
-    return canonical_op(node) in (_FOLLOWERS if is_logits else _FOLLOWERS | _AFTER_SOFTMAX)
+    goes_on = logits.stage not in _BEFORE_SOFTMAX
+    return canonical_op(node) in (_FOLLOWERS | _AFTER_SOFTMAX if goes_on else _FOLLOWERS)
 
 
 def follow_softmax(logits: Logits, node: Node) -> Logits:
