@@ -57,10 +57,11 @@ memory_budget: int | None = _setting("memory_budget", None)
 """Bytes of logits that exist at once in each call. None: planned from the sizes of the head."""
 
 returned_logits: str = _setting("returned_logits", "lazy")
-"""What a compiled function returns for the logits of a rewritten loss.
+"""What a compiled function returns for the logits of a head.
 
-"lazy": a tensor that computes them when they are first read. "detach": the logits, computed and
-without a gradient. "keep": the logits as they were; a loss whose logits are returned is left alone.
+"lazy": a tensor that computes them when they are first read. "detach": the logits of a rewritten
+loss, computed and without a gradient. "keep": the logits as they were; a loss whose logits are
+returned is left alone.
 """
 
 strict: bool = _setting("strict", False)

@@ -1,5 +1,6 @@
 """What a rewritten function is checked for: results as near to FP64 as those of the unfused one."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,17 @@ def first_of(function: Callable[..., Any]) -> Callable[..., Tensor]:
         return result[0] if isinstance(result, tuple) else result
 
     return run
+
+
+def assert_left_alone(
+    function: Callable[..., Any], tensors: Sequence[Tensor], reason: str, caplog: Any
+) -> None:
+    """``function`` is not rewritten, the log says why, and its result is that of eager."""
+    with caplog.at_level("INFO", logger="lmhead_pass"):
+        result = rewrite(function)(*tensors)
+    assert counters["lmhead_pass"] == {"refused": 1}
+    assert re.search(reason, caplog.text), caplog.text
+    torch.testing.assert_close(result, function(*tensors), equal_nan=True)
 
 
 def assert_as_eager(

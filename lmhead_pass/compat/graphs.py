@@ -35,6 +35,8 @@ untransformed = find("torch._C._functorch.get_unwrapped", NO_REWRITE)
 """The tensor that a torch.func transform wraps."""
 is_wrapper = find("torch.utils._python_dispatch.is_traceable_wrapper_subclass", NO_REWRITE)
 """Whether a tensor is of a subclass that wraps other tensors, as DTensor does."""
+is_view = find("torch.Tensor._is_view", NO_REWRITE)
+"""Whether autograd knows a tensor as a view of another."""
 tree_leaves = find("torch.utils._pytree.tree_leaves", NO_REWRITE)
 """Everything in nested containers."""
 

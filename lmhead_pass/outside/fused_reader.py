@@ -37,8 +37,8 @@ def reader_of(call: Call, root: Cell) -> Reader | None:
     """
     recipe = root.source
     assert isinstance(recipe, Recipe)
-    way = _Way(recipe)
-    key = (way.describe(call), *_world(recipe, call))
+    way = _Way()
+    key = (way.describe(call), *_world(recipe))
     if key not in _readers:
         _readers[key] = _rewritten(call, root, way.others)
         if len(_readers) > _MOST:
@@ -54,7 +54,7 @@ def reader_of(call: Call, root: Cell) -> Reader | None:
 class _Way:
     """A way of use: what was called on the logits, and the other tensors that it was given."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self) -> None:
         self.others: list[Tensor] = []
         self._numbers: dict[Cell, int] = {}
 
@@ -88,7 +88,7 @@ def _looks(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _world(recipe: Recipe, call: Call) -> tuple[Any, ...]:
+def _world(recipe: Recipe) -> tuple[Any, ...]:
     """What else a rewritten graph depends on."""
     return (
         *(_looks(tensor) for tensor in recipe.tensors),

@@ -23,7 +23,6 @@ class Recorder(TorchFunctionMode):
         self._stack_trace = stack_trace
         self._nodes: dict[int, Node] = {}
         self._values: list[Any] = []  # so that no number of another object is theirs
-        self._is_inside = False
 
     def input(self, name: str, value: Tensor) -> Tensor:
         """``value``, as an input of the graph."""
@@ -42,13 +41,11 @@ class Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         read = [leaf for leaf in compat.tree_leaves((args, kwargs)) if id(leaf) in self._nodes]
         if read and compat.holds_tensors(result):
-            kind, target = _target(func)
-            # An index, for one, is a tuple: in a graph these are not told from lists.
-            given = compat.tree_map(lambda leaf: self._nodes.get(id(leaf), leaf), (args, kwargs))
-            extra = ("T",) if target is builtins.getattr else ()
-            if extra:
-                given = ((*given[0], _attribute(func)), given[1])
-            self._know(result, self.graph.create_node(kind, target, *given))
+            args, kwargs = compat.tree_map(
+                lambda leaf: self._nodes.get(id(leaf), leaf), (args, kwargs)
+            )
+            kind, target, *more = _target(func)
+            self._know(result, self.graph.create_node(kind, target, (*args, *more), kwargs))
         return result
 
     def _know(self, value: Any, node: Node) -> None:
@@ -60,25 +57,17 @@ class Recorder(TorchFunctionMode):
                 self._know(item, self.graph.call_function(operator.getitem, (node, number)))
 
 
-def _target(func: Any) -> tuple[str, Any]:
-    """How Dynamo writes a call of ``func``."""
+def _target(func: Any) -> tuple[Any, ...]:
+    """How Dynamo writes a call of ``func``: kind, target, and arguments after the others."""
     name = func.__name__
     if name == "__get__":
-        return (
-            ("call_method", "detach")
-            if _attribute(func) == "data"
-            else (
-                "call_function",
-                builtins.getattr,
-            )
-        )
-    if getattr(torch.Tensor, name, None) is func:
-        plain = name.strip("_")
-        if name.startswith("__") and hasattr(operator, plain) and name != "__rmul__":
-            return "call_function", getattr(operator, plain)
-        return "call_method", name
-    return "call_function", func
-
-
-def _attribute(func: Any) -> str:
-    return str(func.__self__.__name__)
+        attribute = func.__self__.__name__
+        if attribute == "data":
+            return "call_method", "detach"
+        return "call_function", builtins.getattr, attribute
+    if getattr(torch.Tensor, name, None) is not func:
+        return "call_function", func
+    plain = name.strip("_")
+    if name.startswith("__") and hasattr(operator, plain):
+        return "call_function", getattr(operator, plain)
+    return "call_method", name

@@ -70,10 +70,10 @@ def check_returned(logits: Logits) -> Logits:
             f"the logits are returned, and {describe(writer)} may change the head's input, weight "
             f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
         )
-    results = _results(logits.node.graph)
+    results = [result for result in _results(logits.node.graph) if result is not logits.node]
     for result in results:
-        others = [other for other in results if other not in (result, logits.node)]
-        if result is not logits.node and _is_named_by_views(memory_of(result), others, result):
+        alike = [other for other in results if memory_of(other) & memory_of(result)]
+        if len(alike) > 1 and _are_views_alone(alike):
             raise Refused(
                 "the logits are returned, and other results are views of the same memory, which "
                 f"torch.compile takes with no tensors that are computed later. {_INSTEAD}"
@@ -87,22 +87,15 @@ def _results(graph: Graph) -> list[Node]:
     return [leaf for leaf in leaves if isinstance(value_of(leaf), torch.Tensor)]
 
 
-def _is_named_by_views(memory: set[int], results: list[Node], view: Node | None = None) -> bool:
-    """Whether ``results`` in ``memory`` are views of what is no input and no result itself.
-
-    ``view`` is one more of them, if there is one.
-    """
-    within = [node for node in results if not memory.isdisjoint(memory_of(node))]
-    named = within if view is None else [*within, view]
-    graph = next((node.graph for node in named), None)
-    if not within or graph is None:
+def _are_views_alone(alike: Sequence[Node]) -> bool:
+    """Whether ``alike``, in the same memory, are views of what is no input and no result itself."""
+    differentiable = [value for value in map(value_of, alike) if value.requires_grad]
+    if not differentiable or not all(map(graphs.is_view, differentiable)):
         return False
-    differentiable = [value for value in map(value_of, named) if value.requires_grad]
-    if not differentiable or not all(value._is_view() for value in differentiable):
-        return False
+    memory = memory_of(alike[0])
     return not any(
         node.op in ("placeholder", "get_attr") and not memory.isdisjoint(memory_of(node))
-        for node in graph.nodes
+        for node in alike[0].graph.nodes
     )
 
 

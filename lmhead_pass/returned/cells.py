@@ -54,7 +54,8 @@ class Call:
 class Cell:
     """A value that is computed when it is first read, and kept from then on.
 
-    All that was made of it before is computed at the same time: the reader may change it next.
+    All that was made of it before is computed at the same time: the reader may change it next. What
+    is made of it afterwards is computed at once.
     """
 
     def __init__(self, source: Recipe | Call | None, like: Tensor, value: Tensor | None = None):
@@ -81,6 +82,8 @@ class Cell:
             self.is_detached = any(cell.is_detached for cell in cells)
             for cell in cells:
                 cell._made.append(weakref.ref(self))
+            if any(cell.value is not None for cell in cells):
+                self.read()
 
     @property
     def root(self) -> "Cell | None":

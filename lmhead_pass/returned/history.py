@@ -127,15 +127,22 @@ class Derive(torch.autograd.Function):
             return None, None, *_differentiable(ctx.call, ctx.logits, gradient, needed)
         if not isinstance(gradient, LazyGradient):
             return None, None, *ctx.call.gradients(gradient, needed)
-        first = needed.index(True)
-        results: list[Tensor | None] = []
-        for number, (like, device) in enumerate(ctx.likes):
-            terms = [
-                through(term, _change(ctx.call, needed, number), number == first)
-                for term in gradient.terms
-            ]
-            results.append(LazyGradient(like, device, terms) if needed[number] else None)
-        return None, None, *results
+        return None, None, *_lazily(ctx.call, ctx.likes, needed, gradient.terms)
+
+
+def _lazily(
+    call: Call,
+    likes: Sequence[tuple[Tensor, torch.device]],
+    needed: Sequence[bool],
+    terms: Sequence[Term],
+) -> list[Tensor | None]:
+    """The gradients of what ``call`` reads, from the ``terms`` of that of its result."""
+    results: list[Tensor | None] = []
+    for number, (like, device) in enumerate(likes):
+        change, is_first = _change(call, needed, number), number == needed.index(True)
+        handed_on = [through(term, change, is_first) for term in terms]
+        results.append(LazyGradient(like, device, handed_on) if needed[number] else None)
+    return results
 
 
 def _change(call: Call, needed: Sequence[bool], number: int) -> Callable[[Tensor], Tensor]:
@@ -200,14 +207,8 @@ class Consume(torch.autograd.Function):
 
         if not keep:
             ctx.compute = ctx.result = None
-        first = needed.index(True)
-        results: list[Tensor | None] = []
-        for number, (like, device) in enumerate(ctx.likes):
-            change = _change(ctx.call, needed, number)
-            term = Term(lambda: gradient, sources)
-            terms = [through(term, change, number == first)]
-            results.append(LazyGradient(like, device, terms) if needed[number] else None)
-        return None, None, None, *results
+        terms = [Term(lambda: gradient, sources)]
+        return None, None, None, *_lazily(ctx.call, ctx.likes, needed, terms)
 
 
 def _differentiable(

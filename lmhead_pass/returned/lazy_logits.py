@@ -98,7 +98,8 @@ class LazyLogits(Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             # Autograd, which runs before this, gives the result its history.
             (logits,) = args
-            return cls(_derived(Tensor.detach, logits), logits.device)
+            call = _call(Tensor.detach, args, {}, logits.device.type)
+            return cls(Cell(call, logits._cell.like), logits.device)
         return _on_values(func, args, kwargs or {})
 
     # As inputs of another compiled function, torch.compile flattens lazy logits to their values.
@@ -264,8 +265,6 @@ def _made(
     device = logits[0].device
     call = _call(func, args, kwargs, device.type, item)
     cell = Cell(call, like)
-    if any(source.value is not None for source in call.cells):
-        cell.read()
     if func in DETACHING:
         cell.is_detached = True
     given = [_tensor_of(source, logits) for source in call.cells]
@@ -276,25 +275,23 @@ def _made(
     return made
 
 
-def _derived(func: Any, logits: LazyLogits) -> Cell:
-    cell = Cell(_call(func, (logits,), {}, logits.device.type), logits._cell.like)
-    if logits._cell.value is not None:
-        cell.read()
-    return cell
-
-
 def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call ``func`` with the values of the lazy logits among its arguments."""
     lazy = _lazy_in((args, kwargs))
     for logits in lazy:
-        if logits._cell.value is None:
-            reading.tell(func, logits._cell)
+        _read(func, logits._cell)
     values = {id(logits): _values(logits) for logits in lazy}
     args, kwargs = compat.tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
     result = func(*args, **kwargs)
     # A function that returns its argument returns the caller's own tensor.
     owners = {id(values[id(logits)]): logits for logits in lazy}
     return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
+
+
+def _read(func: Callable[..., Any], cell: Cell) -> None:
+    if cell.value is None:
+        reading.tell(func, cell)
+    cell.read()
 
 
 def _values(logits: LazyLogits) -> Tensor:
@@ -314,9 +311,8 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     written = kwargs["out"] if kwargs.get("out") is not None else args[0]
     if not isinstance(written, LazyLogits) or not torch.is_grad_enabled():
         return _on_values(func, args, kwargs)
-    reading.tell(func, written._cell) if written._cell.value is None else None
     for logits in _lazy_in((args, kwargs)):
-        logits._cell.read()
+        _read(func, logits._cell)
     with compat.without_torch_function():
         first = _first_owner(written._cell)
         owner = first.owner()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat.lazy_tensors import memory_of
 from .cells import Cell
 from .recipe import Recipe
 
@@ -37,11 +38,11 @@ def _keep_what_a_step_changes(optimizer: Any, args: Any, kwargs: Any) -> None:
     cells = [cell for cell in _unread if cell.value is None]
     if not cells:
         return
-    changed = {_memory(p) for group in optimizer.param_groups for p in group["params"]}
+    changed = {memory_of(p) for group in optimizer.param_groups for p in group["params"]}
     copies: dict[int, Tensor] = {}
 
     def kept(tensor: Tensor) -> Tensor:
-        if _memory(tensor) not in changed:
+        if memory_of(tensor) not in changed:
             return tensor
         if id(tensor) not in copies:
             copies[id(tensor)] = tensor.detach().clone()
@@ -49,7 +50,7 @@ def _keep_what_a_step_changes(optimizer: Any, args: Any, kwargs: Any) -> None:
 
     for cell in cells:
         recipe = cell.source
-        if not isinstance(recipe, Recipe) or changed.isdisjoint(map(_memory, recipe.tensors)):
+        if not isinstance(recipe, Recipe) or changed.isdisjoint(map(memory_of, recipe.tensors)):
             continue
         if cell.like.nbytes <= recipe.weight.nbytes and id(recipe.weight) not in copies:
             with contextlib.suppress(RuntimeError):  # changed before: whoever reads it is told
@@ -57,10 +58,6 @@ def _keep_what_a_step_changes(optimizer: Any, args: Any, kwargs: Any) -> None:
             continue
         bias = None if recipe.bias is None else kept(recipe.bias)
         cell.source = replace(recipe, weight=kept(recipe.weight), bias=bias)
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def is_in_place(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITERS)
-    return name.endswith("_") and func is not Tensor.requires_grad_
+    return name.endswith("_")
 
 
 _NO_WRITERS = ("__init__", "__init_subclass__", "__int__", "__index__", "__invert__", "__iter__")

@@ -13,7 +13,7 @@ from ..graph import Emitter, gradients_are_recorded, size_of, tensor_of
 from ..logits import NOTHING_IGNORED, TargetUse, row_order
 from ..plan import FusedCall, Match
 from .emit_coefficients import Coefficients, concatenated, emit_coefficients
-from .emit_inputs import emit_bias, emit_fill, emit_hidden, emit_weight
+from .emit_inputs import emit_again, emit_bias, emit_fill, emit_hidden, emit_weight
 from .emit_results import emit_result, measures_of
 
 
@@ -84,10 +84,7 @@ def _emit_like(emit: Emitter, node: Node, seen: Node, twin: Node) -> Node:
     else:
         options["memory_format"] = torch.contiguous_format
         stand_in = emit(torch.empty_like, twin, **options)
-    args, kwargs = torch.fx.map_arg(
-        (node.args, node.kwargs), lambda read: stand_in if read is seen else read
-    )
-    return emit(node.target, *args, **kwargs)
+    return emit_again(emit, node, seen, stand_in)
 
 
 def _move_behind(emit: Emitter, nodes: Iterable[Node]) -> None:

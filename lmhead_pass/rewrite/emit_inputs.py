@@ -185,10 +185,7 @@ def emit_metadata_use(graph: Graph, node: Node, use: MetadataUse) -> Node:
     match use:
         case Look(seen):
             stand_in = _emit_stand_in(emit, seen, logits)
-            args, kwargs = torch.fx.map_arg(
-                (node.args, node.kwargs), lambda read: stand_in if read is seen else read
-            )
-            return emit(node.target, *args, **kwargs)
+            return emit_again(emit, node, seen, stand_in)
         case ExpandLike(_, tensor):
             value = tensor_of(logits.node)
             sizes = [-1] * value.dim()
@@ -196,6 +193,14 @@ def emit_metadata_use(graph: Graph, node: Node, use: MetadataUse) -> Node:
             return emit("expand", tensor, sizes)
         case _:
             assert_never(use)
+
+
+def emit_again(emit: Emitter, node: Node, seen: Node, stand_in: Node) -> Node:
+    """The same as ``node``, which reads ``stand_in`` instead of ``seen``."""
+    args, kwargs = torch.fx.map_arg(
+        (node.args, node.kwargs), lambda read: stand_in if read is seen else read
+    )
+    return emit(node.target, *args, **kwargs)
 
 
 def _emit_stand_in(emit: Emitter, seen: Node, logits: Logits) -> Node:

@@ -3,7 +3,7 @@
 import torch
 from torch.fx import Graph, Node
 
-from ..graph import Emitter, memory_of, tensor_of
+from ..graph import Emitter, memory_of, tensor_of, value_of
 from ..logits import Logits
 from ..plan import leaves_its_hidden_states, recipe_of
 from .emit_inputs import emit_hidden
@@ -38,7 +38,7 @@ def emit_lazily(graph: Graph, logits: Logits) -> tuple[Node, Node | None]:
 
 def _requires_gradient(logits: Logits) -> bool:
     read = (logits.head.hidden, *(node for step in logits.steps for node in step.nodes))
-    return any(getattr(node.meta["example_value"], "requires_grad", False) for node in read)
+    return any(getattr(value_of(node), "requires_grad", False) for node in read)
 
 
 def _is_seen_elsewhere(hidden: Node) -> bool:

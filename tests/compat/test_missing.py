@@ -42,6 +42,7 @@ REWRITES_NOTHING = [
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch._C._functorch.get_unwrapped",
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
+    "torch.Tensor._is_view",
     "torch.utils._pytree.tree_leaves",
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch.UntypedStorage._cdata",

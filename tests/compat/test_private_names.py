@@ -438,6 +438,11 @@ def kept_graphs():
     assert kept == [True, False]
 
 
+def views():
+    x = torch.ones(2)
+    assert graphs.is_view(x[1:]) and not graphs.is_view(x)
+
+
 def versions():
     x = torch.ones(2)
     before = lazy_tensors.version_of(x)
@@ -535,6 +540,7 @@ CANARIES = {
     "torch._C._set_throw_on_mutable_data_ptr": wrappers_without_memory,
     "torch._C.DisableTorchFunctionSubclass": wrappers_without_memory,
     "torch._C._disabled_torch_function_impl": wrappers_without_memory,
+    "torch.Tensor._is_view": views,
     "torch.Tensor._version": versions,
     "torch.utils.swap_tensors": swapped_tensors,
     "torch.utils._pytree.tree_flatten": leaves_of_trees,
