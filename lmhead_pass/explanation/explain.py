@@ -40,6 +40,8 @@ class Explanation:
     """A sentence for each head and loss that are rewritten: where, shapes, what is saved."""
     refused: list[str] = field(default_factory=list)
     """A sentence for each loss that is left alone: where, and why."""
+    deferred: list[str] = field(default_factory=list)
+    """A sentence for each head whose logits are returned, for losses that are taken outside."""
     graph_breaks: list[str] = field(default_factory=list)
     """A sentence for each place where Dynamo ended a graph: where, and why."""
     graphs: int = 0
@@ -52,8 +54,9 @@ class Explanation:
             f"lmhead_pass: {len(self.rewritten)} rewritten, {len(self.refused)} left alone, "
             f"in {self.graphs} graph{'s' * (self.graphs != 1)}"
         ]
-        lines += (f"  {sentence}" for sentence in (*self.rewritten, *self.refused))
-        if not self.rewritten and not self.refused:
+        told = (*self.rewritten, *self.refused, *self.deferred)
+        lines += (f"  {sentence}" for sentence in told)
+        if not told:
             lines.append("  no loss over logits reached a graph")
         lines += (f"  graph break: {sentence}" for sentence in self.graph_breaks)
         lines += (f"fix: {sentence}" for sentence in self.advice)
@@ -129,11 +132,13 @@ class _Captured:
                     refusals += [Refusal(call.match.node, not_run) for call in calls]
                 else:
                     explanation.rewritten += map(summary, calls)
+                    explanation.deferred += map(summary, edit.deferred)
                 explanation.refused += map(summary, refusals)
-                self._look(part.graph, refusals)
+                deferred = () if not_run else (logits.head.node for logits in edit.deferred)
+                self._look(part.graph, refusals, set(deferred))
                 edit.roll_back()
 
-    def _look(self, graph: Graph, refusals: Iterable[Refusal]) -> None:
+    def _look(self, graph: Graph, refusals: Iterable[Refusal], deferred: set[Node]) -> None:
         for refusal in refusals:
             if (call := _opaque_source(refusal.loss)) is not None:
                 self.opaque_heads.append(_opaque_sentence(call))
@@ -142,7 +147,7 @@ class _Captured:
                 self.without_head.append((classes, place_of(refusal.loss)))
         for flow in unread_heads(graph):
             node = flow.head.node
-            if flow.returned and is_whole(graph):
+            if flow.returned and is_whole(graph) and node not in deferred:
                 words = hint(tensor_of(node).size(flow.head.vocab_dim))
                 self.leaving.append((words, place_of(node)))
             self.opaque_readers += map(_opaque_sentence, filter(_is_opaque, flow.unsupported))

@@ -57,10 +57,17 @@ class EmittedCall:
     """The nodes of its call of the op."""
 
 
-def summary(item: EmittedCall | Refusal) -> str:
-    """One sentence on what became of a loss, and why."""
+def summary(item: EmittedCall | Refusal | Logits) -> str:
+    """One sentence on what became of a loss, or of logits that leave without one, and why."""
     if isinstance(item, Refusal):
         return f"left alone: {_where(item.loss)}: {item.reason}"
+    if isinstance(item, Logits):
+        hidden, weight = tensor_of(item.head.hidden), tensor_of(item.head.weight)
+        return (
+            f"deferred: {_where(item.head.node)}: hidden {_type(hidden.shape, hidden.dtype)}, "
+            f"weight {_type(weight.shape, weight.dtype)}; logits are returned lazily, computed if "
+            "they are read; losses that are taken of them are rewritten then"
+        )
     return _summary(item.match, item.call)
 
 
@@ -110,15 +117,9 @@ def rewritten(call: EmittedCall) -> None:
 
 def deferred(logits: Logits) -> None:
     """Report logits that leave a graph without a loss."""
-    hidden, weight = tensor_of(logits.head.hidden), tensor_of(logits.head.weight)
-    text = (
-        f"deferred: {_where(logits.head.node)}: hidden {_type(hidden.shape, hidden.dtype)}, weight "
-        f"{_type(weight.shape, weight.dtype)}; logits are returned lazily, computed if they are "
-        "read; losses that are taken of them are rewritten then"
-    )
-    if _is_news(text):
+    if _is_news(summary(logits)):
         _count("deferred")
-        log.info("%s", text)
+        log.info("%s", summary(logits))
 
 
 def refused(refusal: Refusal) -> None:

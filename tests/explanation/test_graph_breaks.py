@@ -363,8 +363,17 @@ class Plain(Parts):
 
 
 def test_only_the_model_is_compiled(tokens):
+    explanation = lmhead_pass.explain(torch.compile(Plain()), tokens)
+    (sentence,) = explanation.deferred
+    assert "deferred: linear" in sentence and sentence in str(explanation)
+    assert not explanation.advice
+    assert "no loss over logits" not in str(explanation)
+
+
+def test_only_a_model_that_keeps_its_logits_is_compiled(tokens):
     model = Plain()
-    advice = only_advice(torch.compile(model), tokens)
+    with lmhead_pass.config.patch(returned_logits="keep"):
+        advice = only_advice(torch.compile(model), tokens)
     assert f"logits of {V} words are returned" in advice
     assert "are returned, and their loss taken outside of what is compiled" in PAGE
     assert "compile one function that computes head and loss" in advice
