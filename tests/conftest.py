@@ -1,5 +1,6 @@
 """Every test starts with an empty Dynamo, fresh counters, and a pass that raises its failures."""
 
+import copy
 import os
 
 # Read by torch when it is imported, here and in the processes that tests start.
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 import lmhead_pass
+from lmhead_pass.compat import lookup
 from lmhead_pass.op.kernels import aten_loop as aten
 
 
@@ -27,8 +29,10 @@ def _fresh():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
+    missing = copy.deepcopy(lookup._missing)
     with lmhead_pass.config.patch(strict=True, min_vocab_size=64):
         yield
+    assert missing == lookup._missing  # or the pass may be off for all tests after this one
 
 
 @pytest.fixture

@@ -109,6 +109,7 @@ def assert_no_worse(
     unfused: Sequence[Tensor],
     exact: Sequence[Tensor],
     dtype: torch.dtype,
+    roundings: float = 1,
 ) -> None:
     """Errors against FP64 are those of the unfused model, but for rounding.
 
@@ -116,6 +117,7 @@ def assert_no_worse(
     order. Of FP64 the exact values have as many themselves.
     """
     sums = torch.promote_types(dtype, torch.float32)
-    rounding = torch.finfo(dtype).eps + (8 if dtype == torch.float64 else 4) * torch.finfo(sums).eps
+    of_sums = (8 if dtype == torch.float64 else 4) * torch.finfo(sums).eps
+    rounding = roundings * torch.finfo(dtype).eps + of_sums
     for ours, theirs in zip(errors(results, exact), errors(unfused, exact), strict=True):
         assert ours <= theirs + rounding, f"error {ours:.2e}, unfused {theirs:.2e}"

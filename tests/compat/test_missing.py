@@ -241,6 +241,18 @@ def test_without_example_values(caplog):
     assert line.endswith(f"has no Node.meta['example_value']: {NO_REWRITE}")
 
 
+def test_a_graph_of_modes_alone_lacks_nothing(caplog):
+    def break_under_autocast(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch._dynamo.graph_break()
+        return x * 2
+
+    with torch._inductor.config.patch(pre_grad_custom_pass=the_pass()):
+        torch.compile(break_under_autocast)(torch.ones(2))
+    assert not warnings_in(caplog)
+    assert run_with(lambda module: None)
+
+
 @pytest.mark.parametrize("returned_logits", ["lazy", "detach"])
 def test_without_reasons_of_ends(returned_logits, caplog):
     with lmhead_pass.config.patch(returned_logits=returned_logits):

@@ -115,18 +115,24 @@ def _of_logits(problem):
     return (problem.logit_scale, problem.softcap, problem.softcap_kind, problem.fill)
 
 
+def _assert_as_good(results, unfused, exact, dtype):
+    # Triton's interpreter cuts what a device rounds to BF16: that is off by up to twice as much.
+    cuts = DEVICE == "cpu" and dtype == torch.bfloat16
+    reference.assert_no_worse(results, unfused, exact, dtype, roundings=1.5 if cuts else 1)
+
+
 def _assert_no_worse(problem):
     upstream = torch.randn(problem.hidden.size(0), device=DEVICE)
     exact = _plain(problem, upstream, torch.float64)
     unfused = _plain(problem, upstream)
     results = _run(triton_loop, problem, upstream)
-    reference.assert_no_worse(results, unfused, exact, problem.compute_dtype)
+    _assert_as_good(results, unfused, exact, problem.compute_dtype)
     alone, *_ = triton_loop.forward(problem, [])
     torch.testing.assert_close(alone, results[0])
 
     results = _run(triton_loop, problem, upstream, MEASURES)
     loss_and_gradients, measures = results[: len(exact)], results[len(exact) :]
-    reference.assert_no_worse(loss_and_gradients, unfused, exact, problem.compute_dtype)
+    _assert_as_good(loss_and_gradients, unfused, exact, problem.compute_dtype)
     assert_measures(problem, measures)
 
 
@@ -147,7 +153,7 @@ def assert_measures(problem, measures):
     ):
         ours, theirs, right = ([m[name] for name in names] for m in (measures, unfused, exact))
         assert {m.dtype for m in ours} == {dtype}
-        reference.assert_no_worse(ours, theirs, right, dtype)
+        _assert_as_good(ours, theirs, right, dtype)
 
 
 LOSS = {"bias": True, "class_weight": True, "label_smoothing": 0.1}
@@ -225,13 +231,13 @@ def test_targets_among_masked_words_have_no_entry_of_their_own(dtype, fill):
             0, torch.arange(1, 4, device=DEVICE), -100)), upstream, kind)
         for kind in (torch.float64, None)
     )  # fmt: skip
-    reference.assert_no_worse(_run(triton_loop, problem, upstream), unfused, exact, dtype)
+    _assert_as_good(_run(triton_loop, problem, upstream), unfused, exact, dtype)
     problem = dataclasses.replace(problem, reduction="none", coefficient=None)
     upstream = torch.ones(TOKENS, device=DEVICE)
     loss, *gradients = _run(triton_loop, problem, upstream)
     expected, *exact = _plain(problem, upstream, torch.float64)
     torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=0.02, atol=0.02)
-    reference.assert_no_worse(gradients, _plain(problem, upstream)[1:], exact, dtype)
+    _assert_as_good(gradients, _plain(problem, upstream)[1:], exact, dtype)
 
 
 @both
@@ -272,7 +278,7 @@ def test_gradient_of_logsumexp(dtype, options, which):
     )
     gradients = gradients[: len(exact) - 1]
     assert gradients[0][::5].abs().amax(1).all()  # of rows that have no loss
-    reference.assert_no_worse(gradients, unfused[1:], exact[1:], dtype)
+    _assert_as_good(gradients, unfused[1:], exact[1:], dtype)
 
 
 @pytest.mark.parametrize("shape", ["words", "columns", "transposed"])
@@ -306,7 +312,7 @@ def test_narrow_products_of_wide_tensors(rows):
     exact = _plain(rounded, upstream, torch.float64)
     results = _run(triton_loop, problem, upstream)
     assert [result.dtype for result in results] == [torch.float32] * 3
-    reference.assert_no_worse(results, _plain(rounded, upstream), exact, torch.bfloat16)
+    _assert_as_good(results, _plain(rounded, upstream), exact, torch.bfloat16)
 
 
 @both
@@ -336,7 +342,7 @@ def test_fp16_gradients_neither_underflow_nor_overflow(factor, logit_scale):
     _, row_max, log_sum = triton_loop.forward(problem, [])
     needed = [True, True, False]
     gradients = triton_loop.backward(problem, needed, row_max, log_sum, upstream, None)
-    reference.assert_no_worse(gradients[:2], unfused[1:], exact[1:], torch.float16)
+    _assert_as_good(gradients[:2], unfused[1:], exact[1:], torch.float16)
 
 
 @both
@@ -349,7 +355,7 @@ def test_fp16_gradients_of_logsumexp_neither_underflow_nor_overflow(factor):
     saved, needed = (row_max, log_sum), [True, True, False]
     gradients = triton_loop.backward(problem, needed, *saved, None, factor * of_lse)
     results = [gradient.double() / factor for gradient in gradients[:2]]
-    reference.assert_no_worse(results, unfused[1:], exact[1:], torch.float16)
+    _assert_as_good(results, unfused[1:], exact[1:], torch.float16)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
