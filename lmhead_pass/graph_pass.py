@@ -17,7 +17,9 @@ class GraphPass:
 
     def __call__(self, graph: Graph) -> None:
         # This object has to exist before torch._dynamo is imported; what it needs to work, after.
-        importlib.import_module("lmhead_pass.rewrite").rewrite_graph(graph)
+        rewrite = importlib.import_module("lmhead_pass.rewrite")
+        rewrite.leave_lazy_inputs_to_eager(graph)
+        rewrite.rewrite_graph(graph)
 
     def uuid(self) -> str:
         """What the rewritten graph depends on: every file of the package and every setting."""

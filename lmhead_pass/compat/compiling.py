@@ -4,16 +4,22 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+
+import torch
 
 from .lookup import NO_LAZY_LOGITS, find, missing, report_missing
 
 _CompileContext = find("torch._guards.CompileContext.try_get", NO_LAZY_LOGITS)
 _TracingContext = find("torch._guards.TracingContext.try_get", NO_LAZY_LOGITS)
 
+_TRANSLATOR = "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx"
+_SKIP = "torch._dynamo.exc.SkipFrame"
+_NOT_LEFT = "a compiled function that is given returned logits computes them"
 # Where what torch.compile returns has what it was given: a module, a function.
 _UNCOMPILED = ("_orig_mod", "_torchdynamo_orig_callable")
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Counters = dict[str, Counter[str]]
 
 
@@ -34,6 +40,26 @@ def attempt() -> tuple[object, int] | None:
         )
         return None
     return context, context.attempt
+
+
+def never_compiled(function: Function) -> Function:
+    """Have Dynamo pass over ``function``, and all that it calls, where that runs by itself."""
+    undisturbed: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return undisturbed
+
+
+def may_be_left_to_eager() -> bool:
+    """Whether ``leave_to_eager`` may be called: not where ``fullgraph`` was asked for."""
+    current = find(_TRANSLATOR, _NOT_LEFT)
+    if current is None or find(_SKIP, _NOT_LEFT) is None:
+        return False
+    translator = current()
+    return not (translator.one_graph or translator.error_on_graph_break)
+
+
+def leave_to_eager(why: str) -> NoReturn:
+    """Have Dynamo run the function that it compiles as it is, from now on, or raise an error."""
+    raise (find(_SKIP, _NOT_LEFT) or RuntimeError)(why)
 
 
 def is_part_of_ddp() -> bool:

@@ -52,6 +52,19 @@ def outside_of_modes() -> Iterator[None]:
         yield
 
 
+def without_memory(
+    like: Tensor, device: torch.device, storage: torch.UntypedStorage | None = None
+) -> Tensor:
+    """A tensor of the form of ``like`` on ``device``, in this ``storage``, that has no values."""
+    with outside_of_modes():
+        made = torch.empty(0, dtype=like.dtype, device=device)
+        if storage is None:
+            storage = made.untyped_storage()
+        made.set_(storage, like.storage_offset(), like.size(), like.stride())
+        storage.resize_(0)
+        return made
+
+
 def version_of(tensor: Tensor) -> int:
     """How often ``tensor`` was written to in place; 0 where nobody counts."""
     return 0 if tensor.is_inference() else tensor._version

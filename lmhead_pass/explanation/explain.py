@@ -15,10 +15,10 @@ from torch.fx import Graph, GraphModule, Node
 from ..compat.compiling import counted_apart, uncompiled, without_recompile_limit
 from ..compat.graphs import autograd_function_call, namespace_of, why_not_rewritten
 from ..compat.lookup import NO_REWRITE
-from ..graph import Place, Refusal, describe, hint, place_of, tensor_of
+from ..graph import Place, Refusal, describe, hint, place_of, tensor_of, value_of
 from ..logits import class_count
 from ..plan import has_no_head, is_whole, unread_heads, way_up
-from ..rewrite import GraphEdit, prepare, summary
+from ..rewrite import GraphEdit, losses_of_inputs, prepare, summary
 from .graph_breaks import TOPICS, Break, break_after, take_untraced
 
 _TOGETHER = (
@@ -74,9 +74,10 @@ def explain(
 
     def backend(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         before = take_untraced(counters)
+        deferred = {words for graph in graphs for words in graph.deferred}
         captured = _Captured(before, break_after(module, before))
         graphs.append(captured)
-        captured.look_at(module, explanation, not_run)
+        captured.look_at(module, explanation, not_run, deferred)
         forward: Callable[..., Any] = module.forward
         return forward
 
@@ -113,29 +114,40 @@ class _Captured:
     """Losses whose logits are an input: how many classes, and where."""
     leaving: list[tuple[int, Place | None]] = field(default_factory=list)
     """Logits that leave the graph and that no loss in it takes: how many words, and where."""
+    deferred: list[int] = field(default_factory=list)
+    """How many words there are in logits that leave the graph to be computed if they are read."""
     opaque_heads: list[str] = field(default_factory=list)
     """A sentence for each call that hides where the logits of a loss come from."""
     opaque_readers: list[str] = field(default_factory=list)
     """A sentence for each call that reads a head and hides what it makes of it."""
 
-    def look_at(self, module: GraphModule, explanation: Explanation, not_run: str) -> None:
-        """Note what is in the graph of ``module`` and in its parts, and explain it."""
+    def look_at(
+        self, module: GraphModule, explanation: Explanation, not_run: str, words: set[int]
+    ) -> None:
+        """Note what is in the graph of ``module`` and in its parts, and explain it.
+
+        Earlier graphs have deferred logits of so many ``words``.
+        """
         if lacking := why_not_rewritten(module.graph):
             explanation.refused.append(f"this torch has no {lacking}: {NO_REWRITE}")
             return
         for part in module.modules():
             if isinstance(part, GraphModule):
+                outside = _losses_outside(part.graph, words)
                 edit = GraphEdit(part.graph)
                 calls, refusals = prepare(edit)
-                self.has_losses |= bool(calls or refusals)
+                refusals = [refusal for refusal in refusals if refusal.loss not in outside]
+                self.has_losses |= bool(calls or refusals or outside)
                 if not_run:
                     refusals += [Refusal(call.match.node, not_run) for call in calls]
                 else:
                     explanation.rewritten += map(summary, calls)
+                    explanation.rewritten += map(_outside_sentence, outside)
                     explanation.deferred += map(summary, edit.deferred)
                 explanation.refused += map(summary, refusals)
-                deferred = () if not_run else (logits.head.node for logits in edit.deferred)
-                self._look(part.graph, refusals, set(deferred))
+                heads = () if not_run else [logits.head for logits in edit.deferred]
+                self.deferred += (hint(head.vocab_size) for head in heads)
+                self._look(part.graph, refusals, {head.node for head in heads})
                 edit.roll_back()
 
     def _look(self, graph: Graph, refusals: Iterable[Refusal], deferred: set[Node]) -> None:
@@ -151,6 +163,25 @@ class _Captured:
                 words = hint(tensor_of(node).size(flow.head.vocab_dim))
                 self.leaving.append((words, place_of(node)))
             self.opaque_readers += map(_opaque_sentence, filter(_is_opaque, flow.unsupported))
+
+
+def _losses_outside(graph: Graph, words: set[int]) -> list[Node]:
+    """Losses of logits that an earlier graph defers: they are fused when they run."""
+    logits = [
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if isinstance(value := value_of(node), torch.Tensor)
+        and value.dim() > 1
+        and hint(value.size(-1)) in words
+    ]
+    return losses_of_inputs(graph, logits) if logits else []
+
+
+def _outside_sentence(loss: Node) -> str:
+    return (
+        f"rewritten: {describe(loss)} at {place_of(loss) or 'unknown place'}: of logits that are "
+        "deferred; its function is run as it is, not compiled"
+    )
 
 
 def _advise(graphs: Sequence[_Captured], afterwards: list[Break]) -> list[str]:

@@ -23,7 +23,6 @@ from .call_planning import plan_calls
 from .returned_plan import (
     check_returned,
     check_together,
-    ends_in_a_break,
     is_whole,
     is_worth_deferring,
 )
@@ -120,14 +119,13 @@ def _rewrite(flow: Flow) -> Rewrite:
 
 
 def _only_leave(flow: Flow) -> bool:
-    """Whether these are a language model's logits, which leave the graph for good."""
+    """Whether these are a language model's logits, which leave the graph."""
     graph = flow.head.node.graph
     return (
         bool(flow.returned)
         and not flow.unsupported
         and config.returned_logits == "lazy"
         and is_whole(graph)
-        and not ends_in_a_break(graph)
         and is_worth_deferring(flow)
     )
 

@@ -10,7 +10,8 @@ Importing this registers the ops.
 
 from . import return_op
 from .cells import Call, Cell
+from .lazy_logits import LazyLogits
 from .reading import user_stack
 from .recipe import Recipe, Step, StepKind
 
-__all__ = ["Call", "Cell", "Recipe", "Step", "StepKind", "return_op", "user_stack"]
+__all__ = ["Call", "Cell", "LazyLogits", "Recipe", "Step", "StepKind", "return_op", "user_stack"]

@@ -73,6 +73,7 @@ class Cell:
         self._is_root = isinstance(source, Recipe)
         self._root: Cell | None = None  # never itself: memory waits for no garbage collector
         self._made: list[weakref.ref[Cell]] = []
+        self._form: Tensor | None = None
         self._is_settled = value is not None
         """Whether the value is computed, and those of all that was made of it before."""
         if isinstance(source, Call):
@@ -134,6 +135,21 @@ class Cell:
         self._is_settled = True
         if isinstance(self.source, Recipe) or not self.is_view:
             self.source = None
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether the value is still to be computed from a head."""
+        return self.value is None and self.root is not None
+
+    def form(self, device: torch.device) -> Tensor:
+        """A tensor of the value's form, without a value: the same until the value is read."""
+        if self._form is None:
+            storage = None
+            for cell in self.source.cells if isinstance(self.source, Call) else ():
+                if compat.memory_of(cell.like) == compat.memory_of(self.like):
+                    storage = cell.form(device).untyped_storage()
+            self._form = compat.without_memory(self.like, device, storage)
+        return self._form
 
     @property
     def is_view(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compat import lazy_tensors as compat
+from ..compat.compiling import never_compiled
 from .cells import Call
 from .lazy_gradient import LazyGradient, Sources, Term, terms_of, through
 from .recipe import SETTING, Recipe
@@ -34,6 +35,7 @@ class Head(torch.autograd.Function):
         return make()
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[3 : 3 + len(inputs)]
@@ -121,6 +123,7 @@ class Derive(torch.autograd.Function):
         return make()
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
@@ -177,6 +180,7 @@ class Consume(torch.autograd.Function):
         return result
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
@@ -246,6 +250,7 @@ class Values(torch.autograd.Function):
         return value
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
@@ -259,6 +264,7 @@ class Become(torch.autograd.Function):
         return logits
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         return None, gradient
 
@@ -276,6 +282,7 @@ class Gate(torch.autograd.Function):
         return logits
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None]:
         if gradient is not None:
             _refuse(

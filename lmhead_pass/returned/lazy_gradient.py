@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..compat import lazy_tensors as compat
+from ..compat.compiling import never_compiled
 from .metadata import METADATA
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
@@ -56,6 +57,7 @@ class LazyGradient(Tensor):
             return sum(others, first)
 
     @classmethod
+    @never_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in METADATA:
             # Who sees it in Python may ask for its address, or for that of a view.
@@ -66,6 +68,7 @@ class LazyGradient(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
+    @never_compiled
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..compat import lazy_tensors as compat
-from ..compat.compiling import is_compiling
+from ..compat.compiling import is_compiling, never_compiled
 from . import reading
 from .cells import Call, Cell
 from .history import Become, Consume, Derive, Gate, Head, Values
@@ -72,6 +72,7 @@ class LazyLogits(Tensor):
         return alias
 
     @classmethod
+    @never_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         logits = _lazy_in((args, kwargs))
@@ -106,6 +107,9 @@ class LazyLogits(Tensor):
 
     @property
     def _value(self) -> Tensor:
+        if self._cell.is_unread and is_compiling():
+            # Only its form is looked at, and perhaps nobody is to read it afterwards.
+            return self._cell.form(self.device)
         return self._cell.read()
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:

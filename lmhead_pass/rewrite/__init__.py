@@ -4,11 +4,20 @@
 checkpointed regions. ``edit`` holds the changes to a graph until they are committed or rolled back;
 ``emit_calls`` inserts calls of the op, from what ``emit_inputs``, ``emit_coefficients`` and
 ``emit_results`` insert around them, and ``emit_returned`` what stands for logits that leave the
-graph. ``report`` tells what was done.
+graph. ``report`` tells what was done. ``lazy_inputs`` leaves functions that are given such logits
+to eager.
 """
 
 from .edit import GraphEdit
+from .lazy_inputs import leave_lazy_inputs_to_eager, losses_of_inputs
 from .report import summary
 from .rewriter import prepare, rewrite_graph
 
-__all__ = ["GraphEdit", "prepare", "rewrite_graph", "summary"]
+__all__ = [
+    "GraphEdit",
+    "leave_lazy_inputs_to_eager",
+    "losses_of_inputs",
+    "prepare",
+    "rewrite_graph",
+    "summary",
+]

@@ -129,6 +129,13 @@ def refused(refusal: Refusal) -> None:
         log.info("%s", summary(refusal))
 
 
+def left_to_eager(node: Node, why: str) -> None:
+    """Report a function that is run as it is, not compiled."""
+    text = f"left to eager: the function with {_where(node)}: {why}"
+    if _is_news(text):
+        log.info("%s", text)
+
+
 def failure(error: Exception) -> None:
     """Report that the pass failed and left a graph as it was."""
     _count("failed")

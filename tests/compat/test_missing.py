@@ -336,6 +336,21 @@ def test_without_a_limit_of_recompiles(config, monkeypatch, caplog):
     assert "explain misses the graphs of a function" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch._dynamo.exc.SkipFrame",
+        "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx",
+    ],
+)
+def test_without_a_way_to_eager(name, take, caplog):
+    take(name)
+    compiled, second = rewrite(lambda *given: step(*given)[1]), rewrite(F.cross_entropy)
+    arguments = inputs()
+    torch.testing.assert_close(second(compiled(*arguments), arguments[2]), step(*arguments)[0])
+    assert "a compiled function that is given returned logits computes them" in caplog.text
+
+
 def test_without_autograd_functions(take, caplog):
     take("torch.ops.higher_order.autograd_function_apply")
     assert graphs.autograd_function_call() is None

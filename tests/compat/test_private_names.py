@@ -491,6 +491,18 @@ def stable_hashes():
     assert LazyLogits._stable_hash_for_caching.__name__ in inspect.getsource(autograd_cache)
 
 
+def functions_left_to_eager():
+    def backend(module, inputs):
+        may_be.append(compiling.may_be_left_to_eager())
+        compiling.leave_to_eager("why")
+
+    may_be = []
+    assert torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2)).sum() == 4
+    with pytest.raises(Exception, match="why"):
+        torch.compile(lambda x: x + 1, backend=backend, fullgraph=True)(torch.ones(2))
+    assert may_be == [True, False]
+
+
 CANARIES = {
     "torch._C._set_grad_enabled": set_grad_enabled,
     "torch.autograd.grad_mode._enter_inference_mode": inference_mode,
@@ -542,6 +554,8 @@ CANARIES = {
     "torch._C._disabled_torch_function_impl": wrappers_without_memory,
     "torch.Tensor._is_view": views,
     "torch.Tensor._version": versions,
+    "torch._dynamo.exc.SkipFrame": functions_left_to_eager,
+    "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": functions_left_to_eager,
     "torch.utils.swap_tensors": swapped_tensors,
     "torch.utils._pytree.tree_flatten": leaves_of_trees,
     "torch._subclasses.fake_tensor.FakeTensorMode": fake_tensors,

@@ -50,7 +50,8 @@ def test_head_and_loss_in_different_graphs(tokens):
             torch._dynamo.graph_break()
             return flat(logits, tokens)
 
-    explanation = lmhead_pass.explain(Broken(), tokens)
+    with lmhead_pass.config.patch(returned_logits="keep"):
+        explanation = lmhead_pass.explain(Broken(), tokens)
     assert explanation.graphs == 2
     text = str(explanation)
     assert "the logits are an input of this graph" in text

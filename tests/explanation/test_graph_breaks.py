@@ -1,7 +1,8 @@
 """``lmhead_pass.explain`` on heads and losses that are kept apart: its advice, and that it helps.
 
 Every piece of advice is followed to the letter: settings and assignments are run as it says them.
-The rows of docs/graph-breaks.md are these.
+The rows of docs/graph-breaks.md are these. Where logits are returned to be computed later, as they
+are unless a test says otherwise, most breaks do no harm: ``test_harmless``.
 """
 
 import logging
@@ -17,6 +18,7 @@ from torch._dynamo.utils import counters
 
 import lmhead_pass
 
+from ..backend import rewrite
 from ..forms import V, flat
 
 PAGE = (Path(__file__).parents[2] / "docs" / "graph-breaks.md").read_text()
@@ -104,6 +106,15 @@ CHANGES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _logits_are_detached(request):
+    if "harmless" in request.node.name:
+        yield
+        return
+    with lmhead_pass.config.patch(returned_logits="detach"):
+        yield
+
+
 @pytest.fixture
 def tokens():
     return torch.randint(1, V, (3, 7))
@@ -152,6 +163,21 @@ def test_settings(kind, tokens):
     assert says in PAGE
     with following(advice):
         check_rewritten(model, tokens)
+
+
+@pytest.mark.filterwarnings("ignore:a warning")
+@pytest.mark.parametrize("kind", SETTINGS | CHANGES)
+def test_harmless(kind, tokens):
+    """Logits go across the break unread, and the loss behind it is fused."""
+    model = Between((SETTINGS | CHANGES)[kind][0])
+    explanation = lmhead_pass.explain(model, tokens)
+    (sentence,) = explanation.rewritten
+    assert "of logits that are deferred" in sentence and "forms.py:" in sentence
+    assert len(explanation.deferred) == 1 and explanation.graph_breaks
+    assert not explanation.refused + explanation.advice
+    torch._dynamo.reset()
+    torch.testing.assert_close(rewrite(model)(tokens), model(tokens))
+    assert counters["lmhead_pass"] == {"deferred": 1, "rewritten": 1}
 
 
 @pytest.mark.parametrize("kind", CHANGES)
@@ -312,7 +338,7 @@ def test_a_break_in_a_loop(tokens):
     assert len(explanation.rewritten + explanation.refused) > 0
 
 
-def test_a_disabled_loss(tokens):
+def test_a_disabled_loss_is_harmless(tokens):
     class Disabled(Parts):
         loss = staticmethod(torch._dynamo.disable(flat))
 
@@ -322,7 +348,10 @@ def test_a_disabled_loss(tokens):
     class Enabled(Disabled):
         loss = staticmethod(flat)
 
-    assert "Take `torch.compiler.disable` away" in only_advice(Disabled(), tokens)
+    explanation = lmhead_pass.explain(Disabled(), tokens)
+    assert explanation.deferred and not explanation.advice
+    with lmhead_pass.config.patch(returned_logits="keep"):
+        assert "Take `torch.compiler.disable` away" in only_advice(Disabled(), tokens)
     check_rewritten(Enabled(), tokens)
 
 
@@ -363,7 +392,8 @@ class Plain(Parts):
 
 
 def test_only_the_model_is_compiled(tokens):
-    explanation = lmhead_pass.explain(torch.compile(Plain()), tokens)
+    with lmhead_pass.config.patch(returned_logits="lazy"):
+        explanation = lmhead_pass.explain(torch.compile(Plain()), tokens)
     (sentence,) = explanation.deferred
     assert "deferred: linear" in sentence and sentence in str(explanation)
     assert not explanation.advice
@@ -372,8 +402,7 @@ def test_only_the_model_is_compiled(tokens):
 
 def test_only_a_model_that_keeps_its_logits_is_compiled(tokens):
     model = Plain()
-    with lmhead_pass.config.patch(returned_logits="keep"):
-        advice = only_advice(torch.compile(model), tokens)
+    advice = only_advice(torch.compile(model), tokens)
     assert f"logits of {V} words are returned" in advice
     assert "are returned, and their loss taken outside of what is compiled" in PAGE
     assert "compile one function that computes head and loss" in advice

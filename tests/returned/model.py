@@ -62,6 +62,10 @@ def looks(tensor):
     ]
 
 
+def of_another_dtype(logits):
+    return logits.bfloat16() if logits.dtype == torch.float32 else logits.float()
+
+
 RETURNS = {
     "as they are": lambda logits: logits,
     "float": lambda logits: logits.float(),
@@ -71,7 +75,7 @@ RETURNS = {
     "vocabulary first": lambda logits: logits.transpose(1, 2),
     "detached": lambda logits: logits.detach(),
     "double": lambda logits: logits.bfloat16().float()[:, 1:].contiguous(),
-    "several": lambda logits: (logits, logits.bfloat16()[:, 0], {"again": logits}),
+    "several": lambda logits: (logits, of_another_dtype(logits)[:, 0], {"again": logits}),
 }
 
 

@@ -1,0 +1,136 @@
+"""Compiled functions that are given logits which nobody has computed yet.
+
+Compiled, such a function reads them. Two kinds are run as they are instead: one that takes a loss
+of the logits and does little else, since the op then computes the loss without them; and one that
+writes to them under one of several names.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from ..compat.compiling import leave_to_eager, may_be_left_to_eager
+from ..compat.graphs import EXAMPLE_VALUE
+from ..graph import hint, memory_of, mutation, product, value_of
+from ..returned import LazyLogits
+from . import report
+from .edit import GraphEdit
+from .rewriter import prepare
+
+# So many numbers for each row of the logits may a loss compute beside them.
+_NUMBERS_PER_ROW = 16
+_SOME_HIDDEN_SIZE = 8
+
+
+def leave_lazy_inputs_to_eager(graph: Graph) -> None:
+    """Have Dynamo run the function of ``graph`` as it is, if that is of the two kinds."""
+    lazy = [
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if isinstance(value_of(node), LazyLogits)
+    ]
+    if not lazy:
+        return
+    if writer := _writer_to_one_of_several(graph, lazy):
+        why = "it writes to returned logits that have another name in the same function"
+        report.left_to_eager(writer, why)
+        leave_to_eager(why)
+    if may_be_left_to_eager() and (losses := losses_of_inputs(graph, lazy)):
+        why = "it takes a loss of returned logits, which are not computed for it then"
+        report.left_to_eager(losses[0], why)
+        leave_to_eager(why)
+
+
+def losses_of_inputs(graph: Graph, logits: Sequence[Node]) -> list[Node]:
+    """What the op would compute of these inputs of ``graph``, if the function does little else."""
+    return _losses(graph, logits) if _does_little_else(graph, logits) else []
+
+
+def _writer_to_one_of_several(graph: Graph, lazy: Sequence[Node]) -> Node | None:
+    """What writes to lazy logits that have more names in ``graph``.
+
+    Compiled, the other names would keep the old values: AOTAutograd compares the memory of its
+    inputs, and a tensor that is computed later has none.
+    """
+    memory = {memory for node in lazy for memory in memory_of(node)}
+    # Two lazy logits may share memory in the next call, if not in this one.
+    names = [
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if node in lazy or not memory.isdisjoint(memory_of(node))
+    ]
+    writers = (node for node in graph.nodes if not memory.isdisjoint(mutation.memory_written(node)))
+    return next(writers, None) if len(names) > 1 else None
+
+
+def _does_little_else(graph: Graph, logits: Sequence[Node]) -> bool:
+    """Whether nothing large is computed in ``graph`` but from these inputs."""
+    most = max(_NUMBERS_PER_ROW * hint(product(value_of(node).shape[:-1])) for node in logits)
+    from_logits = set(logits)
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        if not from_logits.isdisjoint(node.all_input_nodes):
+            from_logits.add(node)
+        elif isinstance(value := value_of(node), Tensor) and hint(value.numel()) > most:
+            return False
+    return True
+
+
+def _losses(graph: Graph, logits: Sequence[Node]) -> list[Node]:
+    with _heads_in_place_of(graph, logits):
+        edit = GraphEdit(graph)
+        try:
+            calls, _ = prepare(edit)
+            return [call.match.node for call in calls]
+        finally:
+            edit.roll_back()
+
+
+@contextmanager
+def _heads_in_place_of(graph: Graph, logits: Sequence[Node]) -> Iterator[None]:
+    """As if linear layers made these logits from inputs of the graph, which there are not."""
+    values = {n: value for n in graph.nodes if isinstance(value := value_of(n), LazyLogits)}
+    for node, value in values.items():
+        node.meta[EXAMPLE_VALUE] = _plain(value)
+    heads = {node: _insert_head(graph, node) for node in logits}
+    for node, head in heads.items():
+        node.replace_all_uses_with(head)
+    try:
+        yield
+    finally:
+        for node, head in heads.items():
+            head.replace_all_uses_with(node)
+            for made in (head, *head.args):
+                graph.erase_node(made)
+        for node, value in values.items():
+            node.meta[EXAMPLE_VALUE] = value
+
+
+def _plain(logits: LazyLogits) -> Tensor:
+    """The values in the same memory, as a linear layer would have made them."""
+    leaf = logits._value.detach().requires_grad_(logits.requires_grad)
+    with torch.enable_grad():
+        value: Tensor = torch.ops.aten.alias(leaf)
+        return value
+
+
+def _insert_head(graph: Graph, logits: Node) -> Node:
+    value = value_of(logits)
+    *rows, vocab = value.shape
+    inputs = []
+    after = graph.find_nodes(op="placeholder")[-1]
+    for name, first in {"hidden": rows, "weight": [vocab]}.items():
+        with graph.inserting_after(after):
+            after = graph.placeholder(f"{logits.name}_{name}")
+        like = value.new_empty((*first, _SOME_HIDDEN_SIZE))
+        after.meta[EXAMPLE_VALUE] = like.requires_grad_(value.requires_grad)
+        inputs.append(after)
+    with graph.inserting_after(after):
+        head = graph.call_function(F.linear, tuple(inputs))
+    head.meta[EXAMPLE_VALUE] = value
+    return head
