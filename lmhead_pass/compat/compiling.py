@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeVar
 
-import torch
-
 from .lookup import NO_LAZY_LOGITS, find, missing, report_missing
 
 _CompileContext = find("torch._guards.CompileContext.try_get", NO_LAZY_LOGITS)
@@ -44,7 +42,9 @@ def attempt() -> tuple[object, int] | None:
 
 def never_compiled(function: Function) -> Function:
     """Have Dynamo pass over ``function``, and all that it calls, where that runs by itself."""
-    undisturbed: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    # Not torch.compiler.disable: that imports Dynamo, and ``import lmhead_pass`` does not.
+    disable = find("torch._disable_dynamo", _NOT_LEFT)
+    undisturbed: Function = function if disable is None else disable(function)
     return undisturbed
 
 

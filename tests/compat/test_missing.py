@@ -73,6 +73,7 @@ RETURNS_NO_LAZY_LOGITS = [
     "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",
 ]
 STILL_REWRITES = {
+    "torch._disable_dynamo": "a compiled function that is given returned logits computes them",
     "torch._C._nn._parse_to": "to() computes logits that are not read yet",
     "torch.utils._config_module.install_config_module": "lmhead_pass.config has no patch()",
     "torch._inductor.custom_graph_pass.CustomGraphPass": "Inductor caches no graph",

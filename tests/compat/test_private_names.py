@@ -491,6 +491,22 @@ def stable_hashes():
     assert LazyLogits._stable_hash_for_caching.__name__ in inspect.getsource(autograd_cache)
 
 
+def functions_never_compiled():
+    graphs = []
+
+    @compiling.never_compiled
+    def doubled(x):
+        return x * 2
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(lambda x: doubled(x), backend=backend)
+    assert compiled(torch.ones(2)).sum() == 4
+    assert not graphs
+
+
 def functions_left_to_eager():
     def backend(module, inputs):
         may_be.append(compiling.may_be_left_to_eager())
@@ -554,6 +570,7 @@ CANARIES = {
     "torch._C._disabled_torch_function_impl": wrappers_without_memory,
     "torch.Tensor._is_view": views,
     "torch.Tensor._version": versions,
+    "torch._disable_dynamo": functions_never_compiled,
     "torch._dynamo.exc.SkipFrame": functions_left_to_eager,
     "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": functions_left_to_eager,
     "torch.utils.swap_tensors": swapped_tensors,
