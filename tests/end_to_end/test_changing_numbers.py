@@ -52,8 +52,14 @@ def _graphs(step, numbers, **options):
     return counters["stats"]["unique_graphs"], results
 
 
-@pytest.mark.parametrize("numbers", [[1 + n / 8 for n in range(CALLS)], [*range(1, CALLS + 1)]])
-@pytest.mark.parametrize("step", STEPS)
+FLOATS, INTEGERS = [1 + n / 8 for n in range(CALLS)], [*range(1, CALLS + 1)]
+CASES = [
+    *((step, FLOATS) for step in STEPS),
+    *((step, INTEGERS) for step in ("temperature", "coefficient", "smoothing")),
+]
+
+
+@pytest.mark.parametrize(("step", "numbers"), CASES)
 def test_no_more_graphs_than_without_the_pass(step, numbers):
     if step == "smoothing" and isinstance(numbers[0], int):
         numbers = [0, 1, 2, 3]

@@ -104,7 +104,7 @@ def test_steps_hold_memory_flat(name):
     growth(lambda: training.run(use, 3))  # what tests before this one have left goes with it
     is_read = use is keep_and_read  # by an argmax, outside
     assert counters["lmhead_pass"] == {"rewritten": 1 + is_read}
-    held, objects = growth(lambda: training.run(use, 1000))
+    held, objects = growth(lambda: training.run(use, 300))
     assert held == 0
     assert abs(objects) < 100
 
@@ -155,7 +155,7 @@ def growth_of_compilations(count):
 
 
 def test_compilations_leave_nothing_behind():
-    assert not growth_of_compilations(50)
+    assert not growth_of_compilations(15)
 
 
 def test_a_leak_of_graphs_is_seen():

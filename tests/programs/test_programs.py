@@ -12,8 +12,6 @@ from .many import COUNT, SEED, many_programs
 from .program import forget
 from .uniform import BACKEND
 
-pytestmark = pytest.mark.xdist_group("programs")  # many_programs makes them once
-
 
 @pytest.fixture(autouse=True)
 def _on_one_thread(one_thread):

@@ -192,9 +192,16 @@ three_dtypes = _held(
 both = pytest.mark.parametrize("held", ["logits", "exponentials"], indirect=True)
 
 
-@pytest.mark.parametrize("rows", [4, 512], ids=["chunks", "one_chunk"])
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+CASES = {  # reduction, options, rows
+    **{f"mean-{options}-chunks": ("mean", options, 4) for options in OPTIONS},
+    **{f"{r}-all-chunks": (r, "all", 4) for r in ("sum", "none")},
+    **{f"none-{options}-chunks": ("none", options, 4) for options in ("plain", "algebraic")},
+    **{f"{r}-plain-one_chunk": (r, "plain", 512) for r in ("mean", "sum", "none")},
+    **{f"{r}-all-one_chunk": (r, "all", 512) for r in ("mean", "none")},
+}
+
+
+@pytest.mark.parametrize(("reduction", "options", "rows"), CASES.values(), ids=CASES)
 @every_dtype
 def test_values_gradients_and_measures(dtype, reduction, options, rows):
     tokens = TOKENS + HIDDEN  # more than one chunk, also where a single one may be larger
