@@ -303,7 +303,9 @@ def _values(logits: LazyLogits) -> Tensor:
     value = logits._cell.read()
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return value
-    with compat.outside_of_modes(), compat.without_torch_function():
+    # What is traced stays in the modes that trace it.
+    modes = contextlib.nullcontext() if is_compiling() else compat.outside_of_modes()
+    with modes, compat.without_torch_function():
         return Values.apply(logits) if logits.requires_grad else value  # type: ignore[no-untyped-call]
 
 
