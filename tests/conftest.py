@@ -22,14 +22,12 @@ import torch
 import lmhead_pass
 from lmhead_pass.compat import lookup
 from lmhead_pass.op.kernels import aten_loop as aten
-from lmhead_pass.outside import fused_reader
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    fused_reader._readers.clear()
     torch.manual_seed(0)
     missing = copy.deepcopy(lookup._missing)
     with lmhead_pass.config.patch(strict=True, min_vocab_size=64):

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeVar
 
@@ -16,6 +16,8 @@ _SKIP = "torch._dynamo.exc.SkipFrame"
 _NOT_LEFT = "a compiled function that is given returned logits computes them"
 # Where what torch.compile returns has what it was given: a module, a function.
 _UNCOMPILED = ("_orig_mod", "_torchdynamo_orig_callable")
+
+_NEVER_FORGOTTEN: dict[Any, Any] = {}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Counters = dict[str, Counter[str]]
@@ -60,6 +62,13 @@ def may_be_left_to_eager() -> bool:
 def leave_to_eager(why: str) -> NoReturn:
     """Have Dynamo run the function that it compiles as it is, from now on, or raise an error."""
     raise (find(_SKIP, _NOT_LEFT) or RuntimeError)(why)
+
+
+def forgotten_by_reset() -> MutableMapping[Any, Any]:
+    """A dictionary that ``torch._dynamo.reset`` (``torch.compiler.reset``) empties."""
+    without = "what is taken of returned logits is traced once, also after torch.compiler.reset()"
+    failures: MutableMapping[Any, Any] | None = find("torch._dynamo.utils.guard_failures", without)
+    return _NEVER_FORGOTTEN if failures is None else failures
 
 
 def is_part_of_ddp() -> bool:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from .. import config
 from ..compat import lazy_tensors as compat
+from ..compat.compiling import forgotten_by_reset
 from ..compat.settings import settings_of
 from ..returned import Call, Cell, Recipe, user_stack
 from ..rewrite import rewrite_graph
@@ -27,7 +28,8 @@ Reader = Callable[..., Tensor]
 
 _MOST = 64
 _readers: OrderedDict[Any, Reader | None] = OrderedDict()
-"""The ways of use so far, the latest last. Old ones are let go: sizes and numbers may change."""
+"""The ways of use so far, the latest last. Old ones are let go: sizes and numbers may change. All
+go where Dynamo forgets what it has compiled."""
 
 
 def reader_of(call: Call, root: Cell) -> Reader | None:
@@ -37,6 +39,9 @@ def reader_of(call: Call, root: Cell) -> Reader | None:
     """
     recipe = root.source
     assert isinstance(recipe, Recipe)
+    if reader_of not in (known := forgotten_by_reset()):
+        known[reader_of] = []
+        _readers.clear()
     way = _Way()
     key = (way.describe(call), *_world(recipe))
     if key not in _readers:

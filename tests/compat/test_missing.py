@@ -352,6 +352,12 @@ def test_without_a_way_to_eager(name, take, caplog):
     assert "a compiled function that is given returned logits computes them" in caplog.text
 
 
+def test_without_what_a_reset_forgets(take, caplog):
+    take("torch._dynamo.utils.guard_failures")
+    assert compiling.forgotten_by_reset() is compiling.forgotten_by_reset()
+    assert "is traced once, also after torch.compiler.reset()" in caplog.text
+
+
 def test_without_autograd_functions(take, caplog):
     take("torch.ops.higher_order.autograd_function_apply")
     assert graphs.autograd_function_call() is None

@@ -492,6 +492,13 @@ def stable_hashes():
     assert LazyLogits._stable_hash_for_caching.__name__ in inspect.getsource(autograd_cache)
 
 
+def forgotten_by_reset():
+    compiling.forgotten_by_reset()["something"] = []
+    assert "something" in compiling.forgotten_by_reset()
+    torch._dynamo.reset()
+    assert "something" not in compiling.forgotten_by_reset()
+
+
 def functions_never_compiled():
     graphs = []
 
@@ -572,6 +579,7 @@ CANARIES = {
     "torch.Tensor._is_view": views,
     "torch.Tensor._version": versions,
     "torch._disable_dynamo": functions_never_compiled,
+    "torch._dynamo.utils.guard_failures": forgotten_by_reset,
     "torch._dynamo.exc.SkipFrame": functions_left_to_eager,
     "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": functions_left_to_eager,
     "torch.utils.swap_tensors": swapped_tensors,

@@ -134,7 +134,7 @@ HEADS = {
     "backward_hook": (lambda: hooked_backward("register_full_backward_hook"), 0),
     "backward_pre_hook": (lambda: hooked_backward("register_full_backward_pre_hook"), 0),
     "hook_of_logits": (lambda: hooked_logits(lambda z: z.register_hook(lambda g: g * 2)), 0),
-    "retain_grad": (lambda: hooked_logits(lambda z: z.retain_grad()), 0),
+    "retain_grad": (lambda: hooked_logits(lambda z: z.retain_grad()), 1),
     "sequence": (lambda: nn.Sequential(nn.LayerNorm(H), nn.Linear(H, V)), 1),
 }
 

@@ -149,6 +149,15 @@ def test_the_same_way_of_use_is_traced_once(monkeypatch):
     assert len(fused_reader._readers) == fused_reader._MOST
 
 
+def test_a_reset_forgets_ways_of_use():
+    model, inputs = Model(), batch()
+    for _ in range(2):
+        torch.compiler.reset()
+        counters.clear()
+        run(model, rewrite(model), shifted, inputs)
+        assert counters["lmhead_pass"] == {"deferred": 1, "rewritten": 1}
+
+
 def test_targets_of_another_call_are_those_of_that_call():
     model, (x, _) = Model(), batch()
     compiled = rewrite(model)
