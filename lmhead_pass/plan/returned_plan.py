@@ -48,7 +48,7 @@ def check_returned(logits: Logits) -> Logits:
     if logits.stage is not Stage.LOGITS:
         raise Refused("the compiled function returns log-probabilities. Return the loss alone")
     if config.returned_logits == "detach":
-        if tensor_of(logits.node).requires_grad and ends_in_a_break(logits.node.graph):
+        if tensor_of(logits.node).requires_grad and _ends_in_a_break(logits.node.graph):
             raise Refused(
                 "a graph break follows, and code after it that uses the logits would lose their "
                 "gradient, since config.returned_logits is 'detach'. Remove the break "
@@ -155,7 +155,7 @@ def _are_returned_from_a_part(logits: Node) -> bool:
     return compat.DDP_PARTS_RETURN_SUBCLASSES and results[-1] is logits
 
 
-def ends_in_a_break(graph: Graph) -> bool:
+def _ends_in_a_break(graph: Graph) -> bool:
     """Whether what ``graph`` returns goes to the rest of the function, or may do so."""
     end = graphs.end_of(graph.owning_module)
     return end is None or end.is_break

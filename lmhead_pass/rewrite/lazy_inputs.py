@@ -35,14 +35,14 @@ def leave_lazy_inputs_to_eager(graph: Graph) -> None:
     ]
     if not lazy:
         return
-    if writer := _writer_to_one_of_several(graph, lazy):
+    if node := _writer_to_one_of_several(graph, lazy):
         why = "it writes to returned logits that have another name in the same function"
-        report.left_to_eager(writer, why)
-        leave_to_eager(why)
-    if may_be_left_to_eager() and (losses := losses_of_inputs(graph, lazy)):
-        why = "it takes a loss of returned logits, which are not computed for it then"
-        report.left_to_eager(losses[0], why)
-        leave_to_eager(why)
+    elif may_be_left_to_eager() and (losses := losses_of_inputs(graph, lazy)):
+        node, why = losses[0], "it takes a loss of returned logits, which are not computed for it"
+    else:
+        return
+    report.left_to_eager(node, why)
+    leave_to_eager(why)
 
 
 def losses_of_inputs(graph: Graph, logits: Sequence[Node]) -> list[Node]:
@@ -87,6 +87,9 @@ def _losses(graph: Graph, logits: Sequence[Node]) -> list[Node]:
         try:
             calls, _ = prepare(edit)
             return [call.match.node for call in calls]
+        except Exception as error:
+            report.failure(error)
+            return []
         finally:
             edit.roll_back()
 

@@ -137,7 +137,12 @@ def left_to_eager(node: Node, why: str) -> None:
 
 
 def failure(error: Exception) -> None:
-    """Report that the pass failed and left a graph as it was."""
+    """Report that the pass failed and left a graph as it was; raise it if ``config.strict``."""
+    if config.strict:
+        raise RuntimeError(
+            "lmhead_pass failed on a graph, which lmhead_pass.config.strict has it raise; "
+            f"otherwise the graph is left as it was. {type(error).__name__}: {error}"
+        ) from error
     _count("failed")
     log.warning(
         "lmhead_pass failed on a graph and left it as it was. The result is right; memory is not "

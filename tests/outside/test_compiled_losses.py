@@ -5,9 +5,11 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 import lmhead_pass
+from lmhead_pass.rewrite import lazy_inputs
 
 from .. import reference
 from ..backend import rewrite
@@ -109,6 +111,23 @@ def test_what_stays_compiled_reads_the_logits(loss, options):
         assert not is_unread(logits)
     assert counter.frame_count == 1
     torch.testing.assert_close(results, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_a_failure_in_the_pass_leaves_the_function_compiled(monkeypatch, caplog):
+    def fail(edit):
+        raise AssertionError("a fault")
+
+    model, inputs = Model(), batch()
+    _, eager = run(model, model, shifted, inputs)
+    logits = rewrite(model)
+    monkeypatch.setattr(lazy_inputs, "prepare", fail)
+    with lmhead_pass.config.patch(strict=False):
+        _, results = run(model, logits, rewrite(shifted, then=aot_eager), inputs)
+    torch.testing.assert_close(results, eager, rtol=1e-5, atol=1e-5)
+    assert counters["lmhead_pass"]["failed"] == 1 and "a fault" in caplog.text
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"config\.strict"):
+        run(model, logits, rewrite(shifted), inputs)
 
 
 def test_other_logits_may_follow():
