@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat.compiling import never_compiled
 from ..compat.lazy_tensors import memory_of
 from .cells import Cell
 from .recipe import Recipe
@@ -66,8 +67,7 @@ def _watch_optimizers() -> None:
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     # Where a step is compiled, it is called as it is.
-    disabled = torch.compiler.disable(_keep_what_a_step_changes)  # type: ignore[no-untyped-call]
-    register_optimizer_step_pre_hook(disabled)
+    register_optimizer_step_pre_hook(never_compiled(_keep_what_a_step_changes))
 
 
 def tell(func: Callable[..., Any], cell: Cell) -> None:
