@@ -20,7 +20,7 @@ from datetime import date
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
+from memory import peak_bytes
 
 import lmhead_pass
 
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
             "ratio": statistics.median(
                 a / b for a, b in zip(times[name], times["compiled"], strict=True)
             ),
-            "scratch_mb": scratch(step) / 1e6,
+            "scratch_mb": peak_bytes(step) / 1e6,
         }
         for name, step in steps.items()
     ]
@@ -128,18 +128,6 @@ def implementations(options: argparse.Namespace, dtype: torch.dtype) -> dict[str
             lambda *inputs: F.linear_cross_entropy(*inputs, options=chunked)
         )
     return steps
-
-
-def scratch(step: Step) -> int:
-    """Peak bytes of tensors in one step."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 if __name__ == "__main__":

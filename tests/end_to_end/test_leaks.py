@@ -10,8 +10,8 @@ import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.fx import Graph, GraphModule, Node
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import live_bytes
 from lmhead_pass import compat
 from lmhead_pass.graph_pass import the_pass
 
@@ -33,14 +33,8 @@ def growth(run):
     """Bytes of tensors, and Python objects, that are there after ``run`` and were not before."""
     gc.collect()
     objects = len(gc.get_objects())
-    with (
-        no_collector(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-    ):
-        run()
-    events = profiler.profiler.kineto_results.events()
-    held = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    del events, profiler
+    with no_collector():
+        held = live_bytes(run)[-1]
     gc.collect()
     return held, len(gc.get_objects()) - objects
 

@@ -10,8 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import lmhead_pass
-
-from ..memory import peak_bytes
+from benchmarks.memory import peak_bytes
 
 
 def scratch(tokens, hidden_size, vocab, dtype=torch.float32):

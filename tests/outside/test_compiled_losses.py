@@ -9,11 +9,11 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 import lmhead_pass
+from benchmarks.memory import peak_bytes
 from lmhead_pass.rewrite import lazy_inputs
 
 from .. import reference
 from ..backend import rewrite
-from ..memory import peak_bytes
 from ..returned.model import is_unread
 from .test_losses import LOSSES, H, Model, V, batch, log_probabilities, run, shifted, under_autocast
 

@@ -9,11 +9,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import lmhead_pass
+from benchmarks.memory import peak_bytes
 from lmhead_pass.outside import fused_reader
 
 from .. import reference
 from ..backend import rewrite
-from ..memory import peak_bytes
 from ..returned.model import is_unread
 
 V, H = 160, 16

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lmhead_pass
+from benchmarks.memory import peak_bytes
 
 from ..backend import rewrite
-from ..memory import peak_bytes
 from .model import Model, batch, is_unread
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.memory import peak_bytes
 from lmhead_pass.op.kernels import aten_loop as aten
 from lmhead_pass.op.kernels.measures import parse_measures
 from lmhead_pass.op.problem import Problem
 
-from ...memory import peak_bytes
 from ..cases import VIEWS
 
 
