@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .lookup import find
+from .lookup import NO_ROWWISE, find
+
+DispatchMode: Any = find("torch.utils._python_dispatch.TorchDispatchMode", NO_ROWWISE) or object
+"""A block in which ATen operations go to ``__torch_dispatch__``."""
 
 _WITHOUT = "sums of losses leave their gradients to the backward, which computes the logits again"
 _ATEN = torch.ops.aten

@@ -1,14 +1,31 @@
 """What the op asks of autograd and of the dispatcher."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .lookup import NO_REWRITE, find, report_missing
+from .lookup import NO_REWRITE, NO_ROWWISE, find, report_missing
 
 below_autograd = find("torch._C._AutoDispatchBelowAutograd", NO_REWRITE)
 """A block in which calls go to the kernels that autograd would call."""
+
+_exclude = find("torch._C._SetExcludeDispatchKeyGuard", NO_ROWWISE)
+_keys = find("torch._C.DispatchKey", NO_ROWWISE)
+
+
+@contextlib.contextmanager
+def recording_gradients() -> Iterator[None]:
+    """A block in which autograd records what is computed, in the kernel of an op as well."""
+    with (
+        _exclude(_keys.AutogradFunctionality, False),
+        _exclude(_keys.ADInplaceOrView, False),
+        torch.enable_grad(),
+    ):
+        yield
 
 
 def is_forward_mode() -> bool:

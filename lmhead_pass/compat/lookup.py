@@ -14,6 +14,7 @@ NO_REWRITE = "no graph is rewritten"
 NO_LAZY_LOGITS = (
     "a loss is left alone if its logits are returned, unless config.returned_logits is 'detach'"
 )
+NO_ROWWISE = "losses that have no fused form are left alone"
 
 log = logging.getLogger("lmhead_pass")
 _missing: dict[str, list[str]] = {}

@@ -139,7 +139,7 @@ class _Captured:
                 refusals = [refusal for refusal in refusals if refusal.loss not in outside]
                 self.has_losses |= bool(calls or refusals or outside)
                 if not_run:
-                    refusals += [Refusal(call.match.node, not_run) for call in calls]
+                    refusals += [Refusal(call.node, not_run) for call in calls]
                 else:
                     explanation.rewritten += map(summary, calls)
                     explanation.rewritten += map(_outside_sentence, outside)

@@ -17,6 +17,8 @@ class Emitter:
         self.graph = graph
         self.place = place
         self.nodes: list[Node] = []
+        self.records = False
+        """Whether what is inserted has the gradients of what it reads."""
         self._inputs = [value_of(node) for node in graph.find_nodes(op="placeholder")]
 
     def __call__(self, target: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
@@ -28,7 +30,7 @@ class Emitter:
         values, named = torch.fx.map_arg((args, kwargs), value_of)
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         # An index or a number may become a tensor, and that has to be a fake one.
-        with fake_mode_of((values, named, self._inputs)), torch.no_grad():
+        with fake_mode_of((values, named, self._inputs)), torch.set_grad_enabled(self.records):
             node.meta[EXAMPLE_VALUE] = function(*values, **named)
         self.nodes.append(node)
         return node

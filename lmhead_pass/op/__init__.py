@@ -5,8 +5,21 @@ rows of logits that exist at once, and ``kernels`` the loops over chunks, in ATe
 Importing this registers the op; it knows nothing of graphs.
 """
 
-from . import torch_ops
+from . import row_ops, torch_ops
 from .chunking import plan_rows, row_bytes
 from .problem import held_dtype
+from .row_part import Output, RowCount, RowInput, RowPart, Step, Value
 
-__all__ = ["held_dtype", "plan_rows", "row_bytes", "torch_ops"]
+__all__ = [
+    "Output",
+    "RowCount",
+    "RowInput",
+    "RowPart",
+    "Step",
+    "Value",
+    "held_dtype",
+    "plan_rows",
+    "row_bytes",
+    "row_ops",
+    "torch_ops",
+]

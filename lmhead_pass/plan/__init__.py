@@ -7,8 +7,8 @@ logits that leave the graph can be computed later. ``unreached`` tells of losses
 followed to. Nothing is changed here.
 """
 
-from .call_fusion import FusedCall, plan_fused_calls
-from .matcher import find, unread_heads
+from .call_fusion import FusedCall, plan_fused_calls, run_the_same_behind
+from .matcher import check_derivatives, find, unread_heads
 from .returned_plan import is_whole, leaves_its_hidden_states, recipe_of
 from .types import Match, Rewrite
 from .unreached import has_no_head, way_up
@@ -17,12 +17,14 @@ __all__ = [
     "FusedCall",
     "Match",
     "Rewrite",
+    "check_derivatives",
     "find",
     "has_no_head",
     "is_whole",
     "leaves_its_hidden_states",
     "plan_fused_calls",
     "recipe_of",
+    "run_the_same_behind",
     "unread_heads",
     "way_up",
 ]

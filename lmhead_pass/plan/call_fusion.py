@@ -257,7 +257,7 @@ def _fused_call_in(
         mutation.writers(on_the_way, of=linear_reduction.squared)
     ):
         return None  # the squares may be of other numbers then
-    if not _run_the_same_behind(last, moved):
+    if not run_the_same_behind(last, moved):
         return None
     if len(group) > 1 and _enters_autocast(group, last):
         return None
@@ -320,7 +320,7 @@ def _users_until(
     return tuple(sorted(users)), looking
 
 
-def _run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:
+def run_the_same_behind(last: Node, moved: tuple[Node, ...]) -> bool:
     """Whether ``moved``, and what they are moved past, compute what they did."""
     if not moved:
         return True

@@ -46,7 +46,7 @@ def find(graph: Graph, of_loss_alone: bool = True) -> list[Rewrite | Refusal]:
         try:
             if losses:
                 _check_nobody_else(flow, is_mixed)
-                _check_derivatives(graph)
+                check_derivatives(graph)
                 found.append(_rewrite(flow))
             elif _only_leave(flow):
                 found += _deferred(flow, is_mixed)
@@ -92,7 +92,7 @@ def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
         )
 
 
-def _check_derivatives(graph: Graph) -> None:
+def check_derivatives(graph: Graph) -> None:
     """Refused if ``graph`` takes a derivative that the op does not have, or hides one."""
     for node in graph.nodes:
         if canonical_op(node) == "detach_":
@@ -135,7 +135,7 @@ def _deferred(flow: Flow, is_mixed: bool) -> Iterator[Rewrite]:
     be. If not, nothing is lost, and there is nothing to tell."""
     try:
         _check_nobody_else(flow, is_mixed)
-        _check_derivatives(flow.head.node.graph)
+        check_derivatives(flow.head.node.graph)
         yield _rewrite(flow)
     except Refused:
         return

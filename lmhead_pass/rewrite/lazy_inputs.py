@@ -86,7 +86,7 @@ def _losses(graph: Graph, logits: Sequence[Node]) -> list[Node]:
         edit = GraphEdit(graph)
         try:
             calls, _ = prepare(edit)
-            return [call.match.node for call in calls]
+            return [call.node for call in calls]
         except Exception as error:
             report.failure(error)
             return []

@@ -14,6 +14,7 @@ from ..compat.compiling import attempt, counters, keep_artifact
 from ..graph import Refusal, describe, hint, place_of, tensor_of
 from ..logits import Logits
 from ..plan import Match
+from ..rowwise import Region
 
 log = logging.getLogger("lmhead_pass")
 
@@ -56,8 +57,27 @@ class EmittedCall:
     nodes: list[Node]
     """The nodes of its call of the op."""
 
+    @property
+    def node(self) -> Node:
+        """What it is named after."""
+        return self.match.node
 
-def summary(item: EmittedCall | Refusal | Logits) -> str:
+
+@dataclass(frozen=True)
+class EmittedRegion:
+    """A part of a graph that is run in chunks."""
+
+    region: Region
+    numbers: list[list[Node]]
+    """For each call of the op the nodes of its results that have a gradient."""
+
+    @property
+    def node(self) -> Node:
+        """What it is named after."""
+        return self.region.node
+
+
+def summary(item: EmittedCall | EmittedRegion | Refusal | Logits) -> str:
     """One sentence on what became of a loss, or of logits that leave without one, and why."""
     if isinstance(item, Refusal):
         return f"left alone: {_where(item.loss)}: {item.reason}"
@@ -68,7 +88,42 @@ def summary(item: EmittedCall | Refusal | Logits) -> str:
             f"weight {_type(weight.shape, weight.dtype)}; logits are returned lazily, computed if "
             "they are read; losses that are taken of them are rewritten then"
         )
+    if isinstance(item, EmittedRegion):
+        return _chunked(item.region)
     return _summary(item.match, item.call)
+
+
+def _chunked(region: Region) -> str:
+    """Of a region that is run in chunks."""
+    heads, others = [], list(region.results)[1:]
+    for head in region.heads:
+        hidden, weight = tensor_of(head.hidden), tensor_of(head.weight)
+        shape = weight.shape[::-1] if head.weight_is_transposed else weight.shape
+        heads.append(
+            f"hidden {_type(hidden.shape, hidden.dtype)}, weight {_type(shape, weight.dtype)}"
+        )
+    count = sum(len(call.part.steps) for call in region.calls)
+    also = "".join(f", with {describe(node)}" for node in others)
+    rows = min(call.rows_per_chunk for call in region.calls)
+    return (
+        f"rewritten: {_where(region.node)}{also}: {'; '.join(heads)}; chunked: {count} "
+        f"operation{'s' * (count != 1)} on each row; {rows} rows per chunk; "
+        f"{_avoided_by(region, rows)}"
+    )
+
+
+def _avoided_by(region: Region, rows: int) -> str:
+    """What does not exist of the logits of a region: all but a chunk."""
+    per_token = sum(
+        hint(head.vocab_size) * tensor_of(head.node).dtype.itemsize for head in region.heads
+    )
+    name = _name(tensor_of(region.heads[0].node).dtype)
+    if not isinstance(region.tokens, int):
+        return f"{per_token / 1e3:,.1f} kB of {name} logits avoided for each token beyond a chunk"
+    avoided = per_token * (region.tokens - rows)
+    if avoided <= 0:
+        return f"no logits avoided: all {region.tokens} rows are one chunk"
+    return f"{avoided / 1e6:,.1f} MB of {name} logits avoided"
 
 
 def _where(node: Node) -> str:
@@ -101,15 +156,19 @@ def _reduction(match: Match, call: Match) -> str:
     return reduction
 
 
-def rewritten(call: EmittedCall) -> None:
-    """Report what is about to replace a match."""
+def rewritten(call: EmittedCall | EmittedRegion) -> None:
+    """Report what is about to replace a match, or a part of the graph."""
     if not _is_news(summary(call)):
         return
     _count("rewritten")
     log.info("%s", summary(call))
-    match = call.match
-    before = _lines((match.logits.head.node, *(consumer.node for consumer in match.consumers)))
-    after = _lines(call.nodes)
+    if isinstance(call, EmittedRegion):
+        before = _lines(call.region.nodes)
+        after = "\n".join(str(one.part) for one in call.region.calls)
+    else:
+        match = call.match
+        nodes = (match.logits.head.node, *(consumer.node for consumer in match.consumers))
+        before, after = _lines(nodes), _lines(call.nodes)
     log.debug("before:\n%s\nafter:\n%s", before, after)
     keep_artifact("lmhead_pass_before", before)
     keep_artifact("lmhead_pass_after", after)

@@ -1,18 +1,24 @@
 """Rewrites a graph: finds, plans, emits, and commits."""
 
+from collections.abc import Sequence
+
 from torch.fx import Graph, Node
 
 from ..compat.graphs import why_not_rewritten
-from ..graph import Refusal
-from ..logits import ConsumerKind
-from ..plan import Match, Rewrite, plan_fused_calls
+from ..compat.lookup import NO_ROWWISE, missing
+from ..graph import Refusal, Refused
+from ..logits import ConsumerKind, follow_logits, large_heads
+from ..plan import Match, Rewrite, check_derivatives, plan_fused_calls
+from ..rowwise import Mixes, carve
 from . import report
 from .checkpoint_regions import find_across_regions
 from .edit import GraphEdit
 from .emit_calls import emit_call, emit_fused_call, emit_root
 from .emit_inputs import emit_metadata_use
 from .emit_returned import emit_lazily
-from .report import EmittedCall
+from .emit_rowwise import emit_region
+from .report import EmittedCall, EmittedRegion
+from .rowwise_sums import sum_in_forward
 
 
 def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
@@ -37,10 +43,29 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
     for logits in edit.deferred:
         report.deferred(logits)
     edit.commit()
+    for call in calls:
+        if isinstance(call, EmittedRegion):
+            _finish(graph, call)
     return bool(calls)
 
 
-def prepare(edit: GraphEdit, of_loss_alone: bool = True) -> tuple[list[EmittedCall], list[Refusal]]:
+def _finish(graph: Graph, emitted: EmittedRegion) -> None:
+    """Have the forward compute the gradients of a region where that is possible."""
+    for numbers in emitted.numbers:
+        edit = GraphEdit(graph)
+        try:
+            sum_in_forward(edit, numbers)
+            edit.check()
+        except Exception as error:
+            edit.roll_back()
+            report.failure(error)
+        else:
+            edit.commit()
+
+
+def prepare(
+    edit: GraphEdit, of_loss_alone: bool = True
+) -> tuple[list[EmittedCall | EmittedRegion], list[Refusal]]:
     """Analyse and plan, and insert what takes the place of heads and their consumers.
 
     Returns what is rewritten, and what is left alone. Nothing old is touched yet. A head is left to
@@ -53,7 +78,50 @@ def prepare(edit: GraphEdit, of_loss_alone: bool = True) -> tuple[list[EmittedCa
         if not rewrite.matches:
             edit.deferred += rewrite.returned
         _replace_head(edit, rewrite)
-    return calls, [item for item in found if isinstance(item, Refusal)]
+    refusals = [item for item in found if isinstance(item, Refusal)]
+    regions, refusals = _emit_regions(edit, rewrites, refusals)
+    return [*calls, *regions], refusals
+
+
+def _emit_regions(
+    edit: GraphEdit, rewrites: Sequence[Rewrite], refusals: list[Refusal]
+) -> tuple[list[EmittedRegion], list[Refusal]]:
+    """Have what no fused form serves run in chunks. Returns that, and what is still left alone."""
+    served = {node for rewrite in rewrites for node in rewrite.nodes}
+    heads = [head for head in large_heads(edit.graph) if head.node not in served]
+    emitted: list[EmittedRegion] = []
+    if not heads or edit.regions or missing(NO_ROWWISE):
+        return emitted, refusals
+    for head in heads:
+        flow = follow_logits(head)
+        if head.node in edit.erased or not (flow.unsupported or flow.losses):
+            continue
+        try:
+            check_derivatives(edit.graph)
+            left = [other for other in heads if other.node not in edit.erased]
+            region = carve(head, left)
+            before = set(edit.graph.nodes)
+            try:
+                values, numbers = emit_region(edit.graph, region)
+            except Refused:
+                for node in reversed(edit.graph.nodes):
+                    if node not in before:
+                        edit.graph.erase_node(node)
+                raise
+        except Refused as refused:
+            refusals = [_explained(one, flow.unsupported, refused) for one in refusals]
+            continue
+        edit.replaced |= values
+        edit.erased.update(region.nodes, region.absorbed, region.sizes)
+        emitted.append(EmittedRegion(region, numbers))
+        refusals = [one for one in refusals if one.loss not in region.nodes]
+    return emitted, refusals
+
+
+def _explained(refusal: Refusal, unsupported: dict[Node, str], why: Refused) -> Refusal:
+    """``refusal``, with the operation that mixes rows as the reason, if there is one."""
+    is_mixed = isinstance(why, Mixes) and refusal.reason.endswith("reads the logits too")
+    return Refusal(refusal.loss, str(why)) if is_mixed and unsupported else refusal
 
 
 def _emit_calls(edit: GraphEdit, rewrites: list[Rewrite]) -> list[EmittedCall]:

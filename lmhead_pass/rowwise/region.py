@@ -1,0 +1,418 @@
+"""Carves out of a graph what can be run in chunks of rows: from heads to numbers without a
+vocabulary."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .. import config
+from ..compat.graphs import tree_leaves
+from ..graph import (
+    Refused,
+    at,
+    canonical_op,
+    describe,
+    gradients_are_recorded,
+    hint,
+    in_inference,
+    memory_of,
+    mutation,
+    passing,
+    same,
+    tensor_of,
+    value_of,
+)
+from ..logits import Head
+from ..op import Output, RowInput, RowPart, Step, Value, plan_rows
+from ..plan import run_the_same_behind
+from .layout import Dim, Label, Space
+from .operations import Mixes
+from .tracer import NeedsHead, Tracer
+from .types import Region, RowCall
+from .values import ConstantLeaf, Exit, Expression, HeadLeaf, Outer, RowLeaf
+
+# What has at most this share of a vocabulary has none.
+_SHARE = 4
+
+
+def carve(head: Head, heads: Sequence[Head]) -> Region:
+    """The region that begins with ``head``, and with those of ``heads`` whose logits it meets.
+
+    Refused if there is none.
+    """
+    graph = head.node.graph
+    dependents = {one.node: _dependents(one.node) for one in heads}
+    of_others = {
+        node: one
+        for one in heads
+        # What another head reads is no logits.
+        if dependents[one.node].isdisjoint(other.node for other in heads if other is not one)
+        for node in (*dependents[one.node], one.node)
+    }
+    roots = [head]
+    while True:
+        of_roots = set().union(*(dependents[one.node] for one in roots))
+        others = {node: one for node, one in of_others.items() if one not in roots}
+        try:
+            return _Carver(graph, roots, of_roots, others).region()
+        except NeedsHead as needs:
+            roots.append(needs.head)
+
+
+def _dependents(head: Node) -> set[Node]:
+    """The nodes that depend on ``head``, or read memory that such nodes write to."""
+    found, written = {head}, set[int]()
+    for node in mutation.nodes_between(head, head.graph._root):
+        inputs = node.all_input_nodes
+        if not found.isdisjoint(inputs) or any(memory_of(one) & written for one in inputs):
+            found.add(node)
+            if not found.isdisjoint(inputs):
+                written |= mutation.memory_written(node)
+    return found - {head}
+
+
+class _Carver:
+    def __init__(
+        self, graph: Graph, heads: list[Head], dependents: set[Node], others: Mapping[Node, Head]
+    ) -> None:
+        self.graph, self.heads = graph, heads
+        self.order = {node: number for number, node in enumerate(graph.nodes)}
+        words = min(hint(head.vocab_size) for head in heads)
+        like = tensor_of(heads[0].node)
+        self.tracer = Tracer(max(1, words // _SHARE), dependents, others, like)
+        self.dependents = dependents
+        self.root, self.dims = _rows_of(heads)
+        self.sizes: dict[Node, Node] = {}
+
+    def region(self) -> Region:
+        for number, (head, dims) in enumerate(zip(self.heads, self.dims, strict=True)):
+            self.tracer.head(head.node, number, head.bias, dims, self.root)
+        for node in self.graph.nodes:
+            if node in self.dependents and node not in self.tracer.results:
+                self._visit(node)
+        nodes = sorted(self.tracer.results, key=self.order.__getitem__)
+        self._check_memory(nodes)
+        results = self._results(nodes)
+        exits = self._exits(results)
+        calls = tuple(self._calls(exits))
+        place, moved = self._place(nodes, calls, results, any(exits.values()))
+        return Region(
+            heads=tuple(self.heads),
+            root=self.root,
+            dims=self.dims,
+            nodes=tuple(nodes),
+            absorbed=tuple(self.tracer.absorbed),
+            calls=calls,
+            results=results,
+            sizes=self.sizes,
+            place=place,
+            moved=moved,
+        )
+
+    def _visit(self, node: Node) -> None:
+        tracer = self.tracer
+        wide = [source for source in node.all_input_nodes if tracer.is_wide(source)]
+        is_item = any(
+            source in tracer.results and isinstance(tracer.results[source], tuple | list)
+            for source in node.all_input_nodes
+        )
+        if not wide and not is_item:
+            return
+        if node.op == "output":
+            raise Refused("the compiled function returns the logits, or what is made of them")
+        if isinstance(value_of(node), int | torch.SymInt):
+            self.sizes[node] = _same_size(self.graph, node)
+            return
+        try:
+            tracer.run(node)
+        except Mixes as mixes:
+            raise Mixes(f"{describe(node)}{at(node)} reads the logits, and {mixes}") from mixes
+        except Refused as refused:
+            why = f", and {refused}" if str(refused) else ""
+            raise Refused(f"{describe(node)}{at(node)} reads the logits{why}") from refused
+        except NeedsHead:
+            raise
+        except Exception as error:
+            if config.strict:
+                raise
+            raise Refused(
+                f"{describe(node)}{at(node)} reads the logits, and cannot be traced: {error}"
+            ) from error
+
+    def _check_memory(self, nodes: Sequence[Node]) -> None:
+        """Refused if others write to what is computed in chunks, or the modes are not plain."""
+        inside, last = set(nodes), nodes[-1]
+        memory = {storage for node in nodes for storage in memory_of(node)}
+        wide = {s for node in nodes if self.tracer.is_wide(node) for s in memory_of(node)}
+        for node in self.graph.nodes:
+            written = mutation.memory_written(node) if node not in inside else set()
+            is_late = self.order[node] > self.order[last]
+            if not written.isdisjoint(wide if is_late else memory):
+                raise Refused(f"{describe(node)}{at(node)} may write to what is made of the logits")
+        if not in_inference(self.graph).isdisjoint(inside):
+            raise Refused("the head is inside torch.inference_mode in the compiled function")
+
+    def _results(self, nodes: Sequence[Node]) -> dict[Node, Exit | Outer]:
+        inside, found = set(nodes) | set(self.tracer.absorbed), dict[Node, Exit | Outer]()
+        for node in nodes:
+            if inside.issuperset(node.users) or not set(node.users) - inside - self.sizes.keys():
+                continue
+            result = self.tracer.results[node]
+            if not isinstance(result, torch.Tensor):
+                raise Refused(f"{describe(node)}{at(node)} gives several tensors")
+            held = self.tracer.traced(result)
+            if held is None:
+                found[node] = self.tracer.given(result)
+                continue
+            expression = self.tracer.expressions[id(result)]
+            if expression is not self.tracer.read(held):
+                raise Refused(f"{describe(node)}{at(node)} is written to")
+            if held.words > self.tracer.most_words:
+                raise Refused(f"{describe(node)}{at(node)} leaves the rows")
+            found[node] = Exit(held, expression, result, held.finest)
+        return found
+
+    def _exits(self, results: Mapping[Node, Exit | Outer]) -> dict[Exit, bool]:
+        """What the calls have to give, and whether a gradient may reach it."""
+        on_the_way, found = passing(self.graph), dict[Exit, bool]()
+        for node, result in results.items():
+            value = tensor_of(node)
+            has_gradient = value.requires_grad and node in on_the_way
+            for exit in _exits_of(result):
+                found[exit] = found.get(exit, False) or has_gradient
+        return found
+
+    def _calls(self, exits: Mapping[Exit, bool]) -> Iterator[RowCall]:
+        groups: list[tuple[Space, set[int], list[Exit]]] = []
+        for exit in exits:
+            space, heads = exit.traced.space, set(_heads_of(exit.expression))
+            heads = heads or {0}
+            joined = [g for g in groups if g[0] is space and g[1] & heads]
+            merged: tuple[Space, set[int], list[Exit]] = (space, heads, [exit])
+            for group in joined:
+                groups.remove(group)
+                merged = (space, merged[1] | group[1], [*group[2], *merged[2]])
+            groups.append(merged)
+        for space, heads, of_group in groups:
+            yield self._call(space, sorted(heads), {exit: exits[exit] for exit in of_group})
+
+    def _call(self, space: Space, heads: Sequence[int], exits: Mapping[Exit, bool]) -> RowCall:
+        steps: dict[Expression, None] = {}
+        for exit in exits:
+            _collect(exit.expression, steps)
+        by_row = [one for one in steps if isinstance(one.op, RowLeaf)]
+        constants = [one for one in steps if isinstance(one.op, ConstantLeaf)]
+        given = [
+            *(next((one for one in steps if _is_head(one, number)), number) for number in heads),
+            *(*by_row, *constants),
+        ]
+        numbers: dict[Any, int] = {one: number for number, one in enumerate(given)}
+        made: list[Step] = []
+        for one in steps:
+            if isinstance(one.op, str):
+                numbers[one] = len(given) + len(made)
+                args, kwargs = _numbered((one.args, one.kwargs), numbers)
+                made.append(Step(one.op, args, kwargs))
+        outputs: dict[tuple[int, torch.dtype], tuple[bool, list[Exit]]] = {}
+        for exit, has_gradient in exits.items():
+            key = numbers[exit.expression], exit.value.dtype
+            before, alike = outputs.get(key, (False, []))
+            has_gradient &= exit.value.is_floating_point()
+            outputs[key] = (before or has_gradient, [*alike, exit])
+        part = RowPart(
+            products=tuple(tensor_of(self.heads[number].node).dtype for number in heads),
+            by_row=tuple(RowInput(1) for _ in by_row),
+            constants=len(constants),
+            steps=tuple(made),
+            outputs=tuple(
+                Output(number, dtype, has_gradient)
+                for (number, dtype), (has_gradient, _) in outputs.items()
+            ),
+        )
+        of_call = [self.heads[number] for number in heads]
+        return RowCall(
+            heads=tuple(of_call),
+            space=space,
+            by_row=tuple(by_row),
+            constants=tuple(one.op for one in constants),
+            part=part,
+            exits=tuple(tuple(alike) for _, alike in outputs.values()),
+            rows_per_chunk=self._rows_per_chunk(of_call, space),
+        )
+
+    def _rows_per_chunk(self, heads: Sequence[Head], space: Space) -> int:
+        weights = [tensor_of(head.weight) for head in heads]
+        tokens = 1
+        for label in space.finest:
+            tokens *= hint(label.size)
+        value = tensor_of(heads[0].node)
+        return plan_rows(
+            hint(tensor_of(heads[0].hidden).size(heads[0].hidden_dim)),
+            sum(hint(head.vocab_size) for head in heads),
+            max((tensor_of(head.node).dtype for head in heads), key=lambda dtype: dtype.itemsize),
+            value.device,
+            tokens=tokens,
+            gradient_dtype=min((w.dtype for w in weights), key=lambda dtype: dtype.itemsize)
+            if any(w.requires_grad for w in weights)
+            else torch.float32,
+        )
+
+    def _place(
+        self,
+        nodes: Sequence[Node],
+        calls: Sequence[RowCall],
+        results: Mapping[Node, Exit | Outer],
+        is_differentiated: bool,
+    ) -> tuple[Node, tuple[Node, ...]]:
+        """Where the calls come, and what moves behind them."""
+        order, inside = self.order, {*nodes, *self.tracer.absorbed}
+        sources = {
+            source
+            for call in calls
+            for leaf in (*(one.op.outer for one in call.by_row), *(c.outer for c in call.constants))
+            for source in _nodes_of(leaf)
+        }
+        for head in self.heads:
+            sources |= {head.hidden, head.weight}
+        for result in results.values():
+            if isinstance(result, Outer):
+                sources.update(_nodes_of(result))
+        if not sources.isdisjoint(self.dependents):
+            raise Refused("what is made of all rows is put together with rows")
+        last = max(sources, key=order.__getitem__)
+        first = min(results, key=order.__getitem__, default=None)
+        if first is None:
+            raise Refused("nothing is made of the logits")
+        place = first if order[first] > order[last] else last.next
+        while is_differentiated and not gradients_are_recorded(place) and place.op != "output":
+            place = place.next
+        moved = sorted(self._moved(results, place), key=order.__getitem__)
+        if moved and not run_the_same_behind(place.prev, tuple(moved)):
+            raise Refused("what reads one loss has to run before another one is known")
+        start = min(inside, key=order.__getitem__)
+        end = self.graph.output_node() if is_differentiated else place
+        for writer in mutation.writers(mutation.nodes_between(start, end), of=sources):
+            if writer not in inside:
+                raise Refused(
+                    f"{describe(writer)}{at(writer)} may change what the head and its losses read "
+                    "in place"
+                )
+        return place, tuple(moved)
+
+    def _moved(self, results: Iterable[Node], place: Node) -> set[Node]:
+        """What depends on the results and stands before ``place``."""
+        found, pending = set[Node](), list(results)
+        inside = set(self.tracer.results)
+        while pending:
+            for user in pending.pop().users:
+                if self.order[user] < self.order[place] and user not in found | inside:
+                    if canonical_op(user) is None or not tree_leaves(value_of(user)):
+                        raise Refused(f"{describe(user)} has to run before the losses are known")
+                    found.add(user)
+                    pending.append(user)
+        return found
+
+
+def _rows_of(heads: Sequence[Head]) -> tuple[Space, tuple[tuple[Dim, ...], ...]]:
+    """The rows of ``heads``, and the dimensions of their logits."""
+    labels: list[Label] | None = None
+    found = []
+    for head in heads:
+        value = tensor_of(head.node)
+        if not isinstance(value.size(head.vocab_dim), int):
+            raise Refused("the vocabulary has a dynamic size")
+        sizes = [
+            size
+            for dim, size in enumerate(value.shape)
+            if dim != head.vocab_dim and not same(size, 1)
+        ]
+        if labels is None:
+            labels = [Label(size) for size in sizes]
+        if len(sizes) != len(labels) or not all(
+            same(size, label.size) for size, label in zip(sizes, labels, strict=True)
+        ):
+            raise Refused("the logits are put together with those of other rows")
+        left = iter(labels)
+        found.append(
+            tuple(
+                None if dim == head.vocab_dim or same(size, 1) else (next(left),)
+                for dim, size in enumerate(value.shape)
+            )
+        )
+    assert labels is not None
+    return Space(tuple(labels)), tuple(found)
+
+
+def _same_size(graph: Graph, node: Node) -> Node:
+    """Another node that holds the size that ``node`` reads of logits."""
+    wanted = value_of(node)
+    for other in graph.find_nodes(op="placeholder"):
+        value = value_of(other)
+        if isinstance(value, int | torch.SymInt) and same(value, wanted):
+            return other
+    raise Refused(f"{describe(node)}{at(node)} reads a size of the logits")
+
+
+def _exits_of(result: Any) -> Iterator[Exit]:
+    if isinstance(result, Exit):
+        yield result
+    elif isinstance(result, Outer) and result.call is not None:
+        for leaf in tree_leaves(result.call[1:]):
+            yield from _exits_of(leaf)
+
+
+def _nodes_of(outer: Any) -> Iterator[Node]:
+    """The nodes that ``outer`` is made of."""
+    if isinstance(outer, Outer):
+        if outer.node is not None:
+            yield outer.node
+        else:
+            for leaf in tree_leaves(outer.call[1:] if outer.call is not None else ()):
+                yield from _nodes_of(leaf)
+
+
+def _inputs_of(expression: Expression) -> Iterator[Expression]:
+    for leaf in tree_leaves((expression.args, expression.kwargs)):
+        if isinstance(leaf, Expression):
+            yield leaf
+
+
+def _collect(expression: Expression, found: dict[Expression, None]) -> None:
+    """Put what ``expression`` is computed of into ``found``, and then itself."""
+    pending = [(expression, False)]
+    while pending:
+        one, is_ready = pending.pop()
+        if one in found:
+            continue
+        if is_ready:
+            found[one] = None
+            continue
+        pending.append((one, True))
+        pending += [(source, False) for source in _inputs_of(one)]
+
+
+def _heads_of(expression: Expression) -> Iterator[int]:
+    found: dict[Expression, None] = {}
+    _collect(expression, found)
+    for one in found:
+        if isinstance(one.op, HeadLeaf):
+            yield one.op.number
+
+
+def _is_head(expression: Expression, number: int) -> bool:
+    return isinstance(expression.op, HeadLeaf) and expression.op.number == number
+
+
+def _numbered(argument: Any, numbers: Mapping[Any, int]) -> Any:
+    match argument:
+        case Expression():
+            return Value(numbers[argument])
+        case list():
+            return [_numbered(part, numbers) for part in argument]
+        case tuple():
+            return tuple(_numbered(part, numbers) for part in argument)
+        case dict():
+            return {name: _numbered(part, numbers) for name, part in argument.items()}
+    return argument

@@ -1,0 +1,471 @@
+"""Runs nodes of a graph on fake tensors again, and writes down what that is on chunks of rows."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node, map_arg
+
+from ..compat.aten_trace import DispatchMode
+from ..compat.graphs import fake_mode_of, tree_leaves
+from ..compat.lazy_tensors import tree_map
+from ..graph import (
+    Refused,
+    canonical_op,
+    describe,
+    draws,
+    gradients_are_recorded,
+    hint,
+    is_cut_off,
+    mutation,
+    same,
+    tensor_of,
+    value_of,
+    wraps_none,
+)
+from ..logits import Head
+from .layout import Dim, Space, finest, labels_in, reshaped
+from .operations import Call, Mixes, New, Quotient, Summed, describe_call, rowwise
+from .values import (
+    Cell,
+    ConstantLeaf,
+    Exit,
+    Expression,
+    Expressions,
+    HeadLeaf,
+    Outer,
+    RowLeaf,
+    Traced,
+    read,
+    rest_of,
+    write,
+)
+
+_NARROW = (torch.bfloat16, torch.float16)
+_WIDE_METHODS = {"half": "float", "bfloat16": "float"}
+_CREATES_NOTHING = ("requires_grad_", "retain_grad", "register_hook", "backward", "detach_")
+
+
+class Tracer(DispatchMode):  # type: ignore[misc]
+    """What ``operations.Context`` is. Floating-point numbers are FP32, or FP64 where the model's
+    are."""
+
+    def __init__(
+        self,
+        most_words: int,
+        dependents: set[Node],
+        of_others: Mapping[Node, Head],
+        like: torch.Tensor,
+    ) -> None:
+        """A tensor of more than ``most_words`` numbers for each row stays in chunks.
+
+        ``dependents`` are the nodes that depend on the heads, and ``of_others`` those that depend
+        on other heads; ``like`` is any fake tensor.
+        """
+        super().__init__()
+        self.make = Expressions()
+        self.most_words = most_words
+        self.results: dict[Node, Any] = {}
+        """What the nodes gave that were run again."""
+        self.absorbed: dict[Node, None] = {}
+        """Nodes that make an input by row, and are run in chunks instead."""
+        self.expressions: dict[int, Expression] = {}
+        """What results held when they were made."""
+        self._dependents = dependents
+        self._of_others = of_others
+        self._like = like
+        self._held: dict[int, Traced] = {}
+        self._outer: dict[int, Outer | Exit] = {}
+        self._alive: list[Any] = []  # so that no number of another tensor is theirs
+        self._leaves: dict[Any, Expression] = {}
+        self._nodes: dict[Node, Any] = {}
+
+    # What operations ask.
+
+    def traced(self, tensor: Any) -> Traced | None:
+        return self._held.get(id(tensor))
+
+    def read(self, traced: Traced) -> Expression:
+        return read(self.make, traced)
+
+    def outer(self, tensor: torch.Tensor) -> Outer:
+        found = self.given(tensor)
+        if found.depends:
+            raise Mixes("what is made of all rows is put together with rows")
+        return found
+
+    def given(self, tensor: torch.Tensor) -> Outer:
+        """The same, also if it depends on what is computed in chunks."""
+        found = self._outer.get(id(tensor))
+        if not isinstance(found, Outer):
+            raise Refused("a tensor is a constant of the graph")
+        return found
+
+    def by_row(self, outer: Outer, dims: tuple[Dim, ...], space: Space) -> Expression:
+        dims = finest(dims)
+        key = (outer, dims, space)
+        if key not in self._leaves:
+            rest = rest_of(dims, tuple(outer.value.shape))
+            count = 1
+            for size in rest:
+                count *= size
+            made = None
+            if count > self.most_words:
+                if set(labels_in(dims)) != set(space.finest):
+                    raise Refused("an input as wide as the logits has other rows")
+                made = self._absorb(outer, dims, space)
+            self._leaves[key] = made or Expression(RowLeaf(outer, dims), space=space)
+        return self._leaves[key]
+
+    def constant(self, outer: Outer, sizes: tuple[int, ...]) -> Expression:
+        key = (outer, sizes)
+        if key not in self._leaves:
+            self._leaves[key] = Expression(ConstantLeaf(outer, sizes))
+        return self._leaves[key]
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        with self:
+            yield
+
+    # Nodes.
+
+    def head(self, node: Node, number: int, bias: Node | None, dims: tuple[Dim, ...],
+             space: Space) -> None:  # fmt: skip
+        """Begin with the logits that ``node`` computes."""
+        value = tensor_of(node)
+        leaf = Expression(HeadLeaf(number), space=space)
+        if bias is not None:
+            given = self._outside(bias)
+            leaf = self.make(
+                "aten.add.Tensor", leaf, self.constant(self.outer(given), tuple(given.shape))
+            )
+        inputs = [
+            source for source in node.all_input_nodes if isinstance(value_of(source), torch.Tensor)
+        ]
+        if not value.requires_grad and any(value_of(source).requires_grad for source in inputs):
+            leaf = self.make("aten.detach.default", leaf)
+        fake = self._fake(value)
+        self._hold(fake, Traced(Cell(leaf, space), (), dims, tuple(value.shape), space))
+        self.results[node] = fake
+
+    def is_wide(self, node: Node) -> bool:
+        """Whether ``node`` was run again and gave what stays in chunks."""
+        leaves = tree_leaves(self.results.get(node))
+        held = [found for leaf in leaves if (found := self.traced(leaf)) is not None]
+        return any(one.words > self.most_words for one in held)
+
+    def run(self, node: Node) -> None:
+        """Run ``node`` again, and what it reads of dependents; Refused if that is impossible."""
+        if node in self.results:
+            return
+        for source in node.all_input_nodes:
+            if source in self._dependents and source not in self.results:
+                if source.op == "output" or source.target == "size":
+                    raise Refused("")
+                self.run(source)
+        result = self._run(node, lambda source: self.results.get(source, _NONE))
+        self.results[node] = result
+        for leaf in tree_leaves(result):
+            if (held := self.traced(leaf)) is not None:
+                self.expressions.setdefault(id(leaf), self.read(held))
+
+    def _run(self, node: Node, known: Any) -> Any:
+        _check(node)
+
+        def given(source: Node) -> Any:
+            found = known(source)
+            return self._outside(source) if found is _NONE else found
+
+        args, kwargs = tree_map(_wide, map_arg((node.args, node.kwargs), given))
+        function = node.target
+        if node.op == "call_method":
+            function = getattr(torch.Tensor, _WIDE_METHODS.get(str(function), str(function)))
+        with fake_mode_of([self._like]), self, torch.no_grad(), torch.autocast(
+            self._like.device.type, enabled=False
+        ):  # fmt: skip
+            if canonical_op(node) == "setitem" and isinstance(args[2], int | float):
+                # It would become a constant.
+                number = torch.full((), args[2], dtype=args[0].dtype, device=args[0].device)
+                args = (*args[:2], number)
+            result = function(*args, **kwargs)
+        if not mutation.writes(node):
+            self._stop_gradients(node, result)
+        elif not gradients_are_recorded(node) and _has_gradient(node.all_input_nodes):
+            raise Refused(f"{describe(node)} writes where no gradients are recorded")
+        return result
+
+    def _stop_gradients(self, node: Node, result: Any) -> None:
+        """Where the model's own result has no gradient, though what it is made of has one."""
+        if not _has_gradient(node.all_input_nodes):
+            return
+        for fake, value in zip(tree_leaves(result), tree_leaves(value_of(node)), strict=True):
+            held = self.traced(fake)
+            if held is None or value.requires_grad or not value.is_floating_point():
+                continue
+            cell = Cell(self.make("aten.detach.default", self.read(held)), held.space)
+            cell.is_shared = held.cell.is_shared = True
+            self._hold(fake, Traced(cell, (), held.dims, held.sizes, held.space))
+
+    def _outside(self, node: Node) -> Any:
+        if node not in self._nodes:
+            value = value_of(node)
+            if isinstance(value, torch.Tensor):
+                tensor_of(node)  # Refused for what is no plain tensor
+                other = self._of_others.get(node)
+                if other is not None and node not in self._dependents and _is_large(node, other):
+                    raise NeedsHead(other)
+                fake = self._fake(value)
+                self._know(fake, Outer(fake, node, depends=node in self._dependents))
+                self._nodes[node] = fake
+            elif isinstance(value, tuple | list):
+                raise Refused(f"{describe(node)} gives several tensors")
+            else:
+                self._nodes[node] = value
+        return self._nodes[node]
+
+    def _fake(self, value: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float32 if value.dtype in _NARROW else value.dtype
+        with fake_mode_of([value]), torch.no_grad():
+            return torch.empty_like(value, dtype=dtype, requires_grad=False)
+
+    def _hold(self, fake: torch.Tensor, traced: Traced) -> None:
+        self._held[id(fake)] = traced
+        self._alive.append(fake)
+
+    def _know(self, fake: torch.Tensor, outer: Outer | Exit) -> None:
+        self._outer[id(fake)] = outer
+        self._alive.append(fake)
+
+    # ATen operations.
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        held = [found for tensor in given if (found := self.traced(tensor)) is not None]
+        if held and func is torch.ops.aten._local_scalar_dense.default:
+            raise Mixes("item takes a number out of the rows")
+        out = func(*args, **kwargs)
+        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
+            return out
+        if held and (func.namespace != "aten" or func._overloadname.endswith("out")):
+            raise Mixes(f"{func} is not known to treat rows apart")
+        if func._schema.is_mutable:
+            self._write(func, args, kwargs, out, bool(held))
+        elif not held:
+            self._record(func, args, kwargs, out)
+        else:
+            try:
+                self._bind(out, rowwise(self, _call(func, args, kwargs, out)))
+            except Mixes:
+                if any(one.words > self.most_words for one in held):
+                    raise
+                self._record(func, args, kwargs, out)
+        return out
+
+    def _write(self, func: Any, args: Any, kwargs: Any, out: Any, has_rows: bool) -> None:
+        name = func._schema.name.split("::")[1]
+        plain = getattr(
+            getattr(torch.ops.aten, name.removesuffix("_"), None), func._overloadname, None
+        )
+        target = args[0]
+        if plain is None or not name.endswith("_") or out is not target:
+            raise Mixes(f"{name} writes in a way that is not understood")
+        held = self.traced(target)
+        if held is None:
+            outer = self._outer.get(id(target))
+            if has_rows or not isinstance(outer, Outer) or outer.node is not None:
+                raise Mixes(f"{name} puts rows into another tensor")
+            before = Outer(target, None, outer.call, outer.item, outer.depends)
+            copy = self._fake(target)
+            self._know(copy, before)
+            self._record(plain, (copy, *args[1:]), kwargs, target)
+            return
+        call = _call(plain, args, kwargs, out)
+        (result,) = [rowwise(self, call)]
+        if not isinstance(result, New) or result.space is not held.space:
+            raise Mixes(f"{name} is not understood")
+        if finest(result.dims) != held.finest:
+            raise Mixes(f"{name} writes other rows than those that it reads")
+        value = result.expression
+        if any(tensor.dtype != target.dtype for tensor in call.tensors):
+            value = self.make("aten._to_copy.default", value, dtype=target.dtype)
+        write(self.make, held, value)
+
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Write down a call that is made outside of chunks."""
+        depends = False
+
+        def known(leaf: Any) -> Any:
+            nonlocal depends
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            held = self.traced(leaf)
+            if held is not None:
+                depends = True
+                return Exit(held, self.read(held), leaf, held.finest)
+            found = self._outer.get(id(leaf))
+            if found is None:
+                raise Refused("a tensor is a constant of the graph")
+            depends |= isinstance(found, Exit) or found.depends
+            return found
+
+        call = (func, *tree_map(known, (tuple(args), dict(kwargs))))
+        if isinstance(out, torch.Tensor):
+            self._know(out, Outer(out, None, call, None, depends))
+            return
+        for number, leaf in enumerate(out):
+            if isinstance(leaf, torch.Tensor):
+                self._know(leaf, Outer(leaf, None, call, number, depends))
+
+    def _bind(self, out: Any, result: Any) -> None:
+        if isinstance(result, list):
+            for leaf, one in zip(out, result, strict=True):
+                self._bind(leaf, one)
+            return
+        match result:
+            case New(expression, dims, space):
+                traced = Traced(Cell(expression, space), (), dims, tuple(out.shape), space)
+                self._hold(out, traced)
+            case Traced():
+                self._hold(out, result)
+            case Summed():
+                self._finish(result, out)
+            case Quotient(total, by):
+                first = torch.empty_like(out)
+                self._finish(total, first)
+                self._record(torch.ops.aten.div.Tensor, (first, by), {}, out)
+            case torch.Tensor():
+                self._know(out, self.given(result))
+
+    def _finish(self, result: Summed, out: torch.Tensor) -> None:
+        made, sizes = result.partial, result.sizes
+        traced = Traced(Cell(made.expression, made.space), (), made.dims, sizes, made.space)
+        if traced.words > self.most_words:
+            raise Mixes("too much is left of each row")
+        partial = out.new_empty(sizes, dtype=result.dtype)
+        self._know(partial, Exit(traced, made.expression, partial, finest(made.dims)))
+        func, args, kwargs = result.finish(partial)
+        self._record(func, args, kwargs, out)
+
+    # What is wide and made outside.
+
+    def _absorb(self, outer: Outer, dims: tuple[Dim, ...], space: Space) -> Expression | None:
+        """What makes ``outer``, as wide as the logits, in chunks; None if that is impossible."""
+        node = outer.node
+        if node is None or not self._can_absorb(node):
+            return None
+        before = dict(self.absorbed)
+        self.absorbed[node] = None
+        try:
+            known: dict[Node, Any] = {}
+            for source in node.all_input_nodes:
+                known[source] = self._absorbed_input(node, source, dims, space)
+            result = self._run(node, lambda source: known.get(source, _NONE))
+            held = self.traced(result)
+            if held is not None and held.finest == dims and held.space is space:
+                return self.read(held)
+        except (Refused, TypeError, RuntimeError):
+            pass
+        self.absorbed = before
+        return None
+
+    def _can_absorb(self, node: Node) -> bool:
+        return (
+            node.op in ("call_function", "call_method")
+            and node not in self._dependents
+            and not mutation.may_write(node)
+            and not draws(node)
+            and all(user in self._dependents or user in self.absorbed for user in node.users)
+        )
+
+    def _absorbed_input(self, node: Node, source: Node, dims: tuple[Dim, ...], space: Space) -> Any:
+        """A fake tensor for an input of ``node``, whose result has ``dims``."""
+        value = value_of(source)
+        if not isinstance(value, torch.Tensor):
+            return self._outside(source)
+        of_input = _dims_before(node, source, dims)
+        fake = self._fake(value)
+        outside = self.outer(self._outside(source))
+        if all(dim is None for dim in of_input):
+            return self._outside(source)
+        leaf = self.by_row(outside, of_input, space)
+        self._hold(fake, Traced(Cell(leaf, space), (), of_input, tuple(value.shape), space))
+        return fake
+
+
+_NONE = object()
+
+
+class NeedsHead(Exception):
+    """The logits of another head are put together with these."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.head = head
+
+
+def _is_large(node: Node, head: Head) -> bool:
+    """Whether ``node`` has about as many numbers as the logits of ``head``."""
+    return 4 * hint(tensor_of(node).numel()) >= hint(tensor_of(head.node).numel())
+
+
+def _dims_before(node: Node, source: Node, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """The dimensions of an input of ``node``, if its result has ``dims``."""
+    before, after = tensor_of(source).shape, tensor_of(node).shape
+    if canonical_op(node) == "one_hot":
+        return dims[:-1]
+    if canonical_op(node) == "reshape":
+        return reshaped(dims, after, before)
+    if len(before) > len(after):
+        raise Refused("")
+    offset = len(after) - len(before)
+    return tuple(
+        None if same(size, 1) else dim for dim, size in zip(dims[offset:], before, strict=True)
+    )
+
+
+def _wide(argument: Any) -> Any:
+    return torch.float32 if isinstance(argument, torch.dtype) and argument in _NARROW else argument
+
+
+def _has_gradient(nodes: Iterable[Node]) -> bool:
+    leaves = [leaf for node in nodes for leaf in tree_leaves(value_of(node))]
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _check(node: Node) -> None:
+    """Refused if ``node`` cannot be run again."""
+    is_known = node.op in ("call_function", "call_method") and (
+        mutation.writes(node) or not mutation.may_write(node)
+    )
+    tensors = [leaf for leaf in tree_leaves(value_of(node)) if isinstance(leaf, torch.Tensor)]
+    if not is_known or str(node.target) in _CREATES_NOTHING or not all(map(wraps_none, tensors)):
+        raise Mixes(f"{describe(node)} is not known to treat rows apart")
+    if is_cut_off(node):
+        raise Refused(f"{describe(node)} requires a gradient and has nowhere to pass it")
+    if draws(node):
+        raise Mixes(f"{describe(node)} draws random numbers")
+    if (
+        not mutation.writes(node)
+        and _has_gradient([node])
+        and not _has_gradient(node.all_input_nodes)
+    ):
+        raise Refused(f"{describe(node)} is where a gradient ends")
+
+
+def _call(func: Any, args: Any, kwargs: Any, out: Any) -> Call:
+    named = {}
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.name in kwargs:
+            named[argument.name] = kwargs[argument.name]
+        elif number < len(args):
+            named[argument.name] = args[number]
+        elif argument.has_default_value():
+            named[argument.name] = argument.default_value
+        else:
+            raise Mixes(f"{describe_call(func)} is called in a way that is not understood")
+    return Call(func, named, out)
