@@ -48,6 +48,12 @@ def _emit_call(emit: Emitter, region: Region, call: RowCall, made: dict[Any, Nod
         leads.append(RowInput(lead))
     constants = [_constant(emit, leaf, made) for leaf in call.constants]
     part = replace(call.part, by_row=tuple(leads))
+    reached = iter(call.with_gradient)
+    of_heads = [next(reached) for _ in call.heads]
+    hidden = [_reached(emit, *pair) for pair in zip(hidden, of_heads, strict=True)]
+    weights = [_reached(emit, *pair) for pair in zip(weights, of_heads, strict=True)]
+    by_row = [_reached(emit, one, next(reached)) for one in by_row]
+    constants = [_reached(emit, one, next(reached)) for one in constants]
     outputs = emit(
         torch.ops.lmhead_pass.rowwise.default,
         *(hidden, weights, by_row, constants, part.text(), call.rows_per_chunk),
@@ -61,6 +67,12 @@ def _emit_call(emit: Emitter, region: Region, call: RowCall, made: dict[Any, Nod
         for exit in exits:
             made[exit] = item
     return numbers
+
+
+def _reached(emit: Emitter, tensor: Node, is_reached: bool) -> Node:
+    """``tensor``, without its gradient unless one may come back to it."""
+    value = tensor_of(tensor)
+    return tensor if is_reached or not value.is_floating_point() else emit("detach", tensor)
 
 
 def _hidden(emit: Emitter, head: Head) -> Node:

@@ -671,7 +671,11 @@ def _index_put(context: Context, call: Call) -> New:
             for size, whole in zip(shape, held.sizes, strict=True)
         ):
             raise Mixes("a mask has other rows than what it masks")
-        if place == 0 and index.dim() == len(dims):
+        if place == 0 and context.traced(index) is None:
+            with context.outside():
+                index = index.reshape(shape)
+            mask = _aligned(context, index, dims, held.sizes, held.space)
+        elif place == 0 and index.dim() == len(dims):
             mask = _aligned(context, index, dims, held.sizes, held.space)
         elif index.dim() == 1 and dims[place] is None and context.traced(index) is None:
             rest = [1] * len(held.rest)

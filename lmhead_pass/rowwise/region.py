@@ -232,6 +232,8 @@ class _Carver:
             ),
         )
         of_call = [self.heads[number] for number in heads]
+        ends = [exit.expression for exit, has_gradient in exits.items() if has_gradient]
+        reached = _with_gradient(ends)
         return RowCall(
             heads=tuple(of_call),
             space=space,
@@ -239,6 +241,7 @@ class _Carver:
             constants=tuple(one.op for one in constants),
             part=part,
             exits=tuple(tuple(alike) for _, alike in outputs.values()),
+            with_gradient=tuple(one in reached for one in given),
             rows_per_chunk=self._rows_per_chunk(of_call, space),
         )
 
@@ -291,14 +294,16 @@ class _Carver:
         moved = sorted(self._moved(results, place), key=order.__getitem__)
         if moved and not run_the_same_behind(place.prev, tuple(moved)):
             raise Refused("what reads one loss has to run before another one is known")
-        start = min(inside, key=order.__getitem__)
         end = self.graph.output_node() if is_differentiated else place
-        for writer in mutation.writers(mutation.nodes_between(start, end), of=sources):
-            if writer not in inside:
-                raise Refused(
-                    f"{describe(writer)}{at(writer)} may change what the head and its losses read "
-                    "in place"
-                )
+        for source in sources:
+            readers = [user for user in source.users if user in inside]
+            start = min(readers or inside, key=order.__getitem__)
+            for writer in mutation.writers(mutation.nodes_between(start, end), of=[source]):
+                if writer not in inside:
+                    raise Refused(
+                        f"{describe(writer)}{at(writer)} may change what the head and its losses "
+                        "read in place"
+                    )
         return place, tuple(moved)
 
     def _moved(self, results: Iterable[Node], place: Node) -> set[Node]:
@@ -391,6 +396,17 @@ def _collect(expression: Expression, found: dict[Expression, None]) -> None:
             continue
         pending.append((one, True))
         pending += [(source, False) for source in _inputs_of(one)]
+
+
+def _with_gradient(ends: Iterable[Expression]) -> set[Expression]:
+    """What a gradient of ``ends`` may reach."""
+    found, pending = set[Expression](), list(ends)
+    while pending:
+        one = pending.pop()
+        if one not in found and one.op != "aten.detach.default":
+            found.add(one)
+            pending += _inputs_of(one)
+    return found
 
 
 def _heads_of(expression: Expression) -> Iterator[int]:

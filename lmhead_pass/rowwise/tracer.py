@@ -37,6 +37,7 @@ from .values import (
     Outer,
     RowLeaf,
     Traced,
+    hashable,
     read,
     rest_of,
     write,
@@ -80,6 +81,8 @@ class Tracer(DispatchMode):  # type: ignore[misc]
         self._alive: list[Any] = []  # so that no number of another tensor is theirs
         self._leaves: dict[Any, Expression] = {}
         self._nodes: dict[Node, Any] = {}
+        self._calls: dict[Any, tuple[Any, Any, Any]] = {}
+        self._made: dict[Any, Outer] = {}
 
     # What operations ask.
 
@@ -103,19 +106,14 @@ class Tracer(DispatchMode):  # type: ignore[misc]
         return found
 
     def by_row(self, outer: Outer, dims: tuple[Dim, ...], space: Space) -> Expression:
-        dims = finest(dims)
-        key = (outer, dims, space)
+        key = (outer, finest(dims), space)
         if key not in self._leaves:
-            rest = rest_of(dims, tuple(outer.value.shape))
             count = 1
-            for size in rest:
+            for size in rest_of(key[1], tuple(outer.value.shape)):
                 count *= size
-            made = None
             if count > self.most_words:
-                if set(labels_in(dims)) != set(space.finest):
-                    raise Refused("an input as wide as the logits has other rows")
-                made = self._absorb(outer, dims, space)
-            self._leaves[key] = made or Expression(RowLeaf(outer, dims), space=space)
+                raise _IsWide(*key)
+            self._leaves[key] = Expression(RowLeaf(outer, key[1]), space=space)
         return self._leaves[key]
 
     def constant(self, outer: Outer, sizes: tuple[int, ...]) -> Expression:
@@ -165,18 +163,24 @@ class Tracer(DispatchMode):  # type: ignore[misc]
                 if source.op == "output" or source.target == "size":
                     raise Refused("")
                 self.run(source)
-        result = self._run(node, lambda source: self.results.get(source, _NONE))
+        result = self._run(node, self.results)
         self.results[node] = result
         for leaf in tree_leaves(result):
             if (held := self.traced(leaf)) is not None:
                 self.expressions.setdefault(id(leaf), self.read(held))
 
-    def _run(self, node: Node, known: Any) -> Any:
+    def _run(self, node: Node, known: Mapping[Node, Any]) -> Any:
+        while True:
+            try:
+                return self._run_once(node, known)
+            except _IsWide as wide:
+                self._make_wide(wide)
+
+    def _run_once(self, node: Node, known: Mapping[Node, Any]) -> Any:
         _check(node)
 
         def given(source: Node) -> Any:
-            found = known(source)
-            return self._outside(source) if found is _NONE else found
+            return known[source] if source in known else self._outside(source)
 
         args, kwargs = tree_map(_wide, map_arg((node.args, node.kwargs), given))
         function = node.target
@@ -191,13 +195,19 @@ class Tracer(DispatchMode):  # type: ignore[misc]
                 args = (*args[:2], number)
             result = function(*args, **kwargs)
         if not mutation.writes(node):
-            self._stop_gradients(node, result)
+            cells = {
+                held.cell for leaf in tree_leaves((args, kwargs)) if (held := self.traced(leaf))
+            }
+            self._stop_gradients(node, result, cells)
         elif not gradients_are_recorded(node) and _has_gradient(node.all_input_nodes):
             raise Refused(f"{describe(node)} writes where no gradients are recorded")
         return result
 
-    def _stop_gradients(self, node: Node, result: Any) -> None:
-        """Where the model's own result has no gradient, though what it is made of has one."""
+    def _stop_gradients(self, node: Node, result: Any, cells: set[Cell]) -> None:
+        """Where the model's own result has no gradient, though what it is made of has one.
+
+        ``cells`` are those of what it is made of.
+        """
         if not _has_gradient(node.all_input_nodes):
             return
         for fake, value in zip(tree_leaves(result), tree_leaves(value_of(node)), strict=True):
@@ -205,7 +215,7 @@ class Tracer(DispatchMode):  # type: ignore[misc]
             if held is None or value.requires_grad or not value.is_floating_point():
                 continue
             cell = Cell(self.make("aten.detach.default", self.read(held)), held.space)
-            cell.is_shared = held.cell.is_shared = True
+            cell.is_shared = held.cell.is_shared = held.cell in cells
             self._hold(fake, Traced(cell, (), held.dims, held.sizes, held.space))
 
     def _outside(self, node: Node) -> Any:
@@ -313,13 +323,15 @@ class Tracer(DispatchMode):  # type: ignore[misc]
             depends |= isinstance(found, Exit) or found.depends
             return found
 
-        call = (func, *tree_map(known, (tuple(args), dict(kwargs))))
-        if isinstance(out, torch.Tensor):
-            self._know(out, Outer(out, None, call, None, depends))
-            return
-        for number, leaf in enumerate(out):
+        given, named = tree_map(known, (tuple(args), dict(kwargs)))
+        key = (func, hashable(given), hashable(named))
+        # Where a node is run once more, its calls are the same.
+        call = self._calls.setdefault(key, (func, given, named))
+        items = enumerate(out) if isinstance(out, list | tuple) else [(None, out)]
+        for item, leaf in items:
             if isinstance(leaf, torch.Tensor):
-                self._know(leaf, Outer(leaf, None, call, number, depends))
+                made = Outer(leaf, None, call, item, depends)
+                self._know(leaf, self._made.setdefault((key, item), made))
 
     def _bind(self, out: Any, result: Any) -> None:
         if isinstance(result, list):
@@ -345,7 +357,7 @@ class Tracer(DispatchMode):  # type: ignore[misc]
         made, sizes = result.partial, result.sizes
         traced = Traced(Cell(made.expression, made.space), (), made.dims, sizes, made.space)
         if traced.words > self.most_words:
-            raise Mixes("too much is left of each row")
+            raise Mixes("it runs over rows")
         partial = out.new_empty(sizes, dtype=result.dtype)
         self._know(partial, Exit(traced, made.expression, partial, finest(made.dims)))
         func, args, kwargs = result.finish(partial)
@@ -353,25 +365,55 @@ class Tracer(DispatchMode):  # type: ignore[misc]
 
     # What is wide and made outside.
 
-    def _absorb(self, outer: Outer, dims: tuple[Dim, ...], space: Space) -> Expression | None:
-        """What makes ``outer``, as wide as the logits, in chunks; None if that is impossible."""
-        node = outer.node
-        if node is None or not self._can_absorb(node):
-            return None
-        before = dict(self.absorbed)
-        self.absorbed[node] = None
+    def _make_wide(self, wide: "_IsWide") -> Expression:
+        """An input as wide as the logits: what makes it is run in chunks, if that is possible."""
+        key = (wide.outer, wide.dims, wide.space)
+        if key not in self._leaves:
+            if set(labels_in(wide.dims)) != set(wide.space.finest):
+                raise Refused("an input as wide as the logits has other rows")
+            made = self._absorbed(wide)
+            self._leaves[key] = made or Expression(RowLeaf(wide.outer, wide.dims), space=wide.space)
+        return self._leaves[key]
+
+    def _absorbed(self, wide: "_IsWide") -> Expression | None:
+        """What makes it in chunks; None if that is impossible."""
+        node, call, before = wide.outer.node, wide.outer.call, dict(self.absorbed)
         try:
-            known: dict[Node, Any] = {}
-            for source in node.all_input_nodes:
-                known[source] = self._absorbed_input(node, source, dims, space)
-            result = self._run(node, lambda source: known.get(source, _NONE))
-            held = self.traced(result)
-            if held is not None and held.finest == dims and held.space is space:
-                return self.read(held)
-        except (Refused, TypeError, RuntimeError):
-            pass
-        self.absorbed = before
-        return None
+            if node is not None:
+                if not self._can_absorb(node):
+                    return None
+                self.absorbed[node] = None
+                inputs = {
+                    source: self._input_of(self._outside(source), node, tensor_of(node), wide)
+                    for source in node.all_input_nodes
+                }
+                result = self._run(node, inputs)
+            elif call is not None and wide.outer.item is None:
+                function, args, kwargs = tree_map(
+                    lambda leaf: (
+                        self._input_of(leaf.value, None, wide.outer.value, wide)
+                        if isinstance(leaf, Outer)
+                        else leaf
+                    ),
+                    call,
+                )
+                while True:
+                    try:
+                        with fake_mode_of([self._like]), self:
+                            result = function(*args, **kwargs)
+                        break
+                    except _IsWide as inner:
+                        self._make_wide(inner)
+            else:
+                return None
+        except Refused:
+            self.absorbed = before
+            return None
+        held = self.traced(result)
+        if held is None or held.finest != wide.dims or held.space is not wide.space:
+            self.absorbed = before
+            return None
+        return self.read(held)
 
     def _can_absorb(self, node: Node) -> bool:
         return (
@@ -382,22 +424,46 @@ class Tracer(DispatchMode):  # type: ignore[misc]
             and all(user in self._dependents or user in self.absorbed for user in node.users)
         )
 
-    def _absorbed_input(self, node: Node, source: Node, dims: tuple[Dim, ...], space: Space) -> Any:
-        """A fake tensor for an input of ``node``, whose result has ``dims``."""
-        value = value_of(source)
-        if not isinstance(value, torch.Tensor):
-            return self._outside(source)
-        of_input = _dims_before(node, source, dims)
-        fake = self._fake(value)
-        outside = self.outer(self._outside(source))
-        if all(dim is None for dim in of_input):
-            return self._outside(source)
-        leaf = self.by_row(outside, of_input, space)
-        self._hold(fake, Traced(Cell(leaf, space), (), of_input, tuple(value.shape), space))
+    def _input_of(self, given: Any, node: Node | None, made: torch.Tensor, wide: "_IsWide") -> Any:
+        """``given`` ``made`` an input that is wide; as what it is in chunks if it has rows."""
+        if not isinstance(given, torch.Tensor):
+            return given
+        dims = _dims_before(node, given.shape, made.shape, wide.dims)
+        if all(dim is None for dim in dims):
+            return given
+        outer = self.outer(given)
+        try:
+            leaf = self.by_row(outer, dims, wide.space)
+        except _IsWide as inner:
+            leaf = self._make_wide(inner)
+        fake = self._fake(given)
+        traced = Traced(Cell(leaf, wide.space), (), dims, tuple(given.shape), wide.space)
+        self._hold(fake, traced)
         return fake
 
 
-_NONE = object()
+def _dims_before(
+    node: Node | None, before: Sequence[Any], after: Sequence[Any], dims: tuple[Dim, ...]
+) -> tuple[Dim, ...]:
+    """The dimensions of an input of ``node``, if its result has ``dims``."""
+    if node is not None and canonical_op(node) == "one_hot":
+        return dims[:-1]
+    if node is not None and canonical_op(node) == "reshape":
+        return reshaped(dims, after, before)
+    if len(before) > len(after):
+        raise Refused("")
+    offset = len(after) - len(before)
+    return tuple(
+        None if same(size, 1) else dim for dim, size in zip(dims[offset:], before, strict=True)
+    )
+
+
+class _IsWide(Exception):
+    """An input by row is as wide as the logits."""
+
+    def __init__(self, outer: Outer, dims: tuple[Dim, ...], space: Space) -> None:
+        super().__init__()
+        self.outer, self.dims, self.space = outer, dims, space
 
 
 class NeedsHead(Exception):
@@ -411,21 +477,6 @@ class NeedsHead(Exception):
 def _is_large(node: Node, head: Head) -> bool:
     """Whether ``node`` has about as many numbers as the logits of ``head``."""
     return 4 * hint(tensor_of(node).numel()) >= hint(tensor_of(head.node).numel())
-
-
-def _dims_before(node: Node, source: Node, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """The dimensions of an input of ``node``, if its result has ``dims``."""
-    before, after = tensor_of(source).shape, tensor_of(node).shape
-    if canonical_op(node) == "one_hot":
-        return dims[:-1]
-    if canonical_op(node) == "reshape":
-        return reshaped(dims, after, before)
-    if len(before) > len(after):
-        raise Refused("")
-    offset = len(after) - len(before)
-    return tuple(
-        None if same(size, 1) else dim for dim, size in zip(dims[offset:], before, strict=True)
-    )
 
 
 def _wide(argument: Any) -> Any:

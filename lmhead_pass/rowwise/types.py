@@ -24,6 +24,8 @@ class RowCall:
     part: RowPart
     exits: tuple[tuple[Exit, ...], ...]
     """What each output of the part is read as."""
+    with_gradient: tuple[bool, ...]
+    """Whether a gradient may reach the logits of each head, each input by row, each constant."""
     rows_per_chunk: int
 
 

@@ -87,16 +87,18 @@ class Expressions:
         self._known: dict[Hashable, Expression] = {}
 
     def __call__(self, op: str, *args: Any, **kwargs: Any) -> Expression:
-        key = (op, _hashable(args), _hashable(kwargs))
+        key = (op, hashable(args), hashable(kwargs))
         return self._known.setdefault(key, Expression(op, args, kwargs))
 
 
-def _hashable(argument: Any) -> Hashable:
+def hashable(argument: Any) -> Hashable:
+    """Equal for arguments that are the same: 1 is not True, and not 1.0."""
     if isinstance(argument, list | tuple):
-        return (type(argument), *map(_hashable, argument))
+        return (type(argument), *map(hashable, argument))
     if isinstance(argument, dict):
-        return tuple((name, _hashable(value)) for name, value in argument.items())
-    return type(argument), repr(argument) if isinstance(argument, float) else argument
+        return tuple((name, hashable(value)) for name, value in argument.items())
+    is_hashed_by_text = isinstance(argument, float | torch.SymInt | torch.SymFloat | torch.SymBool)
+    return type(argument), repr(argument) if is_hashed_by_text else argument
 
 
 @dataclass(frozen=True)

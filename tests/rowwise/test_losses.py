@@ -1,0 +1,158 @@
+"""Losses that no fused form serves, against the unfused model and FP64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+
+import lmhead_pass
+
+from .. import reference
+from ..backend import rewrite
+from .losses import LOSSES, entropy_bonus, given_teacher, jensen_shannon, squared_ratio
+
+B, T, H, V = 3, 7, 16, 128
+
+
+def inputs(dtype=torch.float32):
+    h, w, h2, w2 = (torch.randn(*size, H).to(dtype) for size in ((B, T), (V,), (B, T), (V,)))
+    y, z = torch.randint(V, (B, T)), torch.randn(B, T, V).to(dtype)
+    return h.requires_grad_(), w.requires_grad_(), y, h2.requires_grad_(), w2.requires_grad_(), z
+
+
+def gradients(function, tensors):
+    """The result, and the gradients of those tensors that have one."""
+    result = function(*tensors)
+    wanted = [t for t in tensors if t.requires_grad]
+    found = torch.autograd.grad(result, wanted, allow_unused=True)
+    return [result.detach(), *(gradient for gradient in found if gradient is not None)]
+
+
+def check(function, tensors, dtype, **options):
+    graphs = []
+    with lmhead_pass.config.patch(batch_chunk_size=5):
+        ours = gradients(rewrite(function, graphs, **options), tensors)
+    unfused = gradients(function, tensors)
+    exact = gradients(function, reference.doubles(tensors))
+    assert len(ours) == len(unfused) == len(exact)
+    reference.assert_no_worse(
+        ours, unfused, exact, dtype, roundings=4 if dtype == torch.float64 else 2
+    )
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    assert "linear" not in graphs[1].replace("lmhead_pass.linear", "")
+    return graphs[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("function", LOSSES, ids=lambda f: f.__name__)
+def test_loss(function, dtype):
+    check(function, inputs(dtype), dtype)
+
+
+@pytest.mark.parametrize("function", [given_teacher, entropy_bonus, jensen_shannon])
+def test_sums_have_their_gradients_in_the_forward(function):
+    assert "lmhead_pass.rowwise_sum" in check(function, inputs(), torch.float32)
+
+
+def test_results_used_freely_have_theirs_in_the_backward():
+    code = check(squared_ratio, inputs(), torch.float32)
+    assert "lmhead_pass.rowwise.default" in code
+    assert "rowwise_sum" not in code
+
+
+@pytest.mark.parametrize("function", [given_teacher, entropy_bonus, squared_ratio])
+def test_dynamic_batch(function):
+    compiled = rewrite(function)
+    for batch in (3, 5, 6):
+        h, w, y, h2, w2, z = inputs()
+        h, y, h2, z = (t.detach()[:1].repeat(batch, *[1] * (t.dim() - 1)) for t in (h, y, h2, z))
+        tensors = h.requires_grad_(), w, y, h2.requires_grad_(), w2, z
+        ours, theirs = gradients(compiled, tensors), gradients(function, tensors)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counters["lmhead_pass"] == {"rewritten": 2}  # the second graph is for any batch
+
+
+def test_autocast():
+    h, w, y, *_ = inputs()
+
+    def function(h, w, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = F.linear(h, w)
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        return loss + logits.float().std(-1).mean()
+
+    compiled = rewrite(function)
+    ours, unfused = gradients(compiled, (h, w, y)), gradients(function, (h, w, y))
+    exact = gradients(lambda *t: entropy_free(*t), reference.doubles((h, w, y)))
+    assert [t.dtype for t in ours] == [t.dtype for t in unfused]
+    reference.assert_no_worse(ours, unfused, exact, torch.bfloat16)
+
+
+def entropy_free(h, w, y):
+    logits = F.linear(h, w)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()) + logits.std(-1).mean()
+
+
+def test_frozen_weight_and_no_gradient():
+    h, w, y, *_ = inputs()
+    frozen = w.detach()
+
+    def function(h, y):
+        return F.linear(h, frozen).softmax(-1).square().sum(-1).mean()
+
+    compiled = rewrite(function)
+    for ours, theirs in zip(gradients(compiled, (h, y)), gradients(function, (h, y)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(h, y), function(h, y))
+
+
+def test_minus_infinity_and_nan_are_those_of_eager():
+    h, w, y, *_ = inputs()
+
+    def function(h, w, y):
+        logits = F.linear(h, w)
+        logits = torch.where((y == y[0, 0])[..., None], -torch.inf, logits)
+        return logits.softmax(-1).square().sum(-1)
+
+    with lmhead_pass.config.patch(batch_chunk_size=5):
+        compiled = rewrite(function)
+        ours = compiled(h, w, y)
+    theirs = function(h, w, y)
+    assert ours.isnan().any()
+    assert not ours.isnan().all()
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    upstream = torch.where(theirs.isnan(), 0.0, 1.0)
+    for a, b in zip(
+        torch.autograd.grad(ours, (h, w), upstream),
+        torch.autograd.grad(theirs, (h, w), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_second_derivative_is_an_error():
+    h, w, *_ = inputs()
+    loss = rewrite(lambda h, w: F.linear(h, w).std(-1).mean())(h, w)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, h, create_graph=True)
+
+
+def test_empty_batch():
+    _, w, *_ = inputs()
+    h = torch.randn(0, H, requires_grad=True)
+    compiled = rewrite(lambda h, w: F.linear(h, w).std(-1).sum())
+    loss = compiled(h, w)
+    loss.backward()
+    assert loss.item() == 0
+    assert h.grad.shape == (0, H)
+    assert not w.grad.any()
+
+
+def test_log_says_what_it_is(caplog):
+    with caplog.at_level("INFO", "lmhead_pass"):
+        rewrite(given_teacher)(*inputs())
+    (line,) = caplog.messages
+    assert "chunked: " in line
+    assert " operations on each row" in line
