@@ -337,6 +337,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("no_regions")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_reason(name, caplog):
     function, reason = REFUSED[name]

@@ -43,6 +43,7 @@ def step_by(step, loss):
     return function
 
 
+@pytest.mark.usefixtures("no_regions")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("step", STEPS)
 def test_the_step_is_named(step, loss, caplog):
@@ -53,6 +54,7 @@ def test_the_step_is_named(step, loss, caplog):
     assert re.search(rf"left alone: .*: .*\b{step} at \S+/test_unreached.py:\d+ `", line), line
 
 
+@pytest.mark.usefixtures("no_regions")
 def test_explain_names_it_too():
     explanation = lmhead_pass.explain(step_by("clamp", "gathered"), *forms.inputs())
     assert "clamp at" in explanation.refused[0]

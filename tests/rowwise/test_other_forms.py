@@ -1,0 +1,50 @@
+"""What the fused forms refuse: run in chunks or left alone, it is as exact as it was."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import lmhead_pass
+
+from .. import forms, reference
+from ..backend import rewrite
+from ..plan.test_refusals import REFUSED
+from ..plan.test_unreached import LOSSES, step_by
+
+
+def check(function, tensors, tolerance=1e-4):
+    leaves = [reference.leaf(tensor) for tensor in tensors]
+    torch.manual_seed(1)
+    theirs = _run(function, leaves)
+    torch.manual_seed(1)
+    with lmhead_pass.config.patch(batch_chunk_size=5):
+        ours = _run(rewrite(function), tensors)
+    assert counters["lmhead_pass"]["failed"] == 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(
+                a, b, equal_nan=True, rtol=2e-3 if a.dtype == torch.float16 else 1e-4, atol=2e-5
+            )
+
+
+def _run(function, tensors):
+    result = function(*tensors)
+    losses = result if isinstance(result, tuple) else (result,)
+    if losses[0].requires_grad:
+        losses[0].backward()
+    return [losses[0].detach(), *(tensor.grad for tensor in tensors)]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_fused_forms(name):
+    tensors = forms.inputs()
+    if name.startswith("write_to_hidden"):  # eager autograd would refuse it too
+        tensors = [tensor.detach() for tensor in tensors]
+    check(REFUSED[name][0], tensors, 2e-3 if "float16" in name else 1e-4)
+
+
+@pytest.mark.parametrize("step", ["clamp", "mul"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_behind_a_step_without_fused_form(loss, step):
+    check(step_by(step, loss), forms.inputs())
