@@ -9,7 +9,7 @@ from ..compat.lookup import NO_ROWWISE, missing
 from ..graph import Refusal, Refused
 from ..logits import ConsumerKind, follow_logits, large_heads
 from ..plan import Match, Rewrite, check_derivatives, plan_fused_calls
-from ..rowwise import Mixes, carve
+from ..rowwise import Mixes, carve, may_be_carved
 from . import report
 from .checkpoint_regions import find_across_regions
 from .edit import GraphEdit
@@ -88,7 +88,11 @@ def _emit_regions(
 ) -> tuple[list[EmittedRegion], list[Refusal]]:
     """Have what no fused form serves run in chunks. Returns that, and what is still left alone."""
     served = {node for rewrite in rewrites for node in rewrite.nodes}
-    heads = [head for head in large_heads(edit.graph) if head.node not in served]
+    heads = [
+        head
+        for head in large_heads(edit.graph)
+        if head.node not in served and may_be_carved(head)
+    ]
     emitted: list[EmittedRegion] = []
     if not heads or edit.regions or missing(NO_ROWWISE):
         return emitted, refusals

@@ -8,7 +8,7 @@ numbers without a vocabulary, and describes what it finds (``types``).
 
 from .layout import Dim, Label, Space, finest
 from .operations import Mixes
-from .region import carve
+from .region import carve, may_be_carved
 from .types import Region, RowCall
 from .values import ConstantLeaf, Exit, Outer, RowLeaf
 
@@ -25,4 +25,5 @@ __all__ = [
     "Space",
     "carve",
     "finest",
+    "may_be_carved",
 ]

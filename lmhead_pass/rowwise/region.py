@@ -35,6 +35,25 @@ from .values import ConstantLeaf, Exit, Expression, HeadLeaf, Outer, RowLeaf
 
 # What has at most this share of a vocabulary has none.
 _SHARE = 4
+_PRODUCTS = ("linear", "matmul", "product", "addmm", "einsum", "conv1d")
+
+
+def may_be_carved(head: Head) -> bool:
+    """False if a matrix product reads what ``head`` computes, as in the blocks of a model.
+
+    Said quickly: a model has many such layers.
+    """
+    least = hint(tensor_of(head.node).numel()) // 2
+    seen, pending = {head.node}, [head.node]
+    while pending:
+        for user in pending.pop().users:
+            if canonical_op(user) in _PRODUCTS or "attention" in describe(user):
+                return False
+            tensors = [v for v in tree_leaves(value_of(user)) if isinstance(v, torch.Tensor)]
+            if user not in seen and any(hint(tensor.numel()) >= least for tensor in tensors):
+                seen.add(user)
+                pending.append(user)
+    return True
 
 
 def carve(head: Head, heads: Sequence[Head]) -> Region:

@@ -328,6 +328,27 @@ def recompile_limit():
     assert torch._dynamo.config.recompile_limit == before
 
 
+def gradients_in_kernels():
+    x = torch.ones(2)
+    with kernels.below_autograd(), kernels.recording_gradients():
+        leaf = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad((leaf * leaf).sum(), leaf)
+    assert gradient.tolist() == [2, 2]
+
+
+def dispatched_operations():
+    names = []
+
+    class Mode(aten_trace.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.ones(2).add(1)
+    assert "aten.add.Tensor" in names
+
+
 def kernels_of_devices():
     assert kernels.has_kernel("aten::addmm.out", "cpu")
     assert not kernels.has_kernel("aten::addmm.dtype_out", "cpu")
@@ -592,6 +613,9 @@ CANARIES = {
     "torch.utils._python_dispatch._disable_current_modes": modes,
     "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack": modes,
     "torch._C._AutoDispatchBelowAutograd": below_autograd,
+    "torch._C._SetExcludeDispatchKeyGuard": gradients_in_kernels,
+    "torch._C.DispatchKey": gradients_in_kernels,
+    "torch.utils._python_dispatch.TorchDispatchMode": dispatched_operations,
     "torch.autograd.forward_ad._current_level": forward_mode,
     "torch._C._dispatch_key_for_device": kernels_of_devices,
     "torch._C._dispatch_has_kernel_for_dispatch_key": kernels_of_devices,
