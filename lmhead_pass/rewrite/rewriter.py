@@ -89,9 +89,7 @@ def _emit_regions(
     """Have what no fused form serves run in chunks. Returns that, and what is still left alone."""
     served = {node for rewrite in rewrites for node in rewrite.nodes}
     heads = [
-        head
-        for head in large_heads(edit.graph)
-        if head.node not in served and may_be_carved(head)
+        head for head in large_heads(edit.graph) if head.node not in served and may_be_carved(head)
     ]
     emitted: list[EmittedRegion] = []
     if not heads or edit.regions or missing(NO_ROWWISE):

@@ -494,6 +494,8 @@ def _check(node: Node) -> None:
         mutation.writes(node) or not mutation.may_write(node)
     )
     tensors = [leaf for leaf in tree_leaves(value_of(node)) if isinstance(leaf, torch.Tensor)]
+    # A graph that is called has no value.
+    is_known &= all(value_of(source) is not None for source in node.all_input_nodes)
     if not is_known or str(node.target) in _CREATES_NOTHING or not all(map(wraps_none, tensors)):
         raise Mixes(f"{describe(node)} is not known to treat rows apart")
     if is_cut_off(node):

@@ -496,7 +496,7 @@ def test_opaque_calls_in_the_body_are_harmless(tokens):
             hidden = head_op(self.embedding(tokens), self.embedding.weight[:16])
             wide = head_op(nn.functional.linear(hidden, self.head.weight), self.head.weight.t())
             logits = self.head(hidden + wide)
-            return flat(logits, tokens) + logits.sort().values.sum()
+            return flat(logits, tokens) + logits.flip(1).std(-1).sum()
 
     explanation = lmhead_pass.explain(Body(), tokens)
     assert len(explanation.refused) == 1
