@@ -19,6 +19,7 @@ from ..graph import hint, memory_of, mutation, product, value_of
 from ..returned import LazyLogits
 from . import report
 from .edit import GraphEdit
+from .report import EmittedCall
 from .rewriter import prepare
 
 # So many numbers for each row of the logits may a loss compute beside them.
@@ -86,7 +87,9 @@ def _losses(graph: Graph, logits: Sequence[Node]) -> list[Node]:
         edit = GraphEdit(graph)
         try:
             calls, _ = prepare(edit)
-            return [call.node for call in calls]
+            # What has no fused form may do what is not written down outside: it stays compiled.
+            fused = [call for call in calls if isinstance(call, EmittedCall)]
+            return [call.node for call in fused] if len(fused) == len(calls) else []
         except Exception as error:
             report.failure(error)
             return []

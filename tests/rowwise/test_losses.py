@@ -35,9 +35,9 @@ def check(function, tensors, dtype, **options):
     unfused = gradients(function, tensors)
     exact = gradients(function, reference.doubles(tensors))
     assert len(ours) == len(unfused) == len(exact)
-    reference.assert_no_worse(
-        ours, unfused, exact, dtype, roundings=4 if dtype == torch.float64 else 2
-    )
+    # Of FP64 the exact values have as many roundings themselves.
+    roundings = 16 if dtype == torch.float64 else 2
+    reference.assert_no_worse(ours, unfused, exact, dtype, roundings)
     assert counters["lmhead_pass"] == {"rewritten": 1}
     assert "linear" not in graphs[1].replace("lmhead_pass.linear", "")
     return graphs[1]
