@@ -21,7 +21,9 @@ import torch
 
 import lmhead_pass
 from lmhead_pass.compat import lookup
+from lmhead_pass.graph import Refused
 from lmhead_pass.op.kernels import aten_loop as aten
+from lmhead_pass.rewrite import rewriter
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,16 @@ def _own_cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
         yield
+
+
+@pytest.fixture
+def no_regions(monkeypatch):
+    """Nothing is run in chunks that has no fused form: it is left alone, and the reason told."""
+
+    def carve(head, heads):
+        raise Refused("")
+
+    monkeypatch.setattr(rewriter, "carve", carve)
 
 
 @pytest.fixture

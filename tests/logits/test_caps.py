@@ -61,6 +61,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("no_regions")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_softcap(name, caplog):
     chain, reason = REFUSED[name]

@@ -151,6 +151,7 @@ REACHED = {
 }
 
 
+@pytest.mark.usefixtures("no_regions")
 @pytest.mark.parametrize("name", REACHED)
 def test_measures_that_a_gradient_reaches_keep_the_logits(name):
     def function(h, w, b, y):
@@ -164,6 +165,7 @@ def test_measures_that_a_gradient_reaches_keep_the_logits(name):
     torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("no_regions")
 @pytest.mark.parametrize(
     "raised",
     [lambda p: p + 1e-6, lambda p: p.clamp(min=1e-5), lambda p: p.clamp(1e-12, 0.5)],
@@ -232,6 +234,7 @@ def test_label_smoothing_by_hand(name):
     assert "'none'" not in graphs[1]
 
 
+@pytest.mark.usefixtures("no_regions")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -64,6 +64,7 @@ READS = {
 }
 
 
+@pytest.mark.usefixtures("no_regions")
 @pytest.mark.parametrize("name", READS)
 def test_what_is_read_as_well_is_needed(name):
     def function(h, w, b, y):

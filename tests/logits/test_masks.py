@@ -246,6 +246,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.usefixtures("no_regions")
 @pytest.mark.parametrize("name", REFUSED)
 def test_near_misses_are_left_alone_with_a_reason(name, caplog):
     chain, reason = REFUSED[name]

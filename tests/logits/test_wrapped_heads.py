@@ -117,8 +117,8 @@ def hooked_logits(register):
 
 
 HEADS = {
-    "adapter": (Adapter, 0),
-    "scaled_adapter": (ScaledAdapter, 0),
+    "adapter": (Adapter, 1),
+    "scaled_adapter": (ScaledAdapter, 1),
     "modules_to_save": (ModulesToSave, 1),
     "merged_adapter": (MergedAdapter, 1),
     "quantised": (Scaled, 1),
@@ -128,7 +128,7 @@ HEADS = {
     "orthogonal": (orthogonal, 1),
     "pruned": (pruned, 1),
     "hook_that_scales": (lambda: hooked(lambda z: z * 0.5), 1),
-    "hook_that_clamps": (lambda: hooked(lambda z: z.clamp(-1, 1)), 0),
+    "hook_that_clamps": (lambda: hooked(lambda z: z.clamp(-1, 1)), 1),
     "hook_that_writes": (lambda: hooked(lambda z: z.mul_(0.5)), 1),
     "pre_hook": (pre_hooked, 1),
     "backward_hook": (lambda: hooked_backward("register_full_backward_hook"), 0),

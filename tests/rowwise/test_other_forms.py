@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import lmhead_pass
 
 from .. import forms, reference
 from ..backend import rewrite
+from ..logits import test_caps, test_consumers, test_masks
 from ..plan.test_refusals import REFUSED
 from ..plan.test_unreached import LOSSES, step_by
 
@@ -49,3 +51,24 @@ def test_refused_by_fused_forms(name):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_behind_a_step_without_fused_form(loss, step):
     check(step_by(step, loss), forms.inputs())
+
+
+@pytest.mark.parametrize("name", test_caps.REFUSED)
+def test_what_is_no_softcap(name):
+    chain, _ = test_caps.REFUSED[name]
+    check(lambda h, w, b, y: forms.flat(chain(F.linear(h, w, b)), y), forms.inputs())
+
+
+@pytest.mark.parametrize("name", test_masks.REFUSED)
+def test_what_is_no_mask(name):
+    chain, _ = test_masks.REFUSED[name]
+    check(lambda h, w, b, y: forms.flat(chain(F.linear(h, w), y, b), y), forms.inputs())
+
+
+@pytest.mark.parametrize("name", test_consumers.REACHED)
+def test_measures_that_a_gradient_reaches(name):
+    def function(h, w, b, y):
+        z = F.linear(h, w, b)
+        return forms.flat(z, y) + test_consumers.REACHED[name](z, y).sum()
+
+    check(function, forms.inputs())
