@@ -11,6 +11,8 @@ from .lookup import NO_ROWWISE, find
 
 DispatchMode: Any = find("torch.utils._python_dispatch.TorchDispatchMode", NO_ROWWISE) or object
 """A block in which ATen operations go to ``__torch_dispatch__``."""
+tree_map = find("torch.utils._pytree.tree_map", NO_ROWWISE)
+"""Nested containers with a function of each thing in them."""
 
 _WITHOUT = "sums of losses leave their gradients to the backward, which computes the logits again"
 _ATEN = torch.ops.aten

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ..compat.lazy_tensors import tree_map
+from ..compat.aten_trace import tree_map
 from ..graph import Emitter, Refused, same, tensor_of, value_of
 from ..logits import Head
 from ..op import RowInput

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
-from ..compat.aten_trace import DispatchMode
+from ..compat.aten_trace import DispatchMode, tree_map
 from ..compat.graphs import fake_mode_of, tree_leaves
-from ..compat.lazy_tensors import tree_map
 from ..graph import (
     Refused,
     canonical_op,

@@ -364,6 +364,7 @@ def test_without_autograd_functions(take, caplog):
     assert "explain gives no advice on heads in an autograd.Function" in caplog.text
 
 
+@pytest.mark.usefixtures("no_regions")
 def test_without_legacy_reductions(take, caplog):
     def function(hidden, weight, target):
         return F.cross_entropy(hidden @ weight.t(), target, size_average=False, reduce=True)
