@@ -34,10 +34,7 @@ def emit_region(graph: Graph, region: Region) -> tuple[dict[Node, Node], list[li
 
 
 def _emit_call(emit: Emitter, region: Region, call: RowCall, made: dict[Any, Node]) -> list[Node]:
-    hidden = [
-        _rows(emit, _hidden(emit, head), _hidden_dims(region, head), region.root, call.space)[0]
-        for head in call.heads
-    ]
+    hidden = [_hidden_rows(emit, region, call, head) for head in call.heads]
     weights = [_weight(emit, head) for head in call.heads]
     by_row, leads = [], []
     for leaf in call.by_row:
@@ -73,6 +70,14 @@ def _reached(emit: Emitter, tensor: Node, is_reached: bool) -> Node:
     """``tensor``, without its gradient unless one may come back to it."""
     value = tensor_of(tensor)
     return tensor if is_reached or not value.is_floating_point() else emit("detach", tensor)
+
+
+def _hidden_rows(emit: Emitter, region: Region, call: RowCall, head: Head) -> Node:
+    """``[N, H]``"""
+    hidden, dims = _hidden(emit, head), _hidden_dims(region, head)
+    rows, _ = _rows(emit, hidden, dims, region.root, call.space)
+    is_flat = tensor_of(rows).dim() == 2
+    return rows if is_flat else emit("reshape", rows, -1, tensor_of(rows).size(-1))
 
 
 def _hidden(emit: Emitter, head: Head) -> Node:

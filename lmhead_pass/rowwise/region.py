@@ -366,6 +366,8 @@ def _rows_of(heads: Sequence[Head]) -> tuple[Space, tuple[tuple[Dim, ...], ...]]
             )
         )
     assert labels is not None
+    if not labels:
+        raise Refused("the logits are a single row")
     return Space(tuple(labels)), tuple(found)
 
 

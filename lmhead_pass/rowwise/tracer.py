@@ -24,6 +24,7 @@ from ..graph import (
     wraps_none,
 )
 from ..logits import Head
+from ..op import RowCount
 from .layout import Dim, Space, finest, labels_in, reshaped
 from .operations import Call, Mixes, New, Quotient, Summed, describe_call, rowwise
 from .values import (
@@ -143,8 +144,13 @@ class Tracer(DispatchMode):  # type: ignore[misc]
         ]
         if not value.requires_grad and any(value_of(source).requires_grad for source in inputs):
             leaf = self.make("aten.detach.default", leaf)
+        traced = Traced(Cell(leaf, space), (), dims, tuple(value.shape), space)
+        if len(traced.rest) > 1:  # a batch of one sequence has no rows in that dimension
+            traced.cell.expression = self.make(
+                "aten.reshape.default", leaf, [RowCount(), *traced.rest]
+            )
         fake = self._fake(value)
-        self._hold(fake, Traced(Cell(leaf, space), (), dims, tuple(value.shape), space))
+        self._hold(fake, traced)
         self.results[node] = fake
 
     def is_wide(self, node: Node) -> bool:
