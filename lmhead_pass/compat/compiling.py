@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeVar
 
+from torch.fx import Graph
+
 from .lookup import NO_LAZY_LOGITS, find, missing, report_missing
 
 _CompileContext = find("torch._guards.CompileContext.try_get", NO_LAZY_LOGITS)
@@ -14,6 +16,7 @@ _TracingContext = find("torch._guards.TracingContext.try_get", NO_LAZY_LOGITS)
 _TRANSLATOR = "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx"
 _SKIP = "torch._dynamo.exc.SkipFrame"
 _NOT_LEFT = "a compiled function that is given returned logits computes them"
+_EACH_REGION_APART = "a loss in a checkpointed region is not joined with the others"
 # Where what torch.compile returns has what it was given: a module, a function.
 _UNCOMPILED = ("_orig_mod", "_torchdynamo_orig_callable")
 
@@ -48,6 +51,13 @@ def never_compiled(function: Function) -> Function:
     disable = find("torch._disable_dynamo", _NOT_LEFT)
     undisturbed: Function = function if disable is None else disable(function)
     return undisturbed
+
+
+def graph_of_function() -> Graph | None:
+    """The graph that Dynamo has made last of the function that it compiles; None if there is none."""
+    current = find(_TRANSLATOR, _EACH_REGION_APART)
+    translator = None if current is None or not is_compiling() else current()
+    return None if translator is None else translator.output.graph
 
 
 def may_be_left_to_eager() -> bool:

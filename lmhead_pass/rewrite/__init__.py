@@ -8,6 +8,7 @@ graph. ``report`` tells what was done. ``lazy_inputs`` leaves functions that are
 to eager.
 """
 
+from .checkpoint_regions import regions_of
 from .edit import GraphEdit
 from .lazy_inputs import leave_lazy_inputs_to_eager, losses_of_inputs
 from .report import summary
@@ -18,6 +19,7 @@ __all__ = [
     "leave_lazy_inputs_to_eager",
     "losses_of_inputs",
     "prepare",
+    "regions_of",
     "rewrite_graph",
     "summary",
 ]

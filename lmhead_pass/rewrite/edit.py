@@ -27,6 +27,8 @@ class GraphEdit:
     erased: set[Node] = field(default_factory=set)
     regions: list[LiftedRegion] = field(default_factory=list)
     """What was lifted out of checkpointed regions."""
+    parts: list["GraphEdit"] = field(default_factory=list)
+    """The edits of those regions out of which nothing was lifted."""
 
     def __post_init__(self) -> None:
         self._before = dict.fromkeys(self.graph.nodes)
@@ -44,6 +46,8 @@ class GraphEdit:
                 found = source if found is node else found
                 if found in self.erased or order[found] >= order[node]:
                     raise AssertionError(f"{node} needs {found}, which is not there")
+        for part in self.parts:
+            part.check()
 
     def commit(self) -> None:
         for region in self.regions:
@@ -57,9 +61,14 @@ class GraphEdit:
             output.args = ((*output.args[0], *self.beside),)
         for node in reversed([node for node in self.graph.nodes if node in self.erased]):
             self.graph.erase_node(node)
+        for part in self.parts:
+            part.commit()
+            part.graph.owning_module.recompile()
 
     def roll_back(self) -> None:
         """Leave the graph as it was when this edit began."""
+        for part in self.parts:
+            part.roll_back()
         for region in self.regions:
             region.let_go()
         for node in reversed([node for node in self.graph.nodes if node not in self._before]):

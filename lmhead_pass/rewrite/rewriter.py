@@ -7,7 +7,7 @@ from ..graph import Refusal
 from ..logits import ConsumerKind
 from ..plan import Match, Rewrite, plan_fused_calls
 from . import report
-from .checkpoint_regions import find_across_regions
+from .checkpoint_regions import find_across_regions, regions_of, will_be_seen_with_its_caller
 from .edit import GraphEdit
 from .emit_calls import emit_call, emit_fused_call, emit_root
 from .emit_inputs import emit_metadata_use
@@ -18,9 +18,10 @@ from .report import EmittedCall
 def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
     """Rewrite every match in ``graph``, report on it, and return whether there were any.
 
-    A failure inside leaves the graph as it was. It is reported, or raised if ``config.strict``.
+    A checkpointed region is left to the graph that calls it. A failure inside leaves the graph as it
+    was. It is reported, or raised if ``config.strict``.
     """
-    if why_not_rewritten(graph) is not None:
+    if why_not_rewritten(graph) is not None or will_be_seen_with_its_caller(graph):
         return False
     edit = GraphEdit(graph)
     try:
@@ -46,14 +47,25 @@ def prepare(edit: GraphEdit, of_loss_alone: bool = True) -> tuple[list[EmittedCa
     Returns what is rewritten, and what is left alone. Nothing old is touched yet. A head is left to
     the graph if no loss is taken of it, unless ``of_loss_alone`` is False.
     """
-    found = find_across_regions(edit, of_loss_alone)
+    found, stuck = find_across_regions(edit, of_loss_alone)
     rewrites = [item for item in found if isinstance(item, Rewrite)]
+    refusals = [item for item in found if isinstance(item, Refusal)]
     calls = _emit_calls(edit, rewrites)
     for rewrite in rewrites:
         if not rewrite.matches:
             edit.deferred += rewrite.returned
         _replace_head(edit, rewrite)
-    return calls, [item for item in found if isinstance(item, Refusal)]
+    lifted = {region.body for region in edit.regions}
+    for region, body in regions_of(edit.graph):
+        if body not in lifted:
+            part = GraphEdit(body.graph)
+            edit.parts.append(part)
+            calls_of_part, refusals_of_part = prepare(part, of_loss_alone)
+            if region in stuck and not calls_of_part:
+                refusals.append(stuck[region])
+            calls += calls_of_part
+            refusals += refusals_of_part
+    return calls, refusals
 
 
 def _emit_calls(edit: GraphEdit, rewrites: list[Rewrite]) -> list[EmittedCall]:
