@@ -133,6 +133,7 @@ def one(h, w, y):
         (the_largest, 256, 256, torch.float32),
         (one, 512, 128, torch.float32),
         (one, 512, 128, torch.bfloat16),
+        (one, 64, 128, torch.bfloat16),
     ],
 )
 def test_never_more_than_without(function, tokens, hidden_size, dtype):
