@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeVar
 
 from torch.fx import Graph
 
+from .lazy_tensors import keeps_graph
 from .lookup import NO_LAZY_LOGITS, find, missing, report_missing
 
 _CompileContext = find("torch._guards.CompileContext.try_get", NO_LAZY_LOGITS)
@@ -29,6 +30,11 @@ Counters = dict[str, Counter[str]]
 def is_compiling() -> bool:
     """Whether this thread runs torch.compile."""
     return _CompileContext is not None and _CompileContext() is not None
+
+
+def is_saved_for_once() -> bool:
+    """Whether what autograd saved for the backward that runs is read in it for the last time."""
+    return keeps_graph is not None and not is_compiling() and not keeps_graph()
 
 
 def attempt() -> tuple[object, int] | None:
@@ -54,7 +60,7 @@ def never_compiled(function: Function) -> Function:
 
 
 def graph_of_function() -> Graph | None:
-    """The graph that Dynamo has made last of the function that it compiles; None if there is none."""
+    """The graph that Dynamo made last of the function that it compiles; None outside of it."""
     current = find(_TRANSLATOR, _EACH_REGION_APART)
     translator = None if current is None or not is_compiling() else current()
     return None if translator is None else translator.output.graph

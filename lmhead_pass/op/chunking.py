@@ -35,7 +35,7 @@ class _Plan:
     be nothing to avoid else."""
 
 
-_CPU = _Plan(least=48 << 20, share=1 / 4, most=math.inf, most_rows=math.inf, enough_rows=128)
+_CPU = _Plan(least=44 << 20, share=1 / 4, most=math.inf, most_rows=math.inf, enough_rows=128)
 # On a GPU, reading and writing the sum of the weight's gradient takes longer, compared with the
 # products, than on a CPU, so chunks are larger. With the scratch of cuBLAS, 1.45 GB stay below 1.5.
 _GPU = _Plan(least=256 << 20, share=1, most=1.45e9, most_rows=4096, enough_rows=math.inf)

@@ -43,6 +43,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, sym_max, sym_min
 
+from ..compat.compiling import is_saved_for_once
 from ..compat.kernels import below_autograd, is_forward_mode
 from ..compat.library import add_fake_kernel, add_kernel, define
 from .holding import holds_exponentials
@@ -212,6 +213,10 @@ add_fake_kernel("_finish_weight_gradient", _fake_finish_weight_gradient)
 _ops = torch.ops.lmhead_pass
 
 
+# So many elements of a gradient are scaled in one step.
+_SCALED_AT_ONCE = 1 << 18
+
+
 class _GradientsInForward(torch.autograd.Function):
     """For a scalar loss. The backward multiplies the gradients by the upstream gradient."""
 
@@ -300,7 +305,13 @@ def _has_terms(problem: Problem) -> Tensor:
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
     # In a narrower dtype the product would round the factor first: a loss divided by 3 would
     # give BF16 gradients that are all off by the same part in 800.
-    return gradient.to(factor.dtype) * factor
+    if not is_saved_for_once():
+        return gradient.to(factor.dtype) * factor
+    # Nobody reads it again, and the weight's is large.
+    rows = max(1, _SCALED_AT_ONCE * len(gradient) // max(1, gradient.numel()))
+    for part in torch.split(gradient, rows):
+        part.copy_(part.to(factor.dtype) * factor)
+    return gradient
 
 
 def _refuse_double_backward() -> None:

@@ -18,8 +18,8 @@ from .report import EmittedCall
 def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
     """Rewrite every match in ``graph``, report on it, and return whether there were any.
 
-    A checkpointed region is left to the graph that calls it. A failure inside leaves the graph as it
-    was. It is reported, or raised if ``config.strict``.
+    A checkpointed region is left to the graph that calls it. A failure leaves the graph as it was,
+    and is reported, or raised if ``config.strict``.
     """
     if why_not_rewritten(graph) is not None or will_be_seen_with_its_caller(graph):
         return False

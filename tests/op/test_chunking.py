@@ -31,7 +31,7 @@ def test_settings_come_first():
 @pytest.mark.parametrize(("hidden", "vocab"), [(64, 4096), (512, 32000), (4096, 128256)])
 def test_planned_scratch_is_small_beside_what_must_be_held(hidden, vocab):
     scratch = plan_rows(hidden, vocab, torch.float32, CPU) * vocab * 4
-    assert scratch <= max(48 << 20, vocab * hidden)  # a quarter of the FP32 weight gradient
+    assert scratch <= max(44 << 20, vocab * hidden)  # a quarter of the FP32 weight gradient
 
 
 @pytest.mark.parametrize("rows", [0, 1, 9, 10, 11, 19, 20, 21, 1000])
