@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.fx import Graph
 
 from . import config
-from .compat.settings import cached_pass_type, settings_of
+from .compat.settings import cached_pass_type, caches_come_first, settings_of
 
 
 class GraphPass:
@@ -19,7 +19,7 @@ class GraphPass:
         # This object has to exist before torch._dynamo is imported; what it needs to work, after.
         rewrite = importlib.import_module("lmhead_pass.rewrite")
         rewrite.leave_lazy_inputs_to_eager(graph)
-        rewrite.rewrite_graph(graph)
+        rewrite.rewrite_graph(graph, keeps_note=caches_come_first())
 
     def uuid(self) -> str:
         """What the rewritten graph depends on: every file of the package and every setting."""

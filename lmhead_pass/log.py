@@ -1,0 +1,82 @@
+"""The package's log and counters, and what is told again of a graph that comes from a cache.
+
+From torch 2.13 on, a process that finds a compiled graph in a cache does not call the pass. So the
+calls in a rewritten graph carry a note of what was told when it was compiled, and the first one
+that runs in another process tells it there.
+"""
+
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from .compat.compiling import counters
+
+log = logging.getLogger("lmhead_pass")
+
+# How a line begins, and what it counts as.
+_EVENTS = {"rewritten": "rewritten", "left alone": "refused", "deferred": "deferred"}
+# Code that is generated has notes in it as they are, in Python or C++: no quotes, no backslashes.
+_AS_IT_IS = " !#$&()*+,-./:;<=>?@[]^_`{|}~"
+
+_told: set[str] = set()
+"""Notes of which this process has told already."""
+_telling = threading.Lock()
+
+
+def tell(line: str) -> None:
+    """Log ``line`` and count it as what it begins with."""
+    count(_EVENTS[line.partition(":")[0]])
+    log.info("%s", line)
+
+
+def count(event: str) -> None:
+    counters()["lmhead_pass"][event] += 1
+
+
+def note_of(lines: Iterable[str]) -> str:
+    """A note of ``lines``, which this process has told."""
+    note = quote("\n".join(" ".join(line.split("\n")) for line in lines), _AS_IT_IS)
+    _told.add(note)
+    return note
+
+
+def tell_from_cache(note: str) -> None:
+    """Tell what ``note`` says, unless this process has. An op's kernel calls this in each run."""
+    if note in _told:
+        return
+    with _telling:
+        if note in _told:
+            return
+        _told.add(note)
+    for line in unquote(note).split("\n"):
+        tell(f"{line} (from a cache)")
+
+
+@dataclass(frozen=True)
+class _Once:
+    """Lets a handler pass over what a handler of the root logger writes to the same stream.
+
+    With ``TORCH_LOGS`` torch adds one to this package's logger, and ``logging.basicConfig`` one to
+    the root.
+    """
+
+    handler: logging.Handler
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        stream = getattr(self.handler, "stream", None)
+        return stream is None or not any(
+            getattr(root, "stream", None) is stream and record.levelno >= root.level
+            for root in logging.getLogger().handlers
+        )
+
+
+def _tell_once(record: logging.LogRecord) -> bool:
+    """A filter of the logger: handlers may be added at any time."""
+    for handler in log.handlers if log.propagate else ():
+        handler.addFilter(_Once(handler))
+    return True
+
+
+log.addFilter(_tell_once)
