@@ -56,8 +56,20 @@ def _checked(name: str, value: Any) -> Any:
     return value
 
 
-def _setting(name: str, default: Any) -> Any:
-    """Return the value of setting ``name`` in the environment; ``default`` if it is not there."""
+def defaults() -> dict[str, Any]:
+    """The value of each setting where nobody sets it."""
+    return {
+        "min_vocab_size": 4096,
+        "batch_chunk_size": None,
+        "memory_budget": None,
+        "returned_logits": "lazy",
+        "strict": False,
+    }
+
+
+def _setting(name: str) -> Any:
+    """Return the value of setting ``name`` in the environment; its default if it is not there."""
+    default = defaults()[name]
     text = os.environ.get(f"LMHEAD_PASS_{name.upper()}")
     if text is None:
         return default
@@ -71,11 +83,11 @@ def _setting(name: str, default: Any) -> Any:
     return _checked(name, value)
 
 
-min_vocab_size: int = _setting("min_vocab_size", 4096)
-batch_chunk_size: int | None = _setting("batch_chunk_size", None)
-memory_budget: int | None = _setting("memory_budget", None)
-returned_logits: str = _setting("returned_logits", "lazy")
-strict: bool = _setting("strict", False)
+min_vocab_size: int = _setting("min_vocab_size")
+batch_chunk_size: int | None = _setting("batch_chunk_size")
+memory_budget: int | None = _setting("memory_budget")
+returned_logits: str = _setting("returned_logits")
+strict: bool = _setting("strict")
 
 if typing.TYPE_CHECKING:  # torch's config modules have these
 

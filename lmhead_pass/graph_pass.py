@@ -31,13 +31,21 @@ class GraphPass:
         return the_pass, ()
 
 
-@functools.cache
 def the_pass() -> GraphPass:
     """The one pass, as the ``CustomGraphPass`` that Inductor's caches ask for.
 
-    Made on demand, since that class comes with all of Inductor.
+    Made on demand, since that class comes with all of Inductor, whose import may register the pass
+    and so make it.
     """
-    made: GraphPass = type("LMHeadPass", (GraphPass, cached_pass_type()), {})()
+    cached_pass_type()
+    return _made()
+
+
+@functools.cache
+def _made() -> GraphPass:
+    made: GraphPass = type(
+        "LMHeadPass", (GraphPass, cached_pass_type()), {"__module__": __name__}
+    )()
     return made
 
 

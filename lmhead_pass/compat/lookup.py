@@ -54,3 +54,8 @@ def report_missing(name: str, without: str) -> None:
 def missing(without: str) -> str | None:
     """Name what torch was found to lack such that ``without``; None if it lacks nothing."""
     return ", ".join(_missing.get(without, [])) or None
+
+
+def all_missing() -> dict[str, str]:
+    """What torch was found to lack, by what is off without it."""
+    return {without: ", ".join(names) for without, names in _missing.items()}

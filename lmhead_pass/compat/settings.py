@@ -110,6 +110,13 @@ def caches_come_first() -> bool:
     return any(used is not None and used() for used in (local, remote))
 
 
+def cache_folder() -> str | None:
+    """Where Inductor keeps its caches; None if torch does not tell."""
+    name = "torch._inductor.runtime.cache_dir_utils.cache_dir"
+    folder = find(name, "python -m lmhead_pass env does not tell where Inductor's caches are")
+    return None if folder is None else str(folder())
+
+
 def cached_pass_type() -> type:
     """The base class of passes whose graphs Inductor caches. It comes with all of Inductor."""
     without = "Inductor caches no graph"

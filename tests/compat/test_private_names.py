@@ -491,6 +491,12 @@ def caches_before_passes():
     assert not settings.caches_come_first()  # conftest.py turns these caches off
 
 
+def folders_of_caches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/somewhere")
+        assert settings.cache_folder() == "/tmp/somewhere"
+
+
 def config_modules():
     module = types.ModuleType("tests.settings")
     module.__dict__.update(number=3, __annotations__={"number": int}, __file__=__file__)
@@ -618,6 +624,7 @@ CANARIES = {
     "torch._inductor.config": defaults_of_settings,
     f"{_CACHE}.should_use_local_autograd_cache": caches_before_passes,
     f"{_CACHE}.should_use_remote_autograd_cache": caches_before_passes,
+    "torch._inductor.runtime.cache_dir_utils.cache_dir": folders_of_caches,
     "torch._inductor.custom_graph_pass": custom_passes,
     "torch._inductor.custom_graph_pass.CustomGraphPass": custom_passes,
     "torch.utils._config_module.install_config_module": config_modules,
