@@ -15,6 +15,9 @@ from .compat.compiling import counters
 
 log = logging.getLogger("lmhead_pass")
 
+REPORT_TO = "https://github.com/lmhead-pass/lmhead_pass/issues"
+"""Where failures of the package are told."""
+
 # How a line begins, and what it counts as.
 _EVENTS = {"rewritten": "rewritten", "left alone": "refused", "deferred": "deferred"}
 # Code that is generated has notes in it as they are, in Python or C++: no quotes, no backslashes.

@@ -48,7 +48,10 @@ def report_missing(name: str, without: str) -> None:
     names = _missing.setdefault(without, [])
     if name not in names:
         names.append(name)
-        log.warning("torch %s has no %s: %s", torch.__version__, name, without)
+        log.warning(
+            "torch %s has no %s: %s. A newer lmhead_pass may know this torch",
+            *(torch.__version__, name, without),
+        )
 
 
 def missing(without: str) -> str | None:

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from .. import config
 from ..compat.compiling import attempt, keep_artifact
 from ..graph import Refusal, describe, hint, place_of, tensor_of
-from ..log import count, log, tell
+from ..log import REPORT_TO, count, log, tell
 from ..logits import Logits
 from ..plan import Match
 
@@ -126,8 +126,8 @@ def failure(error: Exception) -> None:
     count("failed")
     log.warning(
         "lmhead_pass failed on a graph and left it as it was. The result is right; memory is not "
-        "saved. Please report this:\n%s",
-        "".join(traceback.format_exception(error)),
+        "saved. Please report this at %s, with what `python -m lmhead_pass env` prints:\n%s",
+        *(REPORT_TO, "".join(traceback.format_exception(error))),
     )
 
 

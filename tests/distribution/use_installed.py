@@ -3,7 +3,6 @@
 ``tox run -e wheel`` runs this, and has mypy look at it, outside of the repository.
 """
 
-import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,7 +27,13 @@ def main() -> None:
     assert lmhead_pass.__version__ == version("lmhead_pass")
     assert_type(lmhead_pass.config.batch_chunk_size, int | None)
     assert_type(lmhead_pass.config.get_config_copy(), dict[str, Any])
-    assert_type(lmhead_pass.config.patch(strict=True), contextlib.ContextDecorator)
+
+    @lmhead_pass.config.patch({"min_vocab_size": 7})
+    def patched() -> int:
+        return lmhead_pass.config.min_vocab_size
+
+    assert_type(patched(), int)
+    assert patched() == 7
 
     inputs = torch.randn(8, 16), torch.randn(5000, 16, requires_grad=True), torch.arange(8)
     with lmhead_pass.config.patch(strict=True):
