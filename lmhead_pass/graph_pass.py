@@ -10,12 +10,14 @@ from torch.fx import Graph
 
 from . import config
 from .compat.settings import cached_pass_type, caches_come_first, settings_of
+from .log import cache_is_asked, pass_is_called
 
 
 class GraphPass:
     """Rewrites each linear -> cross entropy over a large vocabulary in a pre-grad graph."""
 
     def __call__(self, graph: Graph) -> None:
+        pass_is_called()
         # This object has to exist before torch._dynamo is imported; what it needs to work, after.
         rewrite = importlib.import_module("lmhead_pass.rewrite")
         rewrite.leave_lazy_inputs_to_eager(graph)
@@ -23,6 +25,7 @@ class GraphPass:
 
     def uuid(self) -> str:
         """What the rewritten graph depends on: every file of the package and every setting."""
+        cache_is_asked()
         settings = repr(sorted(settings_of(config).items()))
         return f"lmhead_pass-{_hash_of_package()}-{hashlib.sha256(settings.encode()).hexdigest()}"
 

@@ -2,16 +2,18 @@
 
 From torch 2.13 on, a process that finds a compiled graph in a cache does not call the pass. So the
 calls in a rewritten graph carry a note of what was told when it was compiled, and the first one
-that runs in another process tells it there.
+that runs in another process tells it there. What was left alone has no such call: of each graph is
+told that it comes from a cache, too.
 """
 
 import logging
 import threading
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from .compat.compiling import counters
+from .compat.compiling import attempt, compile_id, counters
 
 log = logging.getLogger("lmhead_pass")
 
@@ -26,6 +28,9 @@ _AS_IT_IS = " !#$&()*+,-./:;<=>?@[]^_`{|}~"
 _told: set[str] = set()
 """Notes of which this process has told already."""
 _telling = threading.Lock()
+
+_seen: weakref.WeakKeyDictionary[object, list[str]] = weakref.WeakKeyDictionary()
+"""For each compilation under way, what to say at its end: nothing, if the pass has seen it."""
 
 
 def tell(line: str) -> None:
@@ -55,6 +60,29 @@ def tell_from_cache(note: str) -> None:
         _told.add(note)
     for line in unquote(note).split("\n"):
         tell(f"{line} (from a cache)")
+
+
+def pass_is_called() -> None:
+    """Note that the pass sees a graph of the compilation under way."""
+    if (current := attempt()) is not None:
+        _seen.setdefault(current[0], []).clear()
+
+
+def cache_is_asked() -> None:
+    """Note that a cache is asked for a graph: if it has one, the pass is not called."""
+    if (current := attempt()) is None or current[0] in _seen:
+        return
+    _seen[current[0]] = unseen = [
+        f"from a cache: graph {compile_id(current[0])}, at which the pass has not looked again. "
+        "What is rewritten in it is told when it first runs; if nothing is, "
+        "lmhead_pass.explain(model, *inputs) says why"
+    ]
+    weakref.finalize(current[0], _tell_unseen, unseen).atexit = False
+
+
+def _tell_unseen(lines: list[str]) -> None:
+    for line in lines:
+        log.info("%s", line)
 
 
 @dataclass(frozen=True)

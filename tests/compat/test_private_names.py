@@ -279,7 +279,8 @@ def compilation():
         return module.forward
 
     torch.compile(lambda x: x * 2, backend=backend)(torch.ones(2))
-    ((is_compiling, (_, attempt), is_part_of_ddp),) = found
+    ((is_compiling, (context, attempt), is_part_of_ddp),) = found
+    assert compiling.compile_id(context) == "0/0"
     assert is_compiling and attempt == 0 and not is_part_of_ddp
     assert not compiling.is_compiling() and compiling.attempt() is None
 
