@@ -94,7 +94,8 @@ def test_second_process_hits_and_runs_the_rewritten_graph(tmp_path):
     assert again == [f"{line}{FROM_CACHE}" for line in told]
     # With other settings, and without the pass, it is another graph.
     other = run(LMHEAD_PASS_BATCH_CHUNK_SIZE="3")
-    assert (other["ran"], other["hits"]) == (True, 0)
+    # To torch 2.11, whose keys are made of the rewritten graph, deferred logits are the same one.
+    assert (other["ran"], other["hits"]) == (True, 0 if FROM_CACHE else 1)
     without = run(TRAIN.replace("import lmhead_pass", ""))
     assert (without["ran"], without["hits"], without["counted"]) == (False, 0, {})
 
