@@ -51,6 +51,11 @@ def attempt() -> tuple[object, int] | None:
     return context, context.attempt
 
 
+def compile_id(compilation: object) -> str:
+    """What Dynamo calls a compilation, as in "[0/0]" before the lines of its log."""
+    return str(getattr(compilation, "compile_id", "unknown"))
+
+
 def never_compiled(function: Function) -> Function:
     """Have Dynamo pass over ``function``, and all that it calls, where that runs by itself."""
     # Not torch.compiler.disable: that imports Dynamo, and ``import lmhead_pass`` does not.

@@ -7,6 +7,7 @@ Importing this registers the op; it knows nothing of graphs.
 
 from . import torch_ops
 from .chunking import plan_rows, row_bytes
+from .holding import can_hold_exponentials
 from .problem import held_dtype
 
-__all__ = ["held_dtype", "plan_rows", "row_bytes", "torch_ops"]
+__all__ = ["can_hold_exponentials", "held_dtype", "plan_rows", "row_bytes", "torch_ops"]

@@ -5,8 +5,8 @@
     linear_cross_entropy(hidden, weight, bias, target, class_weight, coefficient,
                          logsumexp_coefficient, z_loss, fill, reduction, ignore_index,
                          label_smoothing, logit_scale, softcap, softcap_kind, compute_dtype,
-                         batch_chunk_size) -> loss
-    linear_cross_entropy_and_measures(..., measures) -> [loss, *measures]
+                         batch_chunk_size, *, report) -> loss
+    linear_cross_entropy_and_measures(..., measures, *, report) -> [loss, *measures]
 
 Their arguments are the fields of ``Problem`` (``problem.py``). The loss is ``[]``, or ``[N]``
 for reduction "none", in the accumulation dtype: FP32, or FP64 for FP64 products. With
@@ -25,6 +25,8 @@ infinite. It is a constant: no gradient flows to it. ``logsumexp_coefficient`` a
 PaLM's, https://arxiv.org/abs/2204.02311, section 5) are constants too, and add to such a sum
 
     sum_n logsumexp_coefficient_n lse_n + z_loss_n lse_n^2       lse = torch.logsumexp(logits, 1)
+
+A ``report`` is what a graph's first run tells where the graph comes from a cache (``log.py``).
 
 Measures describe each row's logits, whether the row counts or not: ``kernels/measures.py`` lists
 them. Only "logsumexp" has a gradient, and only with reduction "none".
@@ -46,6 +48,7 @@ from torch import Tensor, sym_max, sym_min
 from ..compat.compiling import is_saved_for_once
 from ..compat.kernels import below_autograd, is_forward_mode
 from ..compat.library import add_fake_kernel, add_kernel, define
+from ..log import tell_from_cache
 from .holding import holds_exponentials
 from .kernels.dispatch import finish_weight_gradient, loop_of
 from .kernels.measures import allocate, parse_measures
@@ -59,7 +62,8 @@ _PROBLEM = (
 )
 _FIELDS = [field.name for field in dataclasses.fields(Problem)]
 _TENSORS = _FIELDS.index("reduction")  # the fields before it are tensors
-_NOT_DIFFERENTIABLE = [None] * (len(_FIELDS) + 1 - len(Gradients._fields))  # and the measures
+_OTHERS = 2  # the measures and the report
+_NOT_DIFFERENTIABLE = [None] * (len(_FIELDS) + _OTHERS - len(Gradients._fields))
 
 
 def _define(
@@ -72,17 +76,19 @@ def _define(
     """Define an op on a Problem and more arguments; kernels get the Problem as one."""
     fields = len(_FIELDS)
 
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, report: str = "") -> Any:
+        if report:
+            tell_from_cache(report)
         problem = Problem(*arguments[:fields])
         device = problem.hidden.device.type
         # The products' dtypes are settled: an autocast around the call must not touch them.
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return kernel(problem, *arguments[fields:])
 
-    def run_fake(*arguments: Any) -> Any:
+    def run_fake(*arguments: Any, report: str = "") -> Any:
         return fake_kernel(Problem(*arguments[:fields]), *arguments[fields:])
 
-    define(f"{name}({_PROBLEM}{extra_arguments}) -> {returns}", run)
+    define(f"{name}({_PROBLEM}{extra_arguments}, *, str report='') -> {returns}", run)
     add_fake_kernel(name, run_fake)
 
 
@@ -222,9 +228,9 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *problem, names = arguments
+        *problem, names, report = arguments
         needed = list(ctx.needs_input_grad[:3])
-        loss, *results = _ops._forward_and_gradients(*problem, needed, names)
+        loss, *results = _ops._forward_and_gradients(*problem, needed, names, report=report)
         gradients, pending, measures = results[:3], results[3:6], results[6:]
         ctx.save_for_backward(*gradients, *pending, _has_terms(Problem(*problem)))
         ctx.dtypes = [
@@ -264,8 +270,8 @@ class _GradientsInBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *problem, names = arguments
-        losses, row_max, log_sum, *measures = _ops._forward(*problem, names)
+        *problem, names, report = arguments
+        losses, row_max, log_sum, *measures = _ops._forward(*problem, names, report=report)
         ctx.save_for_backward(*problem[:_TENSORS], row_max, log_sum)
         ctx.options = problem[_TENSORS:]
         ctx.logsumexp = names.index("logsumexp") if "logsumexp" in names else None
@@ -335,18 +341,18 @@ def _function(problem: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]] | Non
     return (_GradientsInBackward if problem[_TENSORS] == "none" else _GradientsInForward).apply
 
 
-def _differentiable(*problem: Any) -> Tensor:
+def _differentiable(*problem: Any, report: str = "") -> Tensor:
     if function := _function(problem):
-        return function(*problem, [])[0]
+        return function(*problem, [], report)[0]
     with below_autograd():
-        return cast(Tensor, _ops.linear_cross_entropy(*problem))
+        return cast(Tensor, _ops.linear_cross_entropy(*problem, report=report))
 
 
-def _differentiable_with_measures(*arguments: Any) -> list[Tensor]:
+def _differentiable_with_measures(*arguments: Any, report: str = "") -> list[Tensor]:
     if function := _function(arguments[:-1]):
-        return list(function(*arguments))
+        return list(function(*arguments, report))
     with below_autograd():
-        return cast(list[Tensor], _ops.linear_cross_entropy_and_measures(*arguments))
+        return cast(list[Tensor], _ops.linear_cross_entropy_and_measures(*arguments, report=report))
 
 
 add_kernel("linear_cross_entropy", _differentiable, "Autograd")

@@ -1,5 +1,6 @@
 """An edit of a graph: prepared beside what is there, then committed or rolled back."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
@@ -32,6 +33,12 @@ class GraphEdit:
 
     def __post_init__(self) -> None:
         self._before = dict.fromkeys(self.graph.nodes)
+
+    def graphs(self) -> Iterator[Graph]:
+        """The graph, and those of its checkpointed regions that are edited by themselves."""
+        yield self.graph
+        for part in self.parts:
+            yield from part.graphs()
 
     def check(self) -> None:
         """AssertionError unless, after ``commit``, each node would find what it reads before it."""

@@ -1,49 +1,19 @@
 """Tells what the pass did: log lines, counters, and artifacts for tlparse."""
 
-import logging
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .. import config
-from ..compat.compiling import attempt, counters, keep_artifact
+from ..compat.compiling import attempt, keep_artifact
 from ..graph import Refusal, describe, hint, place_of, tensor_of
+from ..log import REPORT_TO, count, log, tell
 from ..logits import Logits
 from ..plan import Match
-
-log = logging.getLogger("lmhead_pass")
-
-
-@dataclass(frozen=True)
-class _Once:
-    """Lets a handler pass over what a handler of the root logger writes to the same stream.
-
-    With ``TORCH_LOGS`` torch adds one to this package's logger, and ``logging.basicConfig`` one to
-    the root.
-    """
-
-    handler: logging.Handler
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        stream = getattr(self.handler, "stream", None)
-        return stream is None or not any(
-            getattr(root, "stream", None) is stream and record.levelno >= root.level
-            for root in logging.getLogger().handlers
-        )
-
-
-def _tell_once(record: logging.LogRecord) -> bool:
-    """A filter of the logger: handlers may be added at any time."""
-    for handler in log.handlers if log.propagate else ():
-        handler.addFilter(_Once(handler))
-    return True
-
-
-log.addFilter(_tell_once)
 
 
 @dataclass(frozen=True)
@@ -105,8 +75,7 @@ def rewritten(call: EmittedCall) -> None:
     """Report what is about to replace a match."""
     if not _is_news(summary(call)):
         return
-    _count("rewritten")
-    log.info("%s", summary(call))
+    tell(summary(call))
     match = call.match
     before = _lines((match.logits.head.node, *(consumer.node for consumer in match.consumers)))
     after = _lines(call.nodes)
@@ -118,15 +87,26 @@ def rewritten(call: EmittedCall) -> None:
 def deferred(logits: Logits) -> None:
     """Report logits that leave a graph without a loss."""
     if _is_news(summary(logits)):
-        _count("deferred")
-        log.info("%s", summary(logits))
+        tell(summary(logits))
 
 
 def refused(refusal: Refusal) -> None:
     """Report a loss that is left alone."""
     if _is_news(summary(refusal)):
-        _count("refused")
-        log.info("%s", summary(refusal))
+        tell(summary(refusal))
+
+
+def nothing_found(graph: Graph) -> None:
+    """Report a compiled function without a loss over logits."""
+    places = (place for node in reversed(graph.nodes) if (place := place_of(node)) is not None)
+    place = next(places, None)
+    text = (
+        f"nothing to rewrite in the graph that ends {f'at {place}' if place else 'nowhere known'}: "
+        "no loss over logits reached it, and no head's logits leave it. If that is not what you "
+        "expect, lmhead_pass.explain(model, *inputs) says what keeps head and loss apart"
+    )
+    if _is_news(text):
+        log.info("%s", text)
 
 
 def left_to_eager(node: Node, why: str) -> None:
@@ -143,11 +123,11 @@ def failure(error: Exception) -> None:
             "lmhead_pass failed on a graph, which lmhead_pass.config.strict has it raise; "
             f"otherwise the graph is left as it was. {type(error).__name__}: {error}"
         ) from error
-    _count("failed")
+    count("failed")
     log.warning(
         "lmhead_pass failed on a graph and left it as it was. The result is right; memory is not "
-        "saved. Please report this:\n%s",
-        "".join(traceback.format_exception(error)),
+        "saved. Please report this at %s, with what `python -m lmhead_pass env` prints:\n%s",
+        *(REPORT_TO, "".join(traceback.format_exception(error))),
     )
 
 
@@ -166,10 +146,6 @@ def _is_news(text: str) -> bool:
     now.append(text)
     earlier = max((told.count(text) for n, told in attempts.items() if n != number), default=0)
     return now.count(text) > earlier
-
-
-def _count(event: str) -> None:
-    counters()["lmhead_pass"][event] += 1
 
 
 def _lines(nodes: Iterable[Node]) -> str:

@@ -1,10 +1,14 @@
 """Rewrites a graph: finds, plans, emits, and commits."""
 
+from collections.abc import Sequence
+
+import torch
 from torch.fx import Graph, Node
 
-from ..compat.graphs import why_not_rewritten
+from ..compat.graphs import is_whole, why_not_rewritten
 from ..graph import Refusal
-from ..logits import ConsumerKind
+from ..log import note_of
+from ..logits import ConsumerKind, Logits
 from ..plan import Match, Rewrite, plan_fused_calls
 from . import report
 from .checkpoint_regions import find_across_regions, regions_of, will_be_seen_with_its_caller
@@ -15,11 +19,12 @@ from .emit_returned import emit_lazily
 from .report import EmittedCall
 
 
-def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
+def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = False) -> bool:
     """Rewrite every match in ``graph``, report on it, and return whether there were any.
 
-    A checkpointed region is left to the graph that calls it. A failure leaves the graph as it was,
-    and is reported, or raised if ``config.strict``.
+    A checkpointed region is left to the graph that calls it. With ``keeps_note`` the graph can
+    report again where a cache has it. A failure leaves the graph as it was, and is reported, or raised if
+    ``config.strict``.
     """
     if why_not_rewritten(graph) is not None or will_be_seen_with_its_caller(graph):
         return False
@@ -37,8 +42,27 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
         report.rewritten(call)
     for logits in edit.deferred:
         report.deferred(logits)
+    items: list[Refusal | EmittedCall | Logits] = [*refusals, *calls, *edit.deferred]
+    if not items and is_whole(graph):
+        report.nothing_found(graph)
+    lines = list(map(report.summary, items))
+    if keeps_note:
+        for edited in edit.graphs():
+            _keep_note(edited, lines)
     edit.commit()
     return bool(calls)
+
+
+def _keep_note(graph: Graph, lines: Sequence[str]) -> None:
+    """Let every call of an op of ours carry ``lines``: one without a user would not run."""
+    ops = torch.ops.lmhead_pass
+    for op in (
+        ops.linear_cross_entropy.default,
+        ops.linear_cross_entropy_and_measures.default,
+        ops.return_lazily.default,
+    ):
+        for call in graph.find_nodes(op="call_function", target=op):
+            call.kwargs = {**call.kwargs, "report": note_of(lines)}
 
 
 def prepare(edit: GraphEdit, of_loss_alone: bool = True) -> tuple[list[EmittedCall], list[Refusal]]:

@@ -279,7 +279,8 @@ def compilation():
         return module.forward
 
     torch.compile(lambda x: x * 2, backend=backend)(torch.ones(2))
-    ((is_compiling, (_, attempt), is_part_of_ddp),) = found
+    ((is_compiling, (context, attempt), is_part_of_ddp),) = found
+    assert compiling.compile_id(context) == "0/0"
     assert is_compiling and attempt == 0 and not is_part_of_ddp
     assert not compiling.is_compiling() and compiling.attempt() is None
 
@@ -475,6 +476,28 @@ def custom_passes():
     assert "uuid" in inspect.getsource(details)
 
 
+def caches_before_passes():
+    from torch._functorch import aot_autograd
+
+    if torch.__version__ < "2.13":
+        pytest.skip("torch 2.11 asks its caches after the passes")
+    source = inspect.getsource(aot_autograd.aot_module_simplified)
+    early, load, late = (
+        source.index(part)
+        for part in ('timing == "early"', "AOTAutogradCache.try_load", 'timing == "late"')
+    )
+    assert early < load < late
+    for kind in ("local", "remote"):
+        assert f"{kind} = should_use_{kind}_autograd_cache()" in source
+    assert not settings.caches_come_first()  # conftest.py turns these caches off
+
+
+def folders_of_caches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/somewhere")
+        assert settings.cache_folder() == "/tmp/somewhere"
+
+
 def config_modules():
     module = types.ModuleType("tests.settings")
     module.__dict__.update(number=3, __annotations__={"number": int}, __file__=__file__)
@@ -527,6 +550,7 @@ def functions_left_to_eager():
     assert may_be == [True, False]
 
 
+_CACHE = "torch._functorch._aot_autograd.autograd_cache"
 CANARIES = {
     "torch._C._set_grad_enabled": set_grad_enabled,
     "torch.autograd.grad_mode._enter_inference_mode": inference_mode,
@@ -598,6 +622,10 @@ CANARIES = {
     "torch._assert_async": assertions,
     "torch._inductor.config.pre_grad_custom_pass": defaults_of_settings,
     "torch._inductor.config._config[...].default": defaults_of_settings,
+    "torch._inductor.config": defaults_of_settings,
+    f"{_CACHE}.should_use_local_autograd_cache": caches_before_passes,
+    f"{_CACHE}.should_use_remote_autograd_cache": caches_before_passes,
+    "torch._inductor.runtime.cache_dir_utils.cache_dir": folders_of_caches,
     "torch._inductor.custom_graph_pass": custom_passes,
     "torch._inductor.custom_graph_pass.CustomGraphPass": custom_passes,
     "torch.utils._config_module.install_config_module": config_modules,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lmhead_pass
-from lmhead_pass.op import holding
+from lmhead_pass.op import chunking, holding
 from lmhead_pass.op.chunking import even_rows, gpu_chunks, plan_rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -24,8 +24,19 @@ def test_settings_come_first():
     with lmhead_pass.config.patch(memory_budget=32000 * 4 * 10 + 1):
         assert plan_rows(512, 32000, torch.float32, CPU) == 10
         assert plan_rows(512, 32000, torch.bfloat16, CPU) == 20
-    with lmhead_pass.config.patch(memory_budget=1):
-        assert plan_rows(512, 32000, torch.float32, CPU) == 1
+
+
+@pytest.mark.parametrize(("budget", "rows"), [(1, 1), (2 * 128000 - 1, 1), (2 * 128000, 2)])
+def test_a_budget_of_one_row_per_chunk_is_warned_of_once(budget, rows, caplog):
+    chunking._warn_of_single_rows.cache_clear()
+    with lmhead_pass.config.patch(memory_budget=budget):
+        for _ in range(2):
+            assert plan_rows(512, 32000, torch.float32, CPU) == rows
+    assert caplog.messages == [
+        f"lmhead_pass.config.memory_budget = {budget} leaves one row per chunk: a row of logits "
+        "takes 128000 bytes here. That is slow. For 128 rows, set it to 16384000; with None it is "
+        "planned from the sizes"
+    ] * (rows == 1)
 
 
 @pytest.mark.parametrize(("hidden", "vocab"), [(64, 4096), (512, 32000), (4096, 128256)])
