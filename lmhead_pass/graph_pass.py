@@ -31,13 +31,18 @@ class GraphPass:
         return the_pass, ()
 
 
-@functools.cache
 def the_pass() -> GraphPass:
     """The one pass, as the ``CustomGraphPass`` that Inductor's caches ask for.
 
-    Made on demand, since that class comes with all of Inductor.
+    Made on demand, since that class comes with all of Inductor. That import may itself register
+    the pass, so that it has to be over before one is made.
     """
-    made: GraphPass = type("LMHeadPass", (GraphPass, cached_pass_type()), {})()
+    return _pass_of(cached_pass_type())
+
+
+@functools.cache
+def _pass_of(base: type) -> GraphPass:
+    made: GraphPass = type("LMHeadPass", (GraphPass, base), {})()
     return made
 
 
