@@ -29,3 +29,13 @@ def test_troubleshooting_quotes_what_the_package_says():
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r": ([\w-]+\.md)$", (DOCS / "site" / "mkdocs.yml").read_text(), re.M)
     assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_every_example_has_a_recipe():
+    page = (DOCS / "recipes.md").read_text()
+    examples = {file.name for file in (DOCS.parent / "examples").glob("*.py")}
+    commands = set(
+        re.findall(r"^(?:python|torchrun --nproc-per-node 2) examples/(\S+)$", page, re.M)
+    )
+    # The model and the text that they share, and what starts train_gpt.py twice.
+    assert examples - commands == {"gpt.py", "stdlib_text.py", "demo.py"} and commands <= examples
