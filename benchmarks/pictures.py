@@ -11,9 +11,11 @@ import matplotlib.pyplot as plt
 import report
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = {"compile": "#e8762d", "lmhead_pass": "#3b8ee0"}
 NAMES = {"compile": "torch.compile", "lmhead_pass": "with lmhead_pass"}
+WORDS = {"tokens": "tokens", "vocab": "words"}
 GREY = "#7d8590"
 STYLE = {
     "svg.fonttype": "none",  # text stays text
@@ -37,8 +39,11 @@ def draw_all(folder: Path) -> None:
     with plt.rc_context(STYLE):
         save(step_memory(report.read("step_memory")), folder / "step-memory.svg")
         rows = report.read("sizes")["rows"]
-        for what, label in (("tokens", "tokens"), ("vocab", "words in the vocabulary")):
-            save(against(rows, what, label), folder / f"against-{what}.svg")
+        memory = against_size(rows, "MB at the peak", lambda row: row["peak_bytes"] / 1e6)
+        save(memory, folder / "memory-against-size.svg")
+        if all("seconds" in row for row in rows):
+            time = against_size(rows, "seconds", lambda row: row["seconds"])
+            save(time, folder / "time-against-size.svg")
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -63,30 +68,30 @@ def step_memory(measured: dict[str, Any]) -> Figure:
     return figure
 
 
-def against(rows: list[Row], what: str, label: str) -> Figure:
-    """Peak memory and time of a step of the head against ``what``, the rest fixed."""
-    other = "tokens" if what == "vocab" else "vocab"
-    # Both sweeps are in one file: the fixed size is that which goes with the most others.
-    fixed = max(
-        {row[other] for row in rows},
-        key=lambda size: len({row[what] for row in rows if row[other] == size}),
-    )
-    chosen = [row for row in rows if row[other] == fixed]
-    figure, (memory, time) = plt.subplots(1, 2, figsize=(8, 3.2))
-    draw(memory, chosen, what, lambda row: row["peak_bytes"] / 1e6)
-    memory.set(xlabel=label, ylabel="MB at the peak of a step", ylim=(0, None), xlim=(0, None))
-    draw(time, chosen, what, lambda row: row["ratio"])
-    time.set(xlabel=label, ylabel="time, torch.compile = 1", ylim=(0, 1.5), xlim=(0, None))
-    legend(memory)
+def against_size(rows: list[Row], label: str, value: Callable[[Row], float]) -> Figure:
+    """A number of a step of the head against tokens and against words, the other fixed."""
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    for axes, what, other in zip(panels, ("tokens", "vocab"), ("vocab", "tokens"), strict=True):
+        # Both sweeps are in one file: the fixed size is that which goes with the most others.
+        fixed = max(
+            sorted({row[other] for row in rows}),
+            key=lambda size: len({row[what] for row in rows if row[other] == size}),
+        )
+        for name in COLOURS:
+            points = sorted(
+                (row[what], value(row))
+                for row in rows
+                if row["impl"] == name and row[other] == fixed
+            )
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=NAMES[name])
+        axes.set(xlabel=f"{WORDS[what]} (with {fixed:,} {WORDS[other]})", xlim=0)
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    panels[0].set(ylabel=label, ylim=0)
+    legend(panels[0])
     return figure
 
 
 def legend(axes: Axes) -> None:
     """Above the axes, where it hides nothing."""
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
-
-
-def draw(axes: Axes, rows: list[Row], what: str, value: Callable[[Row], float]) -> None:
-    for name in COLOURS:
-        points = sorted((row[what], value(row)) for row in rows if row["impl"] == name)
-        axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=NAMES[name])

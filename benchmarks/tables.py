@@ -1,7 +1,7 @@
 """The tables of README and docs, made of benchmarks/results: ``pages.py`` has the command.
 
 A table stands between two comments, the first of which names its results:
-``<!-- benchmarks/results/cpu.json -->`` and ``<!-- end -->``.
+``<!-- benchmarks/results/cpu.json -->`` and ``<!-- end -->``. Without these results it stays.
 """
 
 import re
@@ -24,6 +24,8 @@ def with_tables(text: str) -> str:
 
     def made(match: re.Match[str]) -> str:
         begin, name = match["begin"], match["name"]
+        if not (report.FOLDER / f"{name}.json").exists():
+            return match[0]
         return f"{begin}\n{TABLES[name](report.read(name))}\n<!-- end -->"
 
     pattern = r"(?P<begin><!-- benchmarks/results/(?P<name>[\w-]+)\.json -->)\n.*?<!-- end -->"

@@ -57,7 +57,7 @@ def test_steps_take_turns():
     assert ratio(times, "a", "b") == pytest.approx((3 / 2 + 4 / 5) / 2)
 
 
-def test_a_table_of_results(monkeypatch):
+def test_a_table_of_results(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     import report
     import tables
@@ -67,8 +67,10 @@ def test_a_table_of_results(monkeypatch):
         for name, number in {"floor": 0.5, "compile": 1, "lmhead_pass": 2}.items()
     ]
     about = {"command": "C", "machine": "M", "torch": "T", "date": "D", "rows": rows}
-    monkeypatch.setattr(report, "read", {"cpu": about}.get)
     before = "above\n<!-- benchmarks/results/cpu.json -->\nold\n<!-- end -->\nbelow"
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    assert tables.with_tables(before) == before  # without results
+    (tmp_path / "cpu.json").write_text(json.dumps(about))
     after = tables.with_tables(before)
     assert after == tables.with_tables(after)
     assert after.splitlines() == [
