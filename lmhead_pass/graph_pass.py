@@ -37,18 +37,15 @@ class GraphPass:
 def the_pass() -> GraphPass:
     """The one pass, as the ``CustomGraphPass`` that Inductor's caches ask for.
 
-    Made on demand, since that class comes with all of Inductor, whose import may register the pass
-    and so make it.
+    Made on demand, since that class comes with all of Inductor. That import may itself register
+    the pass, so that it has to be over before one is made.
     """
-    cached_pass_type()
-    return _made()
+    return _pass_of(cached_pass_type())
 
 
 @functools.cache
-def _made() -> GraphPass:
-    made: GraphPass = type(
-        "LMHeadPass", (GraphPass, cached_pass_type()), {"__module__": __name__}
-    )()
+def _pass_of(base: type) -> GraphPass:
+    made: GraphPass = type("LMHeadPass", (GraphPass, base), {"__module__": __name__})()
     return made
 
 

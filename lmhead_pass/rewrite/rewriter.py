@@ -23,8 +23,8 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = F
     """Rewrite every match in ``graph``, report on it, and return whether there were any.
 
     A checkpointed region is left to the graph that calls it. With ``keeps_note`` the graph can
-    report again where a cache has it. A failure leaves the graph as it was, and is reported, or raised if
-    ``config.strict``.
+    report again where a cache has it. A failure leaves the graph as it was, and is reported, or
+    raised if ``config.strict``.
     """
     if why_not_rewritten(graph) is not None or will_be_seen_with_its_caller(graph):
         return False
