@@ -54,7 +54,9 @@ batch_chunk_size: int | None = _setting("batch_chunk_size", None)
 """Rows of logits that exist at once. None: as many as ``memory_budget`` holds."""
 
 memory_budget: int | None = _setting("memory_budget", None)
-"""Bytes of logits that exist at once in each call. None: planned from the sizes of the head."""
+"""Bytes that the logits which exist at once and the FP32 sum of the weight's gradient take in each
+call, at most. None: planned from the sizes of the head. Compiling raises a ValueError that says the
+least, if that is more."""
 
 returned_logits: str = _setting("returned_logits", "lazy")
 """What a compiled function returns for the logits of a head.

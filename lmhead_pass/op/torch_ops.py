@@ -5,8 +5,8 @@
     linear_cross_entropy(hidden, weight, bias, target, class_weight, coefficient,
                          logsumexp_coefficient, z_loss, fill, reduction, ignore_index,
                          label_smoothing, logit_scale, softcap, softcap_kind, compute_dtype,
-                         batch_chunk_size) -> loss
-    linear_cross_entropy_and_measures(..., measures) -> [loss, *measures]
+                         batch_chunk_size, *, vocab_chunk_size=None) -> loss
+    linear_cross_entropy_and_measures(..., measures, *, vocab_chunk_size=None) -> [loss, *measures]
 
 Their arguments are the fields of ``Problem`` (``problem.py``). The loss is ``[]``, or ``[N]``
 for reduction "none", in the accumulation dtype: FP32, or FP64 for FP64 products. With
@@ -56,6 +56,7 @@ _PROBLEM = (
     "str reduction, int ignore_index, float label_smoothing, float logit_scale, float? softcap, "
     "str softcap_kind, ScalarType compute_dtype, SymInt batch_chunk_size"
 )
+_WORDS = "*, SymInt? vocab_chunk_size=None"  # the last field of a Problem
 _FIELDS = [field.name for field in dataclasses.fields(Problem)]
 _TENSORS = _FIELDS.index("reduction")  # the fields before it are tensors
 _NOT_DIFFERENTIABLE = [None] * (len(_FIELDS) + 1 - len(Gradients._fields))  # and the measures
@@ -69,19 +70,19 @@ def _define(
     fake_kernel: Callable[..., Any],
 ) -> None:
     """Define an op on a Problem and more arguments; kernels get the Problem as one."""
-    fields = len(_FIELDS)
+    fields = len(_FIELDS) - 1
 
-    def run(*arguments: Any) -> Any:
-        problem = Problem(*arguments[:fields])
+    def run(*arguments: Any, vocab_chunk_size: int | None = None) -> Any:
+        problem = Problem(*[*arguments[:fields], vocab_chunk_size])
         device = problem.hidden.device.type
         # The products' dtypes are settled: an autocast around the call must not touch them.
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return kernel(problem, *arguments[fields:])
 
-    def run_fake(*arguments: Any) -> Any:
-        return fake_kernel(Problem(*arguments[:fields]), *arguments[fields:])
+    def run_fake(*arguments: Any, vocab_chunk_size: int | None = None) -> Any:
+        return fake_kernel(Problem(*[*arguments[:fields], vocab_chunk_size]), *arguments[fields:])
 
-    define(f"{name}({_PROBLEM}{extra_arguments}) -> {returns}", run)
+    define(f"{name}({_PROBLEM}{extra_arguments}, {_WORDS}) -> {returns}", run)
     add_fake_kernel(name, run_fake)
 
 
@@ -117,7 +118,8 @@ def _fake_forward_and_gradients(
     problem: Problem, needed: list[bool], names: list[str]
 ) -> list[Tensor]:
     gradients, pending = _fake_gradients(problem, needed), nothing_pending(problem)
-    if needed[1] and holds_exponentials(problem, parse_measures(names)):
+    waits = problem.vocab_chunk_size is None and holds_exponentials(problem, parse_measures(names))
+    if needed[1] and waits:
         (rows, size), most = problem.hidden.shape, problem.batch_chunk_size
         # 1 if there is more than one chunk, without a guard on their number.
         has_sum = sym_min(1, sym_max(0, (rows - 1) // most))  # type: ignore[no-untyped-call]
@@ -217,9 +219,11 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *problem, names = arguments
+        *problem, words, names = arguments
         needed = list(ctx.needs_input_grad[:3])
-        loss, *results = _ops._forward_and_gradients(*problem, needed, names)
+        loss, *results = _ops._forward_and_gradients(
+            *problem, needed, names, vocab_chunk_size=words
+        )
         gradients, pending, measures = results[:3], results[3:6], results[6:]
         ctx.save_for_backward(*gradients, *pending, _has_terms(Problem(*problem)))
         ctx.dtypes = [
@@ -259,10 +263,10 @@ class _GradientsInBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *problem, names = arguments
+        *problem, words, names = arguments
         losses, row_max, log_sum, *measures = _ops._forward(*problem, names)
         ctx.save_for_backward(*problem[:_TENSORS], row_max, log_sum)
-        ctx.options = problem[_TENSORS:]
+        ctx.options, ctx.words = problem[_TENSORS:], words
         ctx.logsumexp = names.index("logsumexp") if "logsumexp" in names else None
         ctx.mark_non_differentiable(
             *(measure for place, measure in enumerate(measures) if place != ctx.logsumexp)
@@ -281,7 +285,8 @@ class _GradientsInBackward(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:3])
         *tensors, row_max, log_sum = ctx.saved_tensors
         gradients = _ops._backward(
-            *(*tensors, *ctx.options, needed, row_max, log_sum, grad_losses, grad_logsumexp)
+            *(*tensors, *ctx.options, needed, row_max, log_sum, grad_losses, grad_logsumexp),
+            vocab_chunk_size=ctx.words,
         )
         gradients = (
             gradient.to(tensor.dtype) if wanted else None
@@ -324,16 +329,19 @@ def _function(problem: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]] | Non
     return (_GradientsInBackward if problem[_TENSORS] == "none" else _GradientsInForward).apply
 
 
-def _differentiable(*problem: Any) -> Tensor:
+def _differentiable(*problem: Any, vocab_chunk_size: int | None = None) -> Tensor:
     if function := _function(problem):
-        return function(*problem, [])[0]
+        return function(*problem, vocab_chunk_size, [])[0]
     with below_autograd():
         return cast(Tensor, _ops.linear_cross_entropy(*problem))
 
 
-def _differentiable_with_measures(*arguments: Any) -> list[Tensor]:
-    if function := _function(arguments[:-1]):
-        return list(function(*arguments))
+def _differentiable_with_measures(
+    *arguments: Any, vocab_chunk_size: int | None = None
+) -> list[Tensor]:
+    *problem, names = arguments
+    if function := _function(problem):
+        return list(function(*problem, vocab_chunk_size, names))
     with below_autograd():
         return cast(list[Tensor], _ops.linear_cross_entropy_and_measures(*arguments))
 

@@ -8,6 +8,7 @@ graph. ``report`` tells what was done. ``lazy_inputs`` leaves functions that are
 to eager.
 """
 
+from ..op import MemoryBudgetTooSmall
 from .edit import GraphEdit
 from .lazy_inputs import leave_lazy_inputs_to_eager, losses_of_inputs
 from .report import summary
@@ -15,6 +16,7 @@ from .rewriter import prepare, rewrite_graph
 
 __all__ = [
     "GraphEdit",
+    "MemoryBudgetTooSmall",
     "leave_lazy_inputs_to_eager",
     "losses_of_inputs",
     "prepare",

@@ -5,6 +5,7 @@ from torch.fx import Graph, Node
 from ..compat.graphs import why_not_rewritten
 from ..graph import Refusal
 from ..logits import ConsumerKind
+from ..op import MemoryBudgetTooSmall
 from ..plan import Match, Rewrite, plan_fused_calls
 from . import report
 from .checkpoint_regions import find_across_regions
@@ -19,6 +20,7 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
     """Rewrite every match in ``graph``, report on it, and return whether there were any.
 
     A failure inside leaves the graph as it was. It is reported, or raised if ``config.strict``.
+    MemoryBudgetTooSmall is raised in any case.
     """
     if why_not_rewritten(graph) is not None:
         return False
@@ -26,6 +28,9 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
     try:
         calls, refusals = prepare(edit, of_loss_alone)
         edit.check()
+    except MemoryBudgetTooSmall:
+        edit.roll_back()
+        raise
     except Exception as error:
         edit.roll_back()
         report.failure(error)

@@ -44,7 +44,10 @@ def forward(problem: Problem, measures: Sequence[Measure]) -> list[Tensor]:
 
 
 def forward_and_gradients(
-    problem: Problem, needed: Sequence[bool], measures: Sequence[Measure]
+    problem: Problem,
+    needed: Sequence[bool],
+    measures: Sequence[Measure],
+    saved: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor]:
     """The loss, its gradients and the measures: see ``ChunkLoop.forward_and_gradients``."""
     rows, taken = DeviceRows(problem), Measures(problem, measures)
@@ -54,16 +57,16 @@ def forward_and_gradients(
         grad_bound = grad_bound + problem.logsumexp_grad_bound()
     sums = _GradientSums(problem, needed, grad_bound, holds_exponentials(problem, measures))
     upstream = sums.scaled(rows.upstream)
-    losses, row_max, log_sum = (_per_row(problem) for _ in range(3))
+    losses, row_max, log_sum = _per_row(problem), *(saved or (_per_row(problem), _per_row(problem)))
     for chunk, hidden, held in _chunks(problem, rows, measures):
-        if taken or by_lse:  # which need row_max and log_sum of each row
+        if taken or by_lse or saved:  # which need row_max and log_sum of each row
             _measure(problem, taken, chunk, held)
-            saved = (row_max[chunk], log_sum[chunk])
-            held.losses(losses[chunk], *saved, every_row=True)
+            of_chunk = (row_max[chunk], log_sum[chunk])
+            held.losses(losses[chunk], *of_chunk, every_row=True)
             for_lse = None
             if by_lse:
-                for_lse = sums.scaled(problem.grad_logsumexp(saved[0] + saved[1], chunk))
-            gradient = held.gradients(upstream[chunk], *saved, for_lse)
+                for_lse = sums.scaled(problem.grad_logsumexp(of_chunk[0] + of_chunk[1], chunk))
+            gradient = held.gradients(upstream[chunk], *of_chunk, for_lse)
         else:
             gradient = held.losses_and_gradients(losses[chunk], upstream[chunk])
         sums.add(chunk, hidden, gradient)
