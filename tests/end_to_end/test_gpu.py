@@ -1,5 +1,6 @@
 """What only a GPU can show. ``python -m pytest -m gpu`` runs it, and skips it without one."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -314,6 +315,33 @@ def test_on_a_device_that_is_not_current():
     results = _gradients(_op, leaves, target, None)
     unfused = _gradients(_head, leaves, target, None)
     reference.assert_no_worse(results, unfused, _exact(leaves, target, None), torch.bfloat16)
+
+
+TUNABLE = """
+import torch
+import lmhead_pass
+from tests.end_to_end import test_gpu
+
+assert torch.cuda.tunable.is_enabled()
+for function in (test_gpu._op, test_gpu._op_with_softcap):
+    *leaves, target = test_gpu._inputs()
+    results = test_gpu._gradients(function, leaves, target, None)
+    torch.cuda.tunable.enable(False)
+    expected = test_gpu._gradients(function, leaves, target, None)
+    torch.cuda.tunable.enable(True)
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=0.02, atol=other.abs().max().item() / 100)
+"""
+
+
+def test_under_tunable_op(tmp_path):
+    """In libtorch 2.11 is a message "Tunable GEMM is not supported for float output with reduced
+    float input"."""
+    tuning = {"PYTORCH_TUNABLEOP_ENABLED": "1", "PYTORCH_TUNABLEOP_MAX_TUNING_ITERATIONS": "2"}
+    tuning["PYTORCH_TUNABLEOP_FILENAME"] = str(tmp_path / "tuned.csv")
+    program = [sys.executable, "-c", TUNABLE]
+    done = subprocess.run(program, env=os.environ | tuning, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 OUT_OF_RANGE = """
