@@ -16,7 +16,9 @@ batch_chunk_size: int | None = None
     Rows of logits that exist at once. None: as many as ``memory_budget`` holds.
 
 memory_budget: int | None = None
-    Bytes of logits that exist at once in each call. None: planned from the sizes of the head.
+    Bytes that the logits which exist at once and the FP32 sum of the weight's gradient take in each
+    call, at most. None: planned from the sizes of the head. Compiling raises a ValueError that says
+    the least, if that is more.
 
 returned_logits: str = "lazy"
     What a compiled function returns for the logits of a head. "lazy": a tensor that computes them

@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import config
-from ..op import can_hold_exponentials, held_dtype, plan_rows, row_bytes
+from ..op import Chunks, can_hold_exponentials, held_dtype, plan_chunks, row_bytes
 from .tables import Table
 
 
@@ -16,14 +16,15 @@ def estimate(
 
     Head, hidden states and logits are of ``dtype``. Settings are those of ``lmhead_pass.config``.
     """
-    rows = min(tokens, plan_rows(hidden, vocab, dtype, device, tokens, gradient_dtype=dtype))
+    planned = plan_chunks(hidden, vocab, dtype, device, tokens=tokens, gradient_dtype=dtype)
+    chunks = planned._replace(rows=min(tokens, planned.rows))
     return {
         f"[{tokens}, {hidden}] x [{vocab}, {hidden}], {_name(dtype)}, on {device.type}": [
             *_left_alone(vocab),
-            *_memory(tokens, hidden, vocab, dtype, device, rows),
+            *_memory(tokens, hidden, vocab, dtype, device, chunks),
         ],
-        "Plan": _plan(tokens, hidden, vocab, dtype, device, rows),
-        "Time": _time(tokens, hidden, vocab),
+        "Plan": _plan(tokens, hidden, vocab, dtype, device, chunks),
+        "Time": _time(tokens, hidden, vocab, chunks),
     }
 
 
@@ -42,20 +43,22 @@ def unfused_bytes(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> i
 
 
 def fused_bytes(
-    tokens: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, rows: int
+    tokens: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, chunks: Chunks
 ) -> int:
     """What it allocates with the pass: a chunk, the sum over chunks, and gradients."""
-    chunk = rows * row_bytes(hidden, vocab, dtype, device)
+    chunk = chunks.rows * row_bytes(hidden, vocab, dtype, device)
     return (
         chunk
-        + _sum_bytes(tokens, hidden, vocab, dtype, rows)
+        + _sum_bytes(tokens, hidden, vocab, dtype, chunks)
         + _gradient_bytes(tokens, hidden, vocab, dtype)
     )
 
 
-def _sum_bytes(tokens: int, hidden: int, vocab: int, dtype: torch.dtype, rows: int) -> int:
+def _sum_bytes(tokens: int, hidden: int, vocab: int, dtype: torch.dtype, chunks: Chunks) -> int:
     """Of the weight's gradient, where it is summed, or waits, in another dtype than it has."""
-    is_apart = rows < tokens and dtype.itemsize < torch.float32.itemsize
+    if chunks.words is not None:
+        return chunks.words * hidden * torch.float32.itemsize
+    is_apart = chunks.rows < tokens and dtype.itemsize < torch.float32.itemsize
     is_apart |= held_dtype(dtype) != dtype
     return vocab * hidden * torch.float32.itemsize if is_apart else 0
 
@@ -65,15 +68,15 @@ def _gradient_bytes(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) ->
 
 
 def _memory(
-    tokens: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, rows: int
+    tokens: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, chunks: Chunks
 ) -> Table:
     logits = tokens * vocab * dtype.itemsize
     gradients = _gradient_bytes(tokens, hidden, vocab, dtype)
-    chunk = rows * row_bytes(hidden, vocab, dtype, device)
+    chunk = chunks.rows * row_bytes(hidden, vocab, dtype, device)
     before = unfused_bytes(tokens, hidden, vocab, dtype)
-    after = fused_bytes(tokens, hidden, vocab, dtype, device, rows)
+    after = fused_bytes(tokens, hidden, vocab, dtype, device, chunks)
     parts = [f"{_size(chunk)} for a chunk of logits"]
-    if total := _sum_bytes(tokens, hidden, vocab, dtype, rows):
+    if total := _sum_bytes(tokens, hidden, vocab, dtype, chunks):
         parts.append(f"{_size(total)} for the weight's gradient in float32, as it is summed")
     parts.append(f"{_size(gradients)} for the gradients")
     return [
@@ -94,14 +97,14 @@ def _saved(before: int, after: int) -> str:
 
 
 def _plan(
-    tokens: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, rows: int
+    tokens: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, chunks: Chunks
 ) -> Table:
     of_row = row_bytes(hidden, vocab, dtype, device)
     what = "exponentials of 16 bits" if can_hold_exponentials(device, dtype, hidden) else "logits"
-    chunks = math.ceil(tokens / rows)
-    many = f"{chunks} chunk{'s' * (chunks != 1)}"
+    number = math.ceil(tokens / chunks.rows)
+    many = f"{number} chunk{'s' * (number != 1)}"
     planned = [
-        ("rows per chunk", f"{rows}, in {many}: {_why(tokens, rows)}"),
+        ("rows per chunk", f"{chunks.rows}, in {many}: {_why(tokens, chunks.rows)}"),
         ("held of a row", f"{_size(of_row)} of {what}"),
     ]
     if device.type != "cpu" and not getattr(torch, device.type).is_available():
@@ -120,11 +123,14 @@ def _why(tokens: int, rows: int) -> str:
     return "planned from the sizes, so that products stay long and a chunk stays small"
 
 
-def _time(tokens: int, hidden: int, vocab: int) -> Table:
+def _time(tokens: int, hidden: int, vocab: int, chunks: Chunks) -> Table:
     product = 2 * tokens * hidden * vocab
+    step = "3 products, as without the pass: logits, and the two gradients"
+    if chunks.words is not None:
+        step = f"4 products: logits twice, the second time for {chunks.words} words at a time"
     return [
         ("one product", f"{product / 1e12:.3g} TFLOP (2 x {tokens} x {hidden} x {vocab})"),
-        ("training step", "3 products, as without the pass: logits, and the two gradients"),
+        ("training step", step),
         ("loss alone", "1 product, as without the pass"),
         ("losses by row", "4 products, if each row's gradient is known in the backward only"),
     ]

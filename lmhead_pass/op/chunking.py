@@ -5,14 +5,12 @@ one chunk of rows. The plan is a number of rows, not of chunks: it does not depe
 size, so a dynamic batch adds no guard and no recompile.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
 import torch
 
 from .. import config
-from ..log import log
 from .holding import EXPONENTIAL_BYTES, can_hold_exponentials
 
 # A GPU's products work in tiles of this many rows, or of a divisor of it.
@@ -62,18 +60,14 @@ def plan_rows(
 ) -> int:
     """Rows per chunk, at least one, of logits ``[rows, vocab_size]`` from products in ``dtype``.
 
-    That is ``config.batch_chunk_size``; else as many as ``config.memory_budget`` bytes hold; else
-    as many as a budget holds that is planned from the sizes, for ``tokens`` rows in all (0: not
-    known). ``gradient_dtype`` is the dtype of the weight's gradient.
+    That is ``config.batch_chunk_size``; else as many as a budget holds that is planned from the
+    sizes, for ``tokens`` rows in all (0: not known). ``gradient_dtype`` is the dtype of the
+    weight's gradient.
     """
     if config.batch_chunk_size is not None:
         return config.batch_chunk_size
     on_cpu = device.type == "cpu"
     of_row = row_bytes(hidden_size, vocab_size, dtype, device)
-    if config.memory_budget is not None:
-        if config.memory_budget < 2 * of_row:
-            _warn_of_single_rows(config.memory_budget, of_row)
-        return max(1, config.memory_budget // of_row)
     plan = _CPU if on_cpu else _GPU
     of_sum = 4 * vocab_size * hidden_size
     budget = max(plan.least, min(plan.most, of_sum * plan.share))
@@ -87,16 +81,6 @@ def plan_rows(
         return max(rows, tokens)
     rows = int(min(rows, plan.most_rows))
     return rows if on_cpu else _whole_tiles(rows)
-
-
-@functools.cache
-def _warn_of_single_rows(budget: int, of_row: int) -> None:
-    log.warning(
-        "lmhead_pass.config.memory_budget = %d leaves one row per chunk: a row of logits takes %d "
-        "bytes here. That is slow. For %d rows, set it to %d; with None it is planned from the "
-        "sizes",
-        *(budget, of_row, _GPU_TILE, _GPU_TILE * of_row),
-    )
 
 
 def _whole_tiles(rows: int) -> int:

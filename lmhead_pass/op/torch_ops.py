@@ -5,8 +5,9 @@
     linear_cross_entropy(hidden, weight, bias, target, class_weight, coefficient,
                          logsumexp_coefficient, z_loss, fill, reduction, ignore_index,
                          label_smoothing, logit_scale, softcap, softcap_kind, compute_dtype,
-                         batch_chunk_size, *, report) -> loss
-    linear_cross_entropy_and_measures(..., measures, *, report) -> [loss, *measures]
+                         batch_chunk_size, *, vocab_chunk_size=None, report="") -> loss
+    linear_cross_entropy_and_measures(..., measures, *, vocab_chunk_size=None, report="")
+        -> [loss, *measures]
 
 Their arguments are the fields of ``Problem`` (``problem.py``). The loss is ``[]``, or ``[N]``
 for reduction "none", in the accumulation dtype: FP32, or FP64 for FP64 products. With
@@ -60,6 +61,8 @@ _PROBLEM = (
     "str reduction, int ignore_index, float label_smoothing, float logit_scale, float? softcap, "
     "str softcap_kind, ScalarType compute_dtype, SymInt batch_chunk_size"
 )
+# The last field of a Problem, and a note for ``log.py``.
+_KEYWORDS = "*, SymInt? vocab_chunk_size=None, str report=''"
 _FIELDS = [field.name for field in dataclasses.fields(Problem)]
 _TENSORS = _FIELDS.index("reduction")  # the fields before it are tensors
 _OTHERS = 2  # the measures and the report
@@ -74,21 +77,21 @@ def _define(
     fake_kernel: Callable[..., Any],
 ) -> None:
     """Define an op on a Problem and more arguments; kernels get the Problem as one."""
-    fields = len(_FIELDS)
+    fields = len(_FIELDS) - 1
 
-    def run(*arguments: Any, report: str = "") -> Any:
+    def run(*arguments: Any, vocab_chunk_size: int | None = None, report: str = "") -> Any:
         if report:
             tell_from_cache(report)
-        problem = Problem(*arguments[:fields])
+        problem = Problem(*[*arguments[:fields], vocab_chunk_size])
         device = problem.hidden.device.type
         # The products' dtypes are settled: an autocast around the call must not touch them.
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return kernel(problem, *arguments[fields:])
 
-    def run_fake(*arguments: Any, report: str = "") -> Any:
-        return fake_kernel(Problem(*arguments[:fields]), *arguments[fields:])
+    def run_fake(*arguments: Any, vocab_chunk_size: int | None = None, report: str = "") -> Any:
+        return fake_kernel(Problem(*[*arguments[:fields], vocab_chunk_size]), *arguments[fields:])
 
-    define(f"{name}({_PROBLEM}{extra_arguments}, *, str report='') -> {returns}", run)
+    define(f"{name}({_PROBLEM}{extra_arguments}, {_KEYWORDS}) -> {returns}", run)
     add_fake_kernel(name, run_fake)
 
 
@@ -124,7 +127,8 @@ def _fake_forward_and_gradients(
     problem: Problem, needed: list[bool], names: list[str]
 ) -> list[Tensor]:
     gradients, pending = _fake_gradients(problem, needed), nothing_pending(problem)
-    if needed[1] and holds_exponentials(problem, parse_measures(names)):
+    waits = problem.vocab_chunk_size is None and holds_exponentials(problem, parse_measures(names))
+    if needed[1] and waits:
         (rows, size), most = problem.hidden.shape, problem.batch_chunk_size
         # 1 if there is more than one chunk, without a guard on their number.
         has_sum = sym_min(1, sym_max(0, (rows - 1) // most))  # type: ignore[no-untyped-call]
@@ -228,9 +232,11 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *problem, names, report = arguments
+        *problem, words, names, report = arguments
         needed = list(ctx.needs_input_grad[:3])
-        loss, *results = _ops._forward_and_gradients(*problem, needed, names, report=report)
+        loss, *results = _ops._forward_and_gradients(
+            *problem, needed, names, vocab_chunk_size=words, report=report
+        )
         gradients, pending, measures = results[:3], results[3:6], results[6:]
         ctx.save_for_backward(*gradients, *pending, _has_terms(Problem(*problem)))
         ctx.dtypes = [
@@ -270,10 +276,10 @@ class _GradientsInBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *problem, names, report = arguments
+        *problem, words, names, report = arguments
         losses, row_max, log_sum, *measures = _ops._forward(*problem, names, report=report)
         ctx.save_for_backward(*problem[:_TENSORS], row_max, log_sum)
-        ctx.options = problem[_TENSORS:]
+        ctx.options, ctx.words = problem[_TENSORS:], words
         ctx.logsumexp = names.index("logsumexp") if "logsumexp" in names else None
         ctx.mark_non_differentiable(
             *(measure for place, measure in enumerate(measures) if place != ctx.logsumexp)
@@ -292,7 +298,8 @@ class _GradientsInBackward(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:3])
         *tensors, row_max, log_sum = ctx.saved_tensors
         gradients = _ops._backward(
-            *(*tensors, *ctx.options, needed, row_max, log_sum, grad_losses, grad_logsumexp)
+            *(*tensors, *ctx.options, needed, row_max, log_sum, grad_losses, grad_logsumexp),
+            vocab_chunk_size=ctx.words,
         )
         gradients = (
             gradient.to(tensor.dtype) if wanted else None
@@ -341,16 +348,19 @@ def _function(problem: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]] | Non
     return (_GradientsInBackward if problem[_TENSORS] == "none" else _GradientsInForward).apply
 
 
-def _differentiable(*problem: Any, report: str = "") -> Tensor:
+def _differentiable(*problem: Any, vocab_chunk_size: int | None = None, report: str = "") -> Tensor:
     if function := _function(problem):
-        return function(*problem, [], report)[0]
+        return function(*problem, vocab_chunk_size, [], report)[0]
     with below_autograd():
         return cast(Tensor, _ops.linear_cross_entropy(*problem, report=report))
 
 
-def _differentiable_with_measures(*arguments: Any, report: str = "") -> list[Tensor]:
-    if function := _function(arguments[:-1]):
-        return list(function(*arguments, report))
+def _differentiable_with_measures(
+    *arguments: Any, vocab_chunk_size: int | None = None, report: str = ""
+) -> list[Tensor]:
+    *problem, names = arguments
+    if function := _function(problem):
+        return list(function(*problem, vocab_chunk_size, names, report))
     with below_autograd():
         return cast(list[Tensor], _ops.linear_cross_entropy_and_measures(*arguments, report=report))
 

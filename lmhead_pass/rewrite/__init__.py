@@ -8,6 +8,7 @@ graph. ``report`` tells what was done. ``lazy_inputs`` leaves functions that are
 to eager.
 """
 
+from ..op import MemoryBudgetTooSmall
 from .checkpoint_regions import regions_of
 from .edit import GraphEdit
 from .lazy_inputs import leave_lazy_inputs_to_eager, losses_of_inputs
@@ -16,6 +17,7 @@ from .rewriter import prepare, rewrite_graph
 
 __all__ = [
     "GraphEdit",
+    "MemoryBudgetTooSmall",
     "leave_lazy_inputs_to_eager",
     "losses_of_inputs",
     "prepare",

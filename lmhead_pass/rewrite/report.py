@@ -54,8 +54,14 @@ def _summary(match: Match, call: Match) -> str:
     return (
         f"rewritten: {_where(match.node)}{also}: hidden {_type(hidden.shape, hidden.dtype)}, "
         f"weight {_type(shape, weight.dtype)}, reduction {_reduction(match, call)}; "
-        f"{call.rows_per_chunk} rows per chunk; {_avoided(match, call)}{_returned(match)}"
+        f"{call.chunks.rows} rows per chunk{_blocks(call)}; {_avoided(match, call)}"
+        f"{_returned(match)}"
     )
+
+
+def _blocks(call: Match) -> str:
+    words = call.chunks.words
+    return "" if words is None else f", the weight's gradient {words} words at a time"
 
 
 def _reduction(match: Match, call: Match) -> str:

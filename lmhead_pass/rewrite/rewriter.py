@@ -9,6 +9,7 @@ from ..compat.graphs import is_whole, why_not_rewritten
 from ..graph import Refusal
 from ..log import note_of
 from ..logits import ConsumerKind, Logits
+from ..op import MemoryBudgetTooSmall
 from ..plan import Match, Rewrite, plan_fused_calls
 from . import report
 from .checkpoint_regions import find_across_regions, regions_of, will_be_seen_with_its_caller
@@ -24,7 +25,7 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = F
 
     A checkpointed region is left to the graph that calls it. With ``keeps_note`` the graph can
     report again where a cache has it. A failure leaves the graph as it was, and is reported, or
-    raised if ``config.strict``.
+    raised if ``config.strict``. MemoryBudgetTooSmall is raised in any case.
     """
     if why_not_rewritten(graph) is not None or will_be_seen_with_its_caller(graph):
         return False
@@ -32,6 +33,9 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = F
     try:
         calls, refusals = prepare(edit, of_loss_alone)
         edit.check()
+    except MemoryBudgetTooSmall:
+        edit.roll_back()
+        raise
     except Exception as error:
         edit.roll_back()
         report.failure(error)

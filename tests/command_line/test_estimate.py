@@ -8,7 +8,7 @@ from benchmarks.memory import peak_bytes
 from lmhead_pass.__main__ import main
 from lmhead_pass.command_line import estimate, tables
 from lmhead_pass.command_line.estimate import fused_bytes
-from lmhead_pass.op import plan_rows
+from lmhead_pass.op import plan_chunks
 
 from ..op.cases import op
 
@@ -26,10 +26,11 @@ def test_what_is_held_is_what_a_step_allocates(dtype):
     hidden = torch.randn(tokens, size).to(dtype).requires_grad_()
     weight = torch.randn(vocab, size).to(dtype).requires_grad_()
     target = torch.randint(vocab, (tokens,))
-    rows = plan_rows(size, vocab, dtype, CPU, tokens, gradient_dtype=dtype)
+    chunks = plan_chunks(size, vocab, dtype, CPU, tokens=tokens, gradient_dtype=dtype)
+    rows = chunks.rows
     options = (None, None, None, None, None, "mean", -100, 0.0, 1.0, None, "tanh", dtype, rows)
     counted = peak_bytes(lambda: op(hidden, weight, None, target, *options).backward())
-    told = fused_bytes(tokens, size, vocab, dtype, CPU, rows)
+    told = fused_bytes(tokens, size, vocab, dtype, CPU, chunks)
     assert told <= counted <= 1.1 * told
     shown = rows_of(estimate(tokens, size, vocab, dtype, CPU))
     assert shown["rows per chunk"].startswith(f"{rows}, in 4 chunks: planned")
@@ -65,6 +66,12 @@ def test_few_tokens():
     shown = rows_of(estimate(64, 512, 32000, torch.float32, CPU))
     assert shown["rows per chunk"].startswith("64, in 1 chunk: all rows fit")
     assert shown["saved"] == "nothing: there are too few tokens"
+
+
+def test_a_budget_below_the_sum():
+    with lmhead_pass.config.patch(memory_budget=2_000_000_000):
+        shown = rows_of(estimate(*ISSUE, CUDA))
+    assert shown["training step"].startswith("4 products: logits twice, the second time for ")
 
 
 @pytest.mark.parametrize("has_rich", [False, True])

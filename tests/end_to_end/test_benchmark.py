@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPT = FOLDER / "gpu.py"
 # Few, since each is compiled for each mode.
 IMPLEMENTATIONS = ["floor", "lmhead_pass", "torch_lce", "liger"]
-MODES = ["train", "forward", "frozen"]
+MODES = ["train", "forward", "frozen", "by_row", "returned"]
 ABOUT = {"tokens": 16, "hidden": 8, "vocab": 4100, "dtype": "float32"}
 
 
@@ -21,6 +21,7 @@ ABOUT = {"tokens": 16, "hidden": 8, "vocab": 4100, "dtype": "float32"}
 def test_gpu_benchmark(tmp_path):
     program = [sys.executable, SCRIPT, "--device", "cpu", "--sizes", "16x8x4100", "--rounds", "2"]
     program += ["--dtype", "float32", "--out", tmp_path, "--impls", *IMPLEMENTATIONS]
+    program += ["--modes", *MODES]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     (file,) = tmp_path.glob("cpu-*.json")

@@ -299,6 +299,10 @@ NONSENSE = {
     "negative_smoothing": ({"label_smoothing": -0.1}, "as label_smoothing, not -0.1"),
     "logit_scale": ({"logit_scale": 0.0}, "as logit_scale, not 0.0"),
     "softcap": ({"softcap": 0.0}, "as softcap, not 0.0"),
+    "no_words": ({"words": 0}, "as vocab_chunk_size, not 0"),
+    "words_and_smoothing": (
+        {"words": 9, "label_smoothing": 0.1}, "takes 0 beside vocab_chunk_size as label_smoothing"
+    ),
     "no_rows": ({"rows": 0}, "as batch_chunk_size, not 0"),
     "negative_rows": ({"rows": -3}, "as batch_chunk_size, not -3"),
     "target": ({"target": torch.zeros(36, dtype=torch.int64)}, r"as target: 37, not \[36\]"),

@@ -67,12 +67,15 @@ def forward(problem: Problem, measures: Sequence[Measure]) -> list[Tensor]:
 
 
 def forward_and_gradients(
-    problem: Problem, needed: Sequence[bool], measures: Sequence[Measure]
+    problem: Problem,
+    needed: Sequence[bool],
+    measures: Sequence[Measure],
+    saved: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor]:
     """The loss, its gradients and the measures: see ``ChunkLoop.forward_and_gradients``."""
     by_lse = problem.has_logsumexp_terms
     rows, taken = _Rows(problem, every=by_lse), Measures(problem, measures)
-    losses, row_max, log_sum = (_zeros(problem) for _ in range(3))
+    losses, (row_max, log_sum) = _zeros(problem), saved or (_zeros(problem), _zeros(problem))
     if taken:
         _measure_ignored(problem, rows, taken, row_max, log_sum)
     grad_bound = rows.grad_bound(rows.upstream)
