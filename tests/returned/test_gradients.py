@@ -289,3 +289,13 @@ def test_a_frozen_model_returns_logits_without_a_gradient(returned, model):
     logits, plain = returned()
     assert not logits.requires_grad and not plain.requires_grad
     nn.Linear(VOCAB, 1)(logits).sum().backward()
+
+
+@pytest.mark.parametrize("make", [lambda z: z.detach(), lambda z: z.detach()[:, 1:]])
+def test_a_leaf_made_of_logits_is_not_written(model, make):
+    for function in (rewrite(model), model):
+        leaf = make(function(*batch())[1]).requires_grad_()
+        with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used"):
+            leaf.add_(1)
+        with pytest.raises(RuntimeError, match="a view of a leaf Variable that requires grad is"):
+            leaf[0].add_(1)
