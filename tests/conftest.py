@@ -36,7 +36,7 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _codegen(request):
     wanted = request.config.getoption("codegen") or request.node.get_closest_marker("codegen")
-    with nullcontext() if wanted else without_codegen():
+    with nullcontext() if wanted or torch.cuda.is_available() else without_codegen():
         yield
 
 

@@ -3,7 +3,8 @@
 A C++ compiler takes most of the time of a test that calls ``torch.compile``. Where a test is not
 about the code that Inductor generates, it goes through all that Inductor does to a graph before
 (the passes, autograd's partition into forward and backward, decompositions), and the graphs are run
-as they are. ``@pytest.mark.codegen`` asks for generated code; with ``--codegen`` all tests have it.
+as they are. ``@pytest.mark.codegen`` asks for generated code; with ``--codegen``, and on a GPU, all
+tests have it.
 """
 
 import functools

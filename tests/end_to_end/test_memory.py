@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import lmhead_pass
 from benchmarks.memory import peak_bytes
 
+pytestmark = pytest.mark.codegen
+
 
 def scratch(tokens, hidden_size, vocab, dtype=torch.float32):
     """Peak bytes of a compiled forward and backward beyond inputs and gradients."""

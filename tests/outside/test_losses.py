@@ -218,6 +218,7 @@ def test_what_is_returned_as_it_is(model, mode, rows):
     assert type(result) is torch.Tensor and not counters["lmhead_pass"]
 
 
+@pytest.mark.codegen
 def test_memory():
     hidden, vocab, rows = 32, 8192, 1024
     model, (x, y) = Model(hidden, vocab), batch((rows,), hidden, vocab)

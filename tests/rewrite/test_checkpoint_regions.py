@@ -62,6 +62,7 @@ def test_forms(name):
     check(FORMS[name], (hidden, weight, target))
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("name", ["body_and_head", "head_and_loss_together"])
 def test_inductor(name):
     hidden, weight, _, target = forms.inputs()
