@@ -28,6 +28,7 @@ NOT_RUN = {
     "pip install pillow": "an error message of transformers says so",
     "pip install tox && tox run -e tests": "CI runs it",
     "tox run -e docs-commands": "runs this",
+    "tox run -e codegen": "takes an hour",
     "tox run -e slow": "takes an hour",
     "tox run -e fuzz": "runs until it is told to stop",
     "tox run -e models": "takes half an hour",

@@ -9,7 +9,7 @@ from .commands import NOT_RUN, ROOT, commands, commands_in
 COMMANDS = commands()
 ENVIRONMENTS = set(re.findall(r"^\[testenv:([\w-]+)\]", (ROOT / "tox.ini").read_text(), re.M))
 # Named by their dependencies alone.
-ENVIRONMENTS |= {"tests", "slow", "torch211", "torch215"}
+ENVIRONMENTS |= {"tests", "codegen", "slow", "torch211", "torch215"}
 
 
 def test_commands_are_found():
