@@ -22,6 +22,7 @@ REPORT_TO = "https://github.com/lmhead-pass/lmhead_pass/issues"
 
 # How a line begins, and what it counts as.
 _EVENTS = {"rewritten": "rewritten", "left alone": "refused", "deferred": "deferred"}
+_ANY_PATH = "surrogateescape"  # names of files need not be UTF-8
 # Code that is generated has notes in it as they are, in Python or C++: no quotes, no backslashes.
 _AS_IT_IS = " !#$&()*+,-./:;<=>?@[]^_`{|}~"
 
@@ -45,7 +46,9 @@ def count(event: str) -> None:
 
 def note_of(lines: Iterable[str]) -> str:
     """A note of ``lines``, which this process has told."""
-    note = quote("\n".join(" ".join(line.split("\n")) for line in lines), _AS_IT_IS)
+    note = quote(
+        "\n".join(" ".join(line.split("\n")) for line in lines), _AS_IT_IS, errors=_ANY_PATH
+    )
     _told.add(note)
     return note
 
@@ -58,7 +61,7 @@ def tell_from_cache(note: str) -> None:
         if note in _told:
             return
         _told.add(note)
-    for line in unquote(note).split("\n"):
+    for line in unquote(note, errors=_ANY_PATH).split("\n"):
         tell(f"{line} (from a cache)")
 
 

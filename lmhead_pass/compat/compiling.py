@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeVar
 
+from torch import Tensor
 from torch.fx import Graph
 
+from .graphs import is_transformed
 from .lazy_tensors import keeps_graph
 from .lookup import NO_LAZY_LOGITS, find, missing, report_missing
 
@@ -18,6 +20,7 @@ _TRANSLATOR = "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx"
 _SKIP = "torch._dynamo.exc.SkipFrame"
 _NOT_LEFT = "a compiled function that is given returned logits computes them"
 _EACH_REGION_APART = "a loss in a checkpointed region is not joined with the others"
+_HELD_TWICE = "a gradient that is multiplied by that of its loss is held twice for a moment"
 # Where what torch.compile returns has what it was given: a module, a function.
 _UNCOMPILED = ("_orig_mod", "_torchdynamo_orig_callable")
 
@@ -32,9 +35,21 @@ def is_compiling() -> bool:
     return _CompileContext is not None and _CompileContext() is not None
 
 
-def is_saved_for_once() -> bool:
-    """Whether what autograd saved for the backward that runs is read in it for the last time."""
-    return keeps_graph is not None and not is_compiling() and not keeps_graph()
+def is_saved_for_once(upstream: Tensor) -> bool:
+    """Whether what autograd saved for the backward of ``upstream`` is read in it for the last time.
+
+    With several gradients at once (``is_grads_batched``) it is read once for each.
+    """
+    is_batched = find("torch._C._functorch.is_legacy_batchedtensor", _HELD_TWICE)
+    if keeps_graph is None or is_batched is None or is_compiling():
+        return False
+    return not (keeps_graph() or is_transformed(upstream) or is_batched(upstream))
+
+
+def are_saved_tensors_hooked() -> bool:
+    """Whether hooks see what autograd saves (``torch.autograd.graph.saved_tensors_hooks``)."""
+    hooks = find("torch._C._autograd._top_saved_tensors_default_hooks", _HELD_TWICE)
+    return hooks is None or hooks(False) is not None
 
 
 def attempt() -> tuple[object, int] | None:

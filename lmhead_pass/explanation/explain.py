@@ -18,7 +18,14 @@ from ..compat.lookup import NO_REWRITE
 from ..graph import Place, Refusal, describe, hint, place_of, tensor_of, value_of
 from ..logits import class_count
 from ..plan import has_no_head, is_whole, unread_heads, way_up
-from ..rewrite import GraphEdit, losses_of_inputs, prepare, regions_of, summary
+from ..rewrite import (
+    GraphEdit,
+    MemoryBudgetTooSmall,
+    losses_of_inputs,
+    prepare,
+    regions_of,
+    summary,
+)
 from .graph_breaks import TOPICS, Break, break_after, take_untraced
 
 _TOGETHER = (
@@ -139,7 +146,12 @@ class _Captured:
             else:
                 outside = _losses_outside(part.graph, words)
                 edit = GraphEdit(part.graph)
-                calls, refusals = prepare(edit)
+                try:
+                    calls, refusals = prepare(edit)
+                except MemoryBudgetTooSmall as error:
+                    explanation.refused.append(str(error))
+                    edit.roll_back()
+                    continue
                 refusals = [refusal for refusal in refusals if refusal.loss not in outside]
                 self.has_losses |= bool(calls or refusals or outside)
                 if not_run:

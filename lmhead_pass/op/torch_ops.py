@@ -46,7 +46,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, sym_max, sym_min
 
-from ..compat.compiling import is_saved_for_once
+from ..compat.compiling import are_saved_tensors_hooked, is_saved_for_once
 from ..compat.kernels import below_autograd, is_forward_mode
 from ..compat.library import add_fake_kernel, add_kernel, define
 from ..log import tell_from_cache
@@ -244,6 +244,7 @@ class _GradientsInForward(torch.autograd.Function):
             for tensor, wanted in zip(arguments[:3], needed, strict=True)
         ]
         ctx.vocab = arguments[1].size(0)
+        ctx.are_hooked = are_saved_tensors_hooked()
         ctx.mark_non_differentiable(*measures)
         ctx.set_materialize_grads(False)
         return loss, *measures
@@ -258,8 +259,11 @@ class _GradientsInForward(torch.autograd.Function):
         # It may be infinite or NaN, from a mean that is 0 / 0.
         grad_loss = grad_loss.masked_fill(~has_terms, 0)
         pending = Pending(*saved[3:])
+        # Nobody else has them, or reads them again, and the weight's is large.
+        in_place = is_saved_for_once(grad_loss) and not ctx.are_hooked
+        scale = _scale_ if in_place else _scale
         gradients: list[Tensor | None] = [
-            None if dtype is None else _scale(gradient, grad_loss).to(dtype)
+            None if dtype is None else scale(gradient, grad_loss).to(dtype)
             for gradient, dtype in zip(saved[:3], ctx.dtypes, strict=True)
             if not (pending.is_needed and gradient is saved[1])
         ]
@@ -318,12 +322,13 @@ def _has_terms(problem: Problem) -> Tensor:
 def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
     # In a narrower dtype the product would round the factor first: a loss divided by 3 would
     # give BF16 gradients that are all off by the same part in 800.
-    if not is_saved_for_once():
-        return gradient.to(factor.dtype) * factor
-    # Nobody reads it again, and the weight's is large.
+    return gradient.to(factor.dtype) * factor
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> Tensor:
     rows = max(1, _SCALED_AT_ONCE * len(gradient) // max(1, gradient.numel()))
     for part in torch.split(gradient, rows):
-        part.copy_(part.to(factor.dtype) * factor)
+        part.copy_(_scale(part, factor))
     return gradient
 
 

@@ -1,6 +1,7 @@
 """Rewrites a graph: finds, plans, emits, and commits."""
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch.fx import Graph, Node
@@ -33,6 +34,9 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = F
     try:
         calls, refusals = prepare(edit, of_loss_alone)
         edit.check()
+        items: list[Refusal | EmittedCall | Logits] = [*refusals, *calls, *edit.deferred]
+        if keeps_note:
+            _keep_note(edit, [report.summary(item) for item in items])
     except MemoryBudgetTooSmall:
         edit.roll_back()
         raise
@@ -46,25 +50,21 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = F
         report.rewritten(call)
     for logits in edit.deferred:
         report.deferred(logits)
-    items: list[Refusal | EmittedCall | Logits] = [*refusals, *calls, *edit.deferred]
     if not items and is_whole(graph):
         report.nothing_found(graph)
-    lines = list(map(report.summary, items))
-    if keeps_note:
-        for edited in edit.graphs():
-            _keep_note(edited, lines)
     edit.commit()
     return bool(calls)
 
 
-def _keep_note(graph: Graph, lines: Sequence[str]) -> None:
+def _keep_note(edit: GraphEdit, lines: Sequence[str]) -> None:
     """Let every call of an op of ours carry ``lines``: one without a user would not run."""
     ops = torch.ops.lmhead_pass
-    for op in (
+    carriers = (
         ops.linear_cross_entropy.default,
         ops.linear_cross_entropy_and_measures.default,
         ops.return_lazily.default,
-    ):
+    )
+    for graph, op in product(edit.graphs(), carriers):
         for call in graph.find_nodes(op="call_function", target=op):
             call.kwargs = {**call.kwargs, "report": note_of(lines)}
 

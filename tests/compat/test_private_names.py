@@ -421,6 +421,31 @@ def swapped_tensors():
     assert held.shape == (3,) and held.grad_fn is not None and y.shape == (2,)
 
 
+def hooks_of_saved_tensors():
+    assert not compiling.are_saved_tensors_hooked()
+    with torch.autograd.graph.save_on_cpu():
+        assert compiling.are_saved_tensors_hooked()
+
+
+def batched_gradients():
+    seen = []
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(compiling.is_saved_for_once(gradient))
+            return gradient
+
+    x = torch.ones((), requires_grad=True)
+    for gradient, is_batched in ((torch.ones(()), False), (torch.ones(2), True)):
+        torch.autograd.grad(Function.apply(x), x, gradient, is_grads_batched=is_batched)
+    assert seen == [True, False]
+
+
 def kept_graphs():
     kept = []
 
@@ -610,6 +635,8 @@ CANARIES = {
     "torch.utils._pytree.tree_flatten": leaves_of_trees,
     "torch._subclasses.fake_tensor.FakeTensorMode": fake_tensors,
     "torch._C._autograd._get_current_graph_task_keep_graph": kept_graphs,
+    "torch._C._functorch.is_legacy_batchedtensor": batched_gradients,
+    "torch._C._autograd._top_saved_tensors_default_hooks": hooks_of_saved_tensors,
     "torch._C._functorch.peek_interpreter_stack": modes,
     "torch._C._len_torch_dispatch_stack": modes,
     "torch._C._nn._parse_to": reads_of_to,

@@ -502,6 +502,31 @@ def test_second_backward(reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_several_upstream_gradients_at_once(reduction):
+    hidden, weight, _, target = tensors()
+    loss = call(hidden, weight, None, target, reduction=reduction).sum()
+    factors = hidden.new_tensor([1.0, -2.5])
+    each = [torch.autograd.grad(loss, hidden, one, retain_graph=True)[0] for one in factors]
+    (both,) = torch.autograd.grad(loss, hidden, factors, is_grads_batched=True)
+    torch.testing.assert_close(both, torch.stack(each))
+
+
+def test_what_hooks_see_of_saved_tensors_stays_as_it_was():
+    seen = []
+
+    def pack(tensor):
+        seen.append((tensor, tensor.clone()))
+        return tensor
+
+    hidden, weight, _, target = tensors()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = call(hidden, weight, None, target)
+    (3 * loss).backward()
+    assert seen
+    assert all(torch.equal(tensor, before) for tensor, before in seen)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_double_backward_is_refused(reduction):
     hidden, weight, bias, target = tensors()
     loss = call(hidden, weight, bias, target, reduction=reduction).sum()
