@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graph import Refused, arguments, canonical_op, describe, same, tensor_of, value_of
+from ..graph import Refused, arguments, canonical_op, describe, product, same, tensor_of, value_of
 from .losses import check_fits, is_loss, read_loss
 from .softmaxes import origin, summed_dims
 from .types import Consumer, ConsumerKind, Logits, Stage, TargetUse
@@ -164,7 +164,7 @@ def _sum(logits: Logits, node: Node) -> Consumer | None:
         kind, sign = _SUMMED[logits.stage]
         consumer = Consumer(node, logits, kind, factor=sign * logits.factor, **options)
     shape = tensor_of(logits.node).shape
-    words, all_of_it = shape[logits.vocab_dim], shape.numel()
+    words, all_of_it = shape[logits.vocab_dim], product(shape)  # Size.numel would fix the sizes
     factor = consumer.factor
     if consumer.kind in _MEANS:
         _check_mean(logits, node)
