@@ -25,8 +25,6 @@ import os
 import statistics
 import sys
 import time
-import types
-from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -35,10 +33,12 @@ from typing import NamedTuple
 # Before torch is imported: memory that is cut in pieces would look like memory that is needed.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+import heads
 import memory
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
+from heads import Inputs, LossFunction, Step, compiled_head, head, rewritten
 from torch import Tensor
 
 import lmhead_pass
@@ -52,15 +52,6 @@ IMPLEMENTATIONS = [
 ]  # fmt: skip
 SAMPLE = 32
 HEAD_START_CYCLES = 20_000_000  # some 10 ms, in which the host gets ahead of the device
-
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-Step = Callable[[], None]
-
-
-class Inputs(NamedTuple):
-    hidden: Tensor
-    weight: Tensor
-    target: Tensor
 
 
 class Skipped(Exception):
@@ -228,10 +219,6 @@ def loss_function(name: str, head: LossFunction) -> LossFunction:
     }[name]()
 
 
-def head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), target)
-
-
 def losses_by_row(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="none")
 
@@ -242,24 +229,6 @@ def loss_and_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Ten
 
 
 HEADS = {"by_row": losses_by_row, "returned": loss_and_logits}
-
-
-def compiled_head(head: LossFunction) -> LossFunction:
-    # Dynamo keeps what it compiled with the code of the function: a copy is compiled for itself.
-    copy = types.FunctionType(head.__code__.replace(), head.__globals__)
-    return torch.compile(copy, dynamic=False)
-
-
-def rewritten(head: LossFunction) -> LossFunction:
-    compiled, counters = compiled_head(head), torch._dynamo.utils.counters["lmhead_pass"]
-
-    def run(*inputs: Tensor) -> Tensor:
-        loss = compiled(*inputs)
-        assert counters["rewritten"], "the head was not rewritten"
-        return loss
-
-    counters.clear()
-    return run
 
 
 def unfused(head: LossFunction, auto_chunker: bool) -> LossFunction:
@@ -279,8 +248,7 @@ def unfused(head: LossFunction, auto_chunker: bool) -> LossFunction:
 def torch_lce() -> LossFunction:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Skipped(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()  # without them it holds all logits
-    return lambda *inputs: F.linear_cross_entropy(*inputs, options=options)
+    return heads.torch_lce()
 
 
 def liger() -> LossFunction:

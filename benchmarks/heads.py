@@ -57,18 +57,20 @@ def _products(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return logits @ inputs.weight, logits.t() @ inputs.hidden
 
 
-def _head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), target)
 
 
-def _compiled_head() -> LossFunction:
+def compiled_head(head: LossFunction) -> LossFunction:
+    """``head`` under ``torch.compile``, for these sizes."""
     # Dynamo keeps what it compiled with the code of the function: a copy is compiled for itself.
-    copy = types.FunctionType(_head.__code__.replace(), _head.__globals__)
+    copy = types.FunctionType(head.__code__.replace(), head.__globals__)
     return torch.compile(copy, dynamic=False)
 
 
-def _rewritten() -> LossFunction:
-    compiled, counters = _compiled_head(), torch._dynamo.utils.counters["lmhead_pass"]
+def rewritten(head: LossFunction) -> LossFunction:
+    """``head`` with the pass; an error unless it is rewritten."""
+    compiled, counters = compiled_head(head), torch._dynamo.utils.counters["lmhead_pass"]
 
     def run(*inputs: Tensor) -> Tensor:
         loss = compiled(*inputs)
@@ -80,7 +82,7 @@ def _rewritten() -> LossFunction:
 
 
 def _unfused() -> LossFunction:
-    compiled = _compiled_head()
+    compiled = compiled_head(head)
 
     def run(*inputs: Tensor) -> Tensor:
         with lmhead_pass.disabled():  # which counts where the first call compiles
@@ -89,12 +91,13 @@ def _unfused() -> LossFunction:
     return run
 
 
-def _torch_lce() -> LossFunction:
+def torch_lce() -> LossFunction:
+    """PyTorch's own, with options."""
     options = torch.nn.LinearCrossEntropyOptions()  # without them it holds all logits
     return lambda *inputs: F.linear_cross_entropy(*inputs, options=options)
 
 
-_LOSSES = {"lmhead_pass": _rewritten, "compile": _unfused, "torch_lce": _torch_lce}
+_LOSSES = {"lmhead_pass": lambda: rewritten(head), "compile": _unfused, "torch_lce": torch_lce}
 
 
 def available() -> list[str]:

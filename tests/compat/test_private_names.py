@@ -427,7 +427,7 @@ def hooks_of_saved_tensors():
         assert compiling.are_saved_tensors_hooked()
 
 
-def batched_gradients():
+def seen_in_a_backward(look, go_backward):
     seen = []
 
     class Function(torch.autograd.Function):
@@ -437,31 +437,30 @@ def batched_gradients():
 
         @staticmethod
         def backward(ctx, gradient):
-            seen.append(compiling.is_saved_for_once(gradient))
+            seen.append(look(gradient))
             return gradient
 
     x = torch.ones((), requires_grad=True)
-    for gradient, is_batched in ((torch.ones(()), False), (torch.ones(2), True)):
-        torch.autograd.grad(Function.apply(x), x, gradient, is_grads_batched=is_batched)
-    assert seen == [True, False]
+    go_backward(x, Function.apply(x))
+    return seen
+
+
+def batched_gradients():
+    def several_at_once(x, y):
+        torch.autograd.grad(y, x, torch.ones(2), is_grads_batched=True)
+
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    assert seen_in_a_backward(is_batched, several_at_once) == [True]
+    assert seen_in_a_backward(compiling.is_saved_for_once, several_at_once) == [False]
+    assert seen_in_a_backward(compiling.is_saved_for_once, lambda x, y: y.backward()) == [True]
 
 
 def kept_graphs():
-    kept = []
+    def go_backward(x, y):
+        y.backward(retain_graph=True)
+        y.backward()
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            kept.append(lazy_tensors.keeps_graph())
-            return gradient
-
-    x = Function.apply(torch.ones(2, requires_grad=True)).sum()
-    x.backward(retain_graph=True)
-    x.backward()
+    kept = seen_in_a_backward(lambda gradient: lazy_tensors.keeps_graph(), go_backward)
     assert kept == [True, False]
 
 
