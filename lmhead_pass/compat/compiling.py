@@ -82,8 +82,10 @@ def never_compiled(function: Function) -> Function:
 def graph_of_function() -> Graph | None:
     """The graph that Dynamo made last of the function that it compiles; None outside of it."""
     current = find(_TRANSLATOR, _EACH_REGION_APART)
-    translator = None if current is None or not is_compiling() else current()
-    return None if translator is None else translator.output.graph
+    try:
+        return None if current is None else current().output.graph
+    except AttributeError:  # Nothing is compiled, or Dynamo has no part in it (AOTInductor).
+        return None
 
 
 def may_be_left_to_eager() -> bool:
