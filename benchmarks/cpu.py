@@ -1,30 +1,24 @@
 """Time and memory of one training step of the head on a CPU, compiled with and without the pass.
 
-    python benchmarks/cpu.py                       # 2048 x 512 x 32000, as in the README
-    python benchmarks/cpu.py --tokens 4096 --dtypes float32
+    python benchmarks/cpu.py --tokens 4096 --rounds 5    # the table of README
+    python benchmarks/cpu.py --dtypes float32            # 2048 tokens x 512 hidden x 32000 words
 
-Every implementation runs once in each round, so that a machine whose speed drifts does not favour
-one; a ratio is the median over rounds of the ratio within a round. Memory is the peak of the bytes
-that tensors take on top of inputs and gradients, counted by the profiler in one more step.
+Time is that of forward and backward, as a ratio to the function compiled without the pass: the
+median over rounds in which each runs once (``timing.py``). Memory is the peak of the bytes of
+tensors that the step allocates, counted by the profiler in one more step: the gradients are in it,
+inputs and weight are not.
 """
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from datetime import date
+from pathlib import Path
 
+import report
 import torch
-import torch.nn.functional as F
+from heads import Step, available, make_inputs, make_step
 from memory import peak_bytes
-
-import lmhead_pass
-
-Step = Callable[[], None]
+from timing import alternate, ratio
 
 
 def main() -> None:
@@ -34,100 +28,42 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
 
-    rows = [row for dtype in options.dtypes for row in measure(options, getattr(torch, dtype))]
-    about = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "date": str(date.today()),
-        "command": shlex.join(["python", *sys.argv]),
-    }
+    rows = [row for dtype in options.dtypes for row in measure(options, dtype)]
     print(f"{options.tokens} tokens x {options.hidden} hidden x {options.vocab} words")
-    print(*about.values(), sep="; ")
-    print("dtype     implementation  median ms  x compiled  scratch MB")
+    print(*report.about().values(), sep="; ")
+    print("dtype     implementation  median ms  x compile  peak MB")
     for row in rows:
-        line = "{dtype:9} {impl:14} {median_ms:10.1f} {ratio:11.2f} {scratch_mb:11.1f}"
-        print(line.format(**row))
+        line = "{dtype:9} {impl:14} {median_ms:10.1f} {ratio:10.2f} {peak_mb:8.1f}"
+        print(line.format(**row, peak_mb=row["peak_bytes"] / 1e6))
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({**about, "rows": rows}, file, indent=1)
+        report.write(options.json, rows)
 
 
-def measure(options: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
-    steps = implementations(options, dtype)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()  # compiles
-    for _ in range(options.rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
+def measure(options: argparse.Namespace, dtype: str) -> list[dict]:
+    shape = options.tokens, options.hidden, options.vocab
+    inputs = make_inputs(*shape, getattr(torch, dtype))
+    steps = {name: make_step(name, inputs) for name in available()}
+    times = alternate(steps, options.rounds, seconds)
     return [
         {
-            "dtype": str(dtype).removeprefix("torch."),
+            **dict(zip(("tokens", "hidden", "vocab"), shape, strict=True)),
+            "dtype": dtype,
             "impl": name,
             "median_ms": 1e3 * statistics.median(times[name]),
-            "ratio": statistics.median(
-                a / b for a, b in zip(times[name], times["compiled"], strict=True)
-            ),
-            "scratch_mb": peak_bytes(step) / 1e6,
+            "ratio": ratio(times, name, "compile"),
+            "peak_bytes": peak_bytes(step),
         }
         for name, step in steps.items()
     ]
 
 
-def implementations(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Step]:
-    """Steps on the same inputs: each computes the loss and all gradients, and drops them."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (options.tokens, options.hidden, options.vocab)
-    tokens, hidden_size, vocab = shape
-    hidden = torch.randn(tokens, hidden_size, generator=generator).to(dtype)
-    weight = (0.05 * torch.randn(vocab, hidden_size, generator=generator)).to(dtype)
-    target = torch.randint(vocab, (tokens,), generator=generator)
-    leaves = hidden.requires_grad_(), weight.requires_grad_()
-
-    def head(hidden, weight, target):
-        return F.cross_entropy(F.linear(hidden, weight).float(), target)
-
-    def step(loss) -> Step:
-        def run() -> None:
-            loss(hidden, weight, target).backward()
-            for leaf in leaves:
-                leaf.grad = None
-
-        return run
-
-    def floor() -> None:
-        with torch.no_grad():
-            logits = hidden @ weight.t()
-            logits @ weight
-            logits.t() @ hidden
-
-    # Two functions, since Dynamo keeps compiled code with the function's code.
-    def rewritten(*inputs):
-        return head(*inputs)
-
-    def unfused(*inputs):
-        return head(*inputs)
-
-    def compiled(function) -> Step:
-        run = step(torch.compile(function, dynamic=False))
-        run()
-        return run
-
-    steps = {"lmhead_pass": compiled(rewritten)}
-    with lmhead_pass.disabled():
-        steps["compiled"] = compiled(unfused)
-    steps["three products"] = floor
-    if hasattr(F, "linear_cross_entropy"):  # from torch 2.13 on; without options it is not chunked
-        chunked = torch.nn.LinearCrossEntropyOptions()
-        steps["torch chunked"] = step(
-            lambda *inputs: F.linear_cross_entropy(*inputs, options=chunked)
-        )
-    return steps
+def seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

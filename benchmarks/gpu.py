@@ -11,47 +11,47 @@ error is the largest of the gradients of a sample of tokens and words, relative 
 one; exact is FP64, but for the log-sum-exp of each token, which is taken from FP32 logits (an error
 near 1e-6; BF16 gradients have one near 1e-3).
 
-Modes: "train" is forward and backward, "forward" is without gradients, and "frozen" is forward and
-backward for the hidden states alone. What an implementation cannot run is left out and named, and
-results are written after each shape and mode: a run that is cut off leaves what it has.
+Modes: "train" is forward and backward, "forward" is without gradients, "frozen" is forward and
+backward for the hidden states alone, "by_row" is forward and backward of losses with reduction
+"none", and "returned" is "train" of a function that returns its logits too, unread. Each shape and
+mode has ``--seconds``: once these are over, no implementation is begun, and no round. What an
+implementation cannot run is a row that says so, and results are written after each shape and mode:
+a run that is cut off leaves what it has.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
-import types
-from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+# Before torch is imported: memory that is cut in pieces would look like memory that is needed.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import heads
+import memory
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
+from heads import Inputs, LossFunction, Step, compiled_head, head, rewritten
 from torch import Tensor
 
 import lmhead_pass
 
 SIZES = ["4096x4096x128256", "16384x4096x128256", "8192x2304x256000", "32768x8192x128000"]
-MODES = ["train", "forward", "frozen"]
+MODES = ["train", "forward", "frozen", "by_row", "returned"]
+DEFAULT_MODES = MODES[:3]
 IMPLEMENTATIONS = [
     "floor", "lmhead_pass", "quack", "liger_sm90", "cce", "cce_exact", "liger", "torch_lce",
     "auto_chunker", "compile",
 ]  # fmt: skip
 SAMPLE = 32
 HEAD_START_CYCLES = 20_000_000  # some 10 ms, in which the host gets ahead of the device
-
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-Step = Callable[[], None]
-
-
-class Inputs(NamedTuple):
-    hidden: Tensor
-    weight: Tensor
-    target: Tensor
 
 
 class Skipped(Exception):
@@ -62,21 +62,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="tokens x hidden x vocabulary")
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=DEFAULT_MODES, choices=MODES)
     parser.add_argument("--impls", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--spread", type=float, default=1.0, help="standard deviation of logits")
+    parser.add_argument("--seconds", type=float, default=120, help="of each shape and mode")
     parser.add_argument("--label", default="", help="what the files' names end in")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no GPU here; --device cpu shows that it runs")
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     rows, skipped = [], []
     for sizes in options.sizes:
         inputs = make_inputs(*map(int, sizes.split("x")), dtype, device, options.spread)
         for mode in options.modes:
-            measured, left_out = measure(inputs, mode, options.impls, options.rounds)
+            measured, left_out = measure(
+                inputs, mode, options.impls, options.rounds, options.seconds
+            )
             rows += measured
             skipped += left_out
             report = write_report(options.out, options.label, device, rows, skipped)
@@ -118,10 +123,11 @@ def make_inputs(tokens: int, hidden: int, vocab: int, dtype, device, spread: flo
 
 
 def measure(
-    inputs: Inputs, mode: str, names: list[str], rounds: int
+    inputs: Inputs, mode: str, names: list[str], rounds: int, seconds: float
 ) -> tuple[list[dict], list[dict]]:
     """Figures of the implementations that run, and the reasons of those that do not."""
-    inputs.weight.requires_grad_(mode == "train")
+    end = time.monotonic() + seconds
+    inputs.weight.requires_grad_(mode not in ("forward", "frozen"))
     exact = None if mode == "forward" else sampled_gradients(inputs)
     about = {
         "tokens": inputs.hidden.size(0),
@@ -135,6 +141,8 @@ def measure(
     skipped = []
     for name in names:
         try:
+            if time.monotonic() > end:
+                raise Skipped(f"the {seconds:g} seconds of this step are over")
             step = bare_products(inputs, mode) if name == "floor" else loss_step(name, inputs, mode)
             step()  # compiles
             error = None if name == "floor" or exact is None else gradient_error(exact)
@@ -151,6 +159,8 @@ def measure(
 
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
+        if number > 1 and time.monotonic() > end:
+            break
         for name in sorted(steps, key=names.index, reverse=number % 2 == 1):
             elapsed = milliseconds(steps[name], inputs)
             drop_gradients(inputs)
@@ -174,29 +184,32 @@ def bare_products(inputs: Inputs, mode: str) -> Step:
         gradients = []
         if mode != "forward":
             gradients.append(logits @ weight)
-        if mode == "train":
+        if mode not in ("forward", "frozen"):
             gradients.append(logits.t() @ hidden)
 
     return run
 
 
 def loss_step(name: str, inputs: Inputs, mode: str) -> Step:
-    loss = loss_function(name)
+    if mode in ("by_row", "returned") and name not in ("lmhead_pass", "compile", "auto_chunker"):
+        raise Skipped(f"not compared in mode {mode}")
+    loss = loss_function(name, HEADS.get(mode, head))
 
     def run() -> None:
         with torch.set_grad_enabled(mode != "forward"):
-            value = loss(*inputs)
+            result = loss(*inputs)
+        value = result[0] if mode == "returned" else result
         if mode != "forward":
-            value.backward()
+            value.sum().div(value.numel()).backward()
 
     return run
 
 
-def loss_function(name: str) -> LossFunction:
+def loss_function(name: str, head: LossFunction) -> LossFunction:
     return {
-        "lmhead_pass": rewritten,
-        "compile": lambda: unfused(auto_chunker=False),
-        "auto_chunker": lambda: unfused(auto_chunker=True),
+        "lmhead_pass": lambda: rewritten(head),
+        "compile": lambda: unfused(head, auto_chunker=False),
+        "auto_chunker": lambda: unfused(head, auto_chunker=True),
         "torch_lce": torch_lce,
         "liger": liger,
         "liger_sm90": liger_sm90,
@@ -206,30 +219,20 @@ def loss_function(name: str) -> LossFunction:
     }[name]()
 
 
-def head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), target)
+def losses_by_row(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="none")
 
 
-def compiled_head() -> LossFunction:
-    # Dynamo keeps what it compiled with the code of the function: a copy is compiled for itself.
-    copy = types.FunctionType(head.__code__.replace(), head.__globals__)
-    return torch.compile(copy, dynamic=False)
+def loss_and_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.float(), target), logits
 
 
-def rewritten() -> LossFunction:
-    compiled, counters = compiled_head(), torch._dynamo.utils.counters["lmhead_pass"]
-
-    def run(*inputs: Tensor) -> Tensor:
-        loss = compiled(*inputs)
-        assert counters["rewritten"], "the head was not rewritten"
-        return loss
-
-    counters.clear()
-    return run
+HEADS = {"by_row": losses_by_row, "returned": loss_and_logits}
 
 
-def unfused(auto_chunker: bool) -> LossFunction:
-    compiled = compiled_head()
+def unfused(head: LossFunction, auto_chunker: bool) -> LossFunction:
+    compiled = compiled_head(head)
 
     def run(*inputs: Tensor) -> Tensor:
         # Settings are read where the first call compiles.
@@ -245,8 +248,7 @@ def unfused(auto_chunker: bool) -> LossFunction:
 def torch_lce() -> LossFunction:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Skipped(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()  # without them it holds all logits
-    return lambda *inputs: F.linear_cross_entropy(*inputs, options=options)
+    return heads.torch_lce()
 
 
 def liger() -> LossFunction:
@@ -332,9 +334,7 @@ def drop_gradients(inputs: Inputs) -> None:
 
 def peak_bytes(step: Step, inputs: Inputs) -> int:
     if not inputs.hidden.is_cuda:
-        from cpu import scratch
-
-        return scratch(step)
+        return memory.peak_bytes(step)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -381,9 +381,9 @@ def markdown(report: dict) -> str:
         what = "{tokens} x {hidden} x {vocab} {dtype} | {mode} | {impl}".format(**row)
         figures = f"{row['median_ms']:.2f} | {ratio} | {row['peak_bytes'] / 1e6:.0f} | {error}"
         lines.append(f"| {what} | {figures} |")
-    reasons = sorted({f"- {row['impl']}: {row['reason']}" for row in report["skipped"]})
-    if reasons:
-        lines += ["", "Left out (the JSON says where):", "", *reasons]
+    for row in report["skipped"]:
+        what = "{tokens} x {hidden} x {vocab} {dtype} | {mode} | {impl}".format(**row)
+        lines.append(f"| {what} | not run: {row['reason'].replace('|', '/')} | | | |")
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,12 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 
 def live_bytes(step: Callable[[], Any]) -> list[int]:
     """Bytes of what ``step`` allocates that live after each allocation and release, from 0 on."""
+    return [live for _, live in timeline(step)]
+
+
+def timeline(step: Callable[[], Any]) -> list[tuple[float, int]]:
+    """After each allocation and release in ``step``: the second, from 0 on, and the bytes that live
+    of what it allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     todo: list[_ProfilerEvent] = list(profiler.profiler.kineto_results.experimental_event_tree())
@@ -26,11 +32,12 @@ def live_bytes(step: Callable[[], Any]) -> list[int]:
     # By address: a release of what was allocated before is recorded too, where an earlier profile
     # in this process saw its address.
     at: dict[int, int] = {}
-    live = [0]
-    for _, event in sorted(events, key=lambda event: event[0]):
+    live = [(0.0, 0)]
+    events.sort(key=lambda event: event[0])
+    for nanoseconds, event in events:
         size = event.alloc_size
         change = size if size > 0 else -at.pop(event.ptr, 0)
         if size > 0:
             at[event.ptr] = size
-        live.append(live[-1] + change)
+        live.append(((nanoseconds - events[0][0]) / 1e9, live[-1][1] + change))
     return live

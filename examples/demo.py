@@ -38,12 +38,12 @@ console = Console()
 
 
 def reports(name: str, folder: Path, options: list[str]) -> Iterator[Report]:
-    """Run train.py in a process of its own and yield its reports as they come.
+    """Run train_gpt.py in a process of its own and yield its reports as they come.
 
     A process of its own keeps the import of lmhead_pass out of the plain run.  Its cache of
     compiled graphs starts empty, since a graph taken from a cache never meets the pass.
     """
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), *options]
+    command = [sys.executable, str(Path(__file__).with_name("train_gpt.py")), *options]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"{name}-cache")}
     log = folder / f"{name}.log"
     with (
@@ -64,7 +64,7 @@ def shown(step: int, steps: int) -> bool:
 
 
 def train(name: str, folder: Path, options: list[str], steps: int) -> tuple[list[Report], Report]:
-    """Run train.py under a progress bar; return its steps and its closing summary."""
+    """Run train_gpt.py under a progress bar; return its steps and its closing summary."""
     columns = f"{name:>11}", BarColumn(), "{task.description}", TimeRemainingColumn(), "left"
     seen: list[Report] = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -93,9 +93,9 @@ def main() -> None:
         tokens = folder / "tokens"
         count = write_tokens(tokens)
         console.print(f"Text: {count:,} tokens of the standard library; vocabulary {VOCAB:,}.")
-        options = [str(tokens), "--seed", str(args.seed)]
-        plain, plain_summary = train(PLAIN, folder, options, args.steps)
-        ours, our_summary = train(OURS, folder, [*options, "--lmhead-pass"], args.steps)
+        options = ["--json", "--tokens", str(tokens), "--seed", str(args.seed)]
+        plain, plain_summary = train(PLAIN, folder, [*options, "--plain"], args.steps)
+        ours, our_summary = train(OURS, folder, options, args.steps)
 
     losses = Table("step", PLAIN, OURS, "difference", title="Loss")
     for step, (a, b) in enumerate(zip(plain, ours, strict=True), start=1):

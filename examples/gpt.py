@@ -49,9 +49,14 @@ class GPT(nn.Module):
             if parameter.dim() == 2:  # all but the norms' scales, which start at one
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss, a scalar, of guessing `targets` from `tokens`, both [B, T] of int64."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The mean loss, a scalar, of guessing `targets` from `tokens`, both [B, T] of int64.
+
+        Without targets, the logits of all tokens: [B, T, vocab].
+        """
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.norm(self.blocks(self.token(tokens) + self.position(places)))  # [B, T, D]
         logits = self.head(x)  # [B, T, vocab]: the one big tensor of the whole model
+        if targets is None:
+            return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -21,7 +21,9 @@ from .registration import disabled, register, unregister, why_not_run
 if TYPE_CHECKING:
     from .explanation import Explanation
 
-__all__ = ["config", "disabled", "explain", "register", "unregister"]
+__all__ = ["__version__", "config", "disabled", "explain", "register", "unregister"]
+
+__version__ = "0.2.0"
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> "Explanation":

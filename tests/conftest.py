@@ -2,6 +2,7 @@
 
 import copy
 import os
+from contextlib import nullcontext
 
 # Read by torch when it is imported, here and in the processes that tests start.
 os.environ.update(
@@ -24,6 +25,21 @@ from lmhead_pass.compat import lookup
 from lmhead_pass.graph import Refused
 from lmhead_pass.op.kernels import aten_loop as aten
 from lmhead_pass.rewrite import rewriter
+
+from .inductor import without_codegen
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--codegen", action="store_true", help="have Inductor generate code in every test"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _codegen(request):
+    wanted = request.config.getoption("codegen") or request.node.get_closest_marker("codegen")
+    with nullcontext() if wanted or torch.cuda.is_available() else without_codegen():
+        yield
 
 
 @pytest.fixture(autouse=True)

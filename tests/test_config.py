@@ -1,5 +1,7 @@
 """Settings: defaults, environment, patches, and bad values."""
 
+import re
+
 import pytest
 
 import lmhead_pass
@@ -73,6 +75,42 @@ def test_patch():
     assert (config.batch_chunk_size, config.memory_budget) == (None, None)
 
 
-def test_unknown_setting():
-    with pytest.raises(AttributeError):
-        config.chunk_size = 3
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("chunk_size", " Did you mean batch_chunk_size?"),
+        ("memory_bugdet", " Did you mean memory_budget?"),
+        ("colour", ""),
+    ],
+)
+def test_an_unknown_setting_is_an_error_that_lists_the_right_ones(name, meant):
+    for use in (
+        lambda: setattr(config, name, 3),
+        lambda: getattr(config, name),
+        lambda: config.patch({name: 3}).__enter__(),
+    ):
+        with pytest.raises(AttributeError) as error:
+            use()
+        assert str(error.value) == (
+            f"lmhead_pass.config: there is no {name}.{meant} There are min_vocab_size, "
+            "batch_chunk_size, memory_budget, returned_logits, strict"
+        )
+
+
+def test_an_unknown_variable_is_warned_of():
+    done = run_python("import lmhead_pass", LMHEAD_PASS_MEMORY_BUGDET="3", LMHEAD_PASS_STRICT="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("UserWarning") == 1
+    assert (
+        "lmhead_pass.config: there is no LMHEAD_PASS_MEMORY_BUGDET. Did you mean "
+        "LMHEAD_PASS_MEMORY_BUDGET? There are LMHEAD_PASS_MIN_VOCAB_SIZE, " in done.stderr
+    )
+
+
+def test_help_has_every_setting_and_its_default():
+    assert config.defaults().keys() == config.get_config_copy().keys()
+    for name, default in config.defaults().items():
+        (kind,) = re.findall(rf"\n{name}: (.+)\n    \w", config.__doc__)
+        kind, _, value = kind.partition(" = ")
+        assert value.replace('"', "'") == repr(default)
+        assert kind == str(getattr(config.__annotations__[name], "__name__", None) or kind)

@@ -10,11 +10,17 @@ import pytest
 import lmhead_pass
 
 # Each may import from those before it.
-CHAIN = ("graph", "logits", "sums", "plan", "rowwise", "rewrite", "outside", "explanation")
+CHAIN = (
+    *("graph", "logits", "sums", "plan", "rowwise", "rewrite", "outside", "explanation"),
+    "command_line",
+)
 # These know nothing of matching, nor of each other. Beside each: who may import from it.
-APART = {"op": ("plan", "rowwise", "rewrite"), "returned": ("plan", "rewrite", "outside")}
+APART = {
+    "op": ("plan", "rowwise", "rewrite", "command_line"),
+    "returned": ("plan", "rewrite", "outside"),
+}
 # What all may import, module by module. It imports none of the other folders.
-FOR_ALL = ("config", "compat")
+FOR_ALL = ("config", "compat", "log")
 # What everybody imports with the package: it may wait for no more than these, outside functions.
 LIGHT = ("__init__", "registration", "graph_pass")
 WITH_THE_PACKAGE = (*FOR_ALL, *LIGHT, *APART)

@@ -6,6 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeVar
 
+from torch import Tensor
+from torch.fx import Graph
+
+from .graphs import is_transformed
+from .lazy_tensors import keeps_graph
 from .lookup import NO_LAZY_LOGITS, find, missing, report_missing
 
 _CompileContext = find("torch._guards.CompileContext.try_get", NO_LAZY_LOGITS)
@@ -14,6 +19,8 @@ _TracingContext = find("torch._guards.TracingContext.try_get", NO_LAZY_LOGITS)
 _TRANSLATOR = "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx"
 _SKIP = "torch._dynamo.exc.SkipFrame"
 _NOT_LEFT = "a compiled function that is given returned logits computes them"
+_EACH_REGION_APART = "a loss in a checkpointed region is not joined with the others"
+_HELD_TWICE = "a gradient that is multiplied by that of its loss is held twice for a moment"
 # Where what torch.compile returns has what it was given: a module, a function.
 _UNCOMPILED = ("_orig_mod", "_torchdynamo_orig_callable")
 
@@ -26,6 +33,23 @@ Counters = dict[str, Counter[str]]
 def is_compiling() -> bool:
     """Whether this thread runs torch.compile."""
     return _CompileContext is not None and _CompileContext() is not None
+
+
+def is_saved_for_once(upstream: Tensor) -> bool:
+    """Whether what autograd saved for the backward of ``upstream`` is read in it for the last time.
+
+    With several gradients at once (``is_grads_batched``) it is read once for each.
+    """
+    is_batched = find("torch._C._functorch.is_legacy_batchedtensor", _HELD_TWICE)
+    if keeps_graph is None or is_batched is None or is_compiling():
+        return False
+    return not (keeps_graph() or is_transformed(upstream) or is_batched(upstream))
+
+
+def are_saved_tensors_hooked() -> bool:
+    """Whether hooks see what autograd saves (``torch.autograd.graph.saved_tensors_hooks``)."""
+    hooks = find("torch._C._autograd._top_saved_tensors_default_hooks", _HELD_TWICE)
+    return hooks is None or hooks(False) is not None
 
 
 def attempt() -> tuple[object, int] | None:
@@ -42,12 +66,26 @@ def attempt() -> tuple[object, int] | None:
     return context, context.attempt
 
 
+def compile_id(compilation: object) -> str:
+    """What Dynamo calls a compilation, as in "[0/0]" before the lines of its log."""
+    return str(getattr(compilation, "compile_id", "unknown"))
+
+
 def never_compiled(function: Function) -> Function:
     """Have Dynamo pass over ``function``, and all that it calls, where that runs by itself."""
     # Not torch.compiler.disable: that imports Dynamo, and ``import lmhead_pass`` does not.
     disable = find("torch._disable_dynamo", _NOT_LEFT)
     undisturbed: Function = function if disable is None else disable(function)
     return undisturbed
+
+
+def graph_of_function() -> Graph | None:
+    """The graph that Dynamo made last of the function that it compiles; None outside of it."""
+    current = find(_TRANSLATOR, _EACH_REGION_APART)
+    try:
+        return None if current is None else current().output.graph
+    except AttributeError:  # Nothing is compiled, or Dynamo has no part in it (AOTInductor).
+        return None
 
 
 def may_be_left_to_eager() -> bool:

@@ -49,9 +49,17 @@ def report_missing(name: str, without: str) -> None:
     names = _missing.setdefault(without, [])
     if name not in names:
         names.append(name)
-        log.warning("torch %s has no %s: %s", torch.__version__, name, without)
+        log.warning(
+            "torch %s has no %s: %s. A newer lmhead_pass may know this torch",
+            *(torch.__version__, name, without),
+        )
 
 
 def missing(without: str) -> str | None:
     """Name what torch was found to lack such that ``without``; None if it lacks nothing."""
     return ", ".join(_missing.get(without, [])) or None
+
+
+def all_missing() -> dict[str, str]:
+    """What torch was found to lack, by what is off without it."""
+    return {without: ", ".join(names) for without, names in _missing.items()}

@@ -94,6 +94,29 @@ def _set_default(config: ModuleType, name: str, value: Any) -> None:
         )
 
 
+def caches_come_first() -> bool:
+    """Whether a later process may get the graph from a cache that is asked before passes run."""
+    # From torch 2.13 on. Not by the version number: nightlies bear that of the next release.
+    config = importlib.import_module("torch._inductor.config")
+    if getattr(config, "pre_grad_pass_timing", "early") == "early":
+        return False
+    without = "what was rewritten is not told again where a graph comes from a cache"
+    local = find(
+        "torch._functorch._aot_autograd.autograd_cache.should_use_local_autograd_cache", without
+    )
+    remote = find(
+        "torch._functorch._aot_autograd.autograd_cache.should_use_remote_autograd_cache", without
+    )
+    return any(used is not None and used() for used in (local, remote))
+
+
+def cache_folder() -> str | None:
+    """Where Inductor keeps its caches; None if torch does not tell."""
+    name = "torch._inductor.runtime.cache_dir_utils.cache_dir"
+    folder = find(name, "python -m lmhead_pass env does not tell where Inductor's caches are")
+    return None if folder is None else str(folder())
+
+
 def cached_pass_type() -> type:
     """The base class of passes whose graphs Inductor caches. It comes with all of Inductor."""
     without = "Inductor caches no graph"

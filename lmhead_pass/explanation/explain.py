@@ -18,7 +18,14 @@ from ..compat.lookup import NO_REWRITE
 from ..graph import Place, Refusal, describe, hint, place_of, tensor_of, value_of
 from ..logits import class_count
 from ..plan import has_no_head, is_whole, unread_heads, way_up
-from ..rewrite import GraphEdit, losses_of_inputs, prepare, summary
+from ..rewrite import (
+    GraphEdit,
+    MemoryBudgetTooSmall,
+    losses_of_inputs,
+    prepare,
+    regions_of,
+    summary,
+)
 from .graph_breaks import TOPICS, Break, break_after, take_untraced
 
 _TOGETHER = (
@@ -131,11 +138,20 @@ class _Captured:
         if lacking := why_not_rewritten(module.graph):
             explanation.refused.append(f"this torch has no {lacking}: {NO_REWRITE}")
             return
-        for part in module.modules():
-            if isinstance(part, GraphModule):
+        parts = [part for part in module.modules() if isinstance(part, GraphModule)]
+        regions = {body for part in parts for _, body in regions_of(part.graph)}
+        for part in parts:
+            if part in regions:  # it was looked at with the graph that calls it
+                self._look(part.graph, (), set())
+            else:
                 outside = _losses_outside(part.graph, words)
                 edit = GraphEdit(part.graph)
-                calls, refusals = prepare(edit)
+                try:
+                    calls, refusals = prepare(edit)
+                except MemoryBudgetTooSmall as error:
+                    explanation.refused.append(str(error))
+                    edit.roll_back()
+                    continue
                 refusals = [refusal for refusal in refusals if refusal.loss not in outside]
                 self.has_losses |= bool(calls or refusals or outside)
                 if not_run:

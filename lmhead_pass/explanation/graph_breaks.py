@@ -52,6 +52,12 @@ _FIXES = (
         "compiled, or compute it without a branch (torch.where)",
     ),
     (
+        # They call it in each forward; what was disabled before is told of below.
+        r"qualname: disable\b|Call to `torch\._dynamo\.disable\(\)`",
+        "FSDP's hooks, which Dynamo does not trace, of a module that `fully_shard` wraps. Wrap the "
+        "blocks, and leave the head to the `fully_shard` of the whole model",
+    ),
+    (
         r"torch\.compiler\.disable",
         "this call is kept from being compiled, and so is a head or loss in it. Take "
         "`torch.compiler.disable` away from it, or move the call before the head or behind the "

@@ -35,7 +35,7 @@ class _Plan:
     be nothing to avoid else."""
 
 
-_CPU = _Plan(least=48 << 20, share=1 / 4, most=math.inf, most_rows=math.inf, enough_rows=128)
+_CPU = _Plan(least=44 << 20, share=1 / 4, most=math.inf, most_rows=math.inf, enough_rows=128)
 # On a GPU, reading and writing the sum of the weight's gradient takes longer, compared with the
 # products, than on a CPU, so chunks are larger. With the scratch of cuBLAS, 1.45 GB stay below 1.5.
 _GPU = _Plan(least=256 << 20, share=1, most=1.45e9, most_rows=4096, enough_rows=math.inf)
@@ -60,16 +60,14 @@ def plan_rows(
 ) -> int:
     """Rows per chunk, at least one, of logits ``[rows, vocab_size]`` from products in ``dtype``.
 
-    That is ``config.batch_chunk_size``; else as many as ``config.memory_budget`` bytes hold; else
-    as many as a budget holds that is planned from the sizes, for ``tokens`` rows in all (0: not
-    known). ``gradient_dtype`` is the dtype of the weight's gradient.
+    That is ``config.batch_chunk_size``; else as many as a budget holds that is planned from the
+    sizes, for ``tokens`` rows in all (0: not known). ``gradient_dtype`` is the dtype of the
+    weight's gradient.
     """
     if config.batch_chunk_size is not None:
         return config.batch_chunk_size
     on_cpu = device.type == "cpu"
     of_row = row_bytes(hidden_size, vocab_size, dtype, device)
-    if config.memory_budget is not None:
-        return max(1, config.memory_budget // of_row)
     plan = _CPU if on_cpu else _GPU
     of_sum = 4 * vocab_size * hidden_size
     budget = max(plan.least, min(plan.most, of_sum * plan.share))

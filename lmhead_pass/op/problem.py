@@ -61,6 +61,9 @@ class Problem:
     """The dtype of the matrix products: under autocast it is not that of the tensors."""
     batch_chunk_size: int
     """At most this many rows of logits exist at once."""
+    vocab_chunk_size: int | None = None
+    """For so many words at a time the weight's gradient is computed; None: for all at once, with an
+    FP32 sum of its size. Without label smoothing only (``kernels/by_words.py``)."""
 
     def __post_init__(self) -> None:
         self._check_options()
@@ -74,7 +77,7 @@ class Problem:
 
     def _check_options(self) -> None:
         """ValueError, with its name, for an option that means nothing."""
-        rows = self.batch_chunk_size
+        rows, words = self.batch_chunk_size, self.vocab_chunk_size
         for name, takes, good in (
             ("reduction", "'mean', 'sum' or 'none'", self.reduction in ("mean", "sum", "none")),
             ("label_smoothing", "a number from 0 to 1", 0 <= self.label_smoothing <= 1),
@@ -83,6 +86,12 @@ class Problem:
             ("compute_dtype", "a floating dtype", self.compute_dtype.is_floating_point),
             # A dynamic number is not asked: that would fix it.
             ("batch_chunk_size", "at least 1 row", not isinstance(rows, int) or rows >= 1),
+            ("vocab_chunk_size", "at least 1 word", not isinstance(words, int) or words >= 1),
+            (
+                "label_smoothing",
+                "0 beside vocab_chunk_size",
+                words is None or not self.label_smoothing,
+            ),
         ):
             if not good:
                 raise _wrong(f"takes {takes} as {name}, not {getattr(self, name)!r}")

@@ -1,7 +1,7 @@
 """The ops that run a part of a graph chunk by chunk: schemas, fake kernels and autograd.
 
-    rowwise(hidden, weight, by_row, constants, part, batch_chunk_size) -> outputs
-    rowwise_sum(hidden, weight, by_row, constants, upstream, part, batch_chunk_size)
+    rowwise(hidden, weight, by_row, constants, part, batch_chunk_size, *, report="") -> outputs
+    rowwise_sum(hidden, weight, by_row, constants, part, batch_chunk_size, upstream, *, report="")
         -> [sum, *outputs]
 
 ``part`` is the text of a ``RowPart`` (``row_part.py``), whose logits are ``hidden @ weight.T`` for
@@ -10,7 +10,8 @@ each head (``RowProblem`` in ``kernels/row_loop.py`` has the shapes). The output
 ``rowwise`` has the gradients of its differentiable outputs in the backward, where it computes the
 logits again: four products. ``rowwise_sum`` is given ``upstream``, a tensor ``[N, ...]`` for each
 differentiable output, and has the gradient of the ``sum`` of all products of these with the
-outputs, which it computes in the forward: three products. Its other outputs have none.
+outputs, which it computes in the forward: three products. Its other outputs have none. A ``report``
+is what a graph's first run tells where the graph comes from a cache (``log.py``).
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..compat.kernels import below_autograd, is_forward_mode
 from ..compat.library import add_fake_kernel, add_kernel, define
+from ..log import tell_from_cache
 from .kernels.row_loop import RowProblem, run_forward, run_with_gradients
 from .problem import held_dtype
 from .row_part import RowPart, parse
@@ -37,15 +39,17 @@ def _problem(arguments: Sequence[Any]) -> RowProblem:
 
 
 def _define(name: str, extra: str, kernel: Any, fake_kernel: Any) -> None:
-    def run(*arguments: Any) -> list[Tensor]:
+    def run(*arguments: Any, report: str = "") -> list[Tensor]:
+        if report:
+            tell_from_cache(report)
         problem = _problem(arguments[:6])
         with torch.no_grad(), torch.autocast(problem.hidden[0].device.type, enabled=False):
             return cast(list[Tensor], kernel(problem, *arguments[6:]))
 
-    def run_fake(*arguments: Any) -> list[Tensor]:
+    def run_fake(*arguments: Any, report: str = "") -> list[Tensor]:
         return cast(list[Tensor], fake_kernel(_problem(arguments[:6]), *arguments[6:]))
 
-    define(f"{name}({_PROBLEM}{extra}) -> Tensor[]", run)
+    define(f"{name}({_PROBLEM}{extra}, *, str report='') -> Tensor[]", run)
     add_fake_kernel(name, run_fake)
 
 
@@ -155,8 +159,10 @@ class _Inputs:
 
 class _GradientsInBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: _Inputs, part: str, rows: int, *tensors: Tensor) -> Any:
-        outputs = _ops.rowwise(*inputs.lists(tensors), part, rows)
+    def forward(
+        ctx: Any, inputs: _Inputs, part: str, rows: int, report: str, *tensors: Tensor
+    ) -> Any:
+        outputs = _ops.rowwise(*inputs.lists(tensors), part, rows, report=report)
         ctx.inputs, ctx.part, ctx.rows = inputs, part, rows
         ctx.save_for_backward(*tensors)
         _mark(ctx, part, outputs)
@@ -166,7 +172,7 @@ class _GradientsInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
-        needed = list(ctx.needs_input_grad[3:])
+        needed = list(ctx.needs_input_grad[4:])
         if all(given is None for given in upstream):
             return (None,) * len(ctx.needs_input_grad)
         tensors = ctx.saved_tensors
@@ -177,16 +183,24 @@ class _GradientsInBackward(torch.autograd.Function):
             gradient.to(tensor.dtype) if is_needed else None
             for gradient, tensor, is_needed in zip(found, tensors, needed, strict=True)
         )
-        return None, None, None, *gradients
+        return None, None, None, None, *gradients
 
 
 class _GradientsInForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, inputs: _Inputs, part: str, rows: int, upstream: list[Tensor], *tensors: Tensor
+        ctx: Any,
+        inputs: _Inputs,
+        part: str,
+        rows: int,
+        upstream: list[Tensor],
+        report: str,
+        *tensors: Tensor,
     ) -> Any:
-        needed = list(ctx.needs_input_grad[4:])
-        results = _ops._rowwise_and_gradients(*inputs.lists(tensors), part, rows, upstream, needed)
+        needed = list(ctx.needs_input_grad[5:])
+        results = _ops._rowwise_and_gradients(
+            *inputs.lists(tensors), part, rows, upstream, needed, report=report
+        )
         count = 1 + len(parse(part).outputs)
         ctx.save_for_backward(*(g for g, w in zip(results[count:], needed, strict=True) if w))
         ctx.dtypes = [tensor.dtype for tensor in tensors]
@@ -202,9 +216,9 @@ class _GradientsInForward(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         gradients = (
             (next(saved).to(grad_sum.dtype) * grad_sum).to(dtype) if is_needed else None
-            for dtype, is_needed in zip(ctx.dtypes, ctx.needs_input_grad[4:], strict=True)
+            for dtype, is_needed in zip(ctx.dtypes, ctx.needs_input_grad[5:], strict=True)
         )
-        return None, None, None, None, *gradients
+        return None, None, None, None, None, *gradients
 
 
 _in_backward: Any = _GradientsInBackward.apply
@@ -236,23 +250,23 @@ def _wants_gradient(inputs: _Inputs) -> bool:
     )
 
 
-def _differentiable(*arguments: Any) -> list[Tensor]:
+def _differentiable(*arguments: Any, report: str = "") -> list[Tensor]:
     *lists, part, rows = arguments
     inputs = _Inputs(lists)
     if _wants_gradient(inputs):
-        return list(_in_backward(inputs, part, rows, *inputs.tensors))
+        return list(_in_backward(inputs, part, rows, report, *inputs.tensors))
     with below_autograd():
-        return cast(list[Tensor], _ops.rowwise(*arguments))
+        return cast(list[Tensor], _ops.rowwise(*arguments, report=report))
 
 
-def _differentiable_sum(*arguments: Any) -> list[Tensor]:
+def _differentiable_sum(*arguments: Any, report: str = "") -> list[Tensor]:
     *lists, part, rows, upstream = arguments
     inputs = _Inputs(lists)
     if _wants_gradient(inputs):
         upstream = [given.detach() for given in upstream]
-        return list(_in_forward(inputs, part, rows, upstream, *inputs.tensors))
+        return list(_in_forward(inputs, part, rows, upstream, report, *inputs.tensors))
     with below_autograd():
-        return cast(list[Tensor], _ops.rowwise_sum(*arguments))
+        return cast(list[Tensor], _ops.rowwise_sum(*arguments, report=report))
 
 
 add_kernel("rowwise", _differentiable, "Autograd")

@@ -5,8 +5,9 @@
     linear_cross_entropy(hidden, weight, bias, target, class_weight, coefficient,
                          logsumexp_coefficient, z_loss, fill, reduction, ignore_index,
                          label_smoothing, logit_scale, softcap, softcap_kind, compute_dtype,
-                         batch_chunk_size) -> loss
-    linear_cross_entropy_and_measures(..., measures) -> [loss, *measures]
+                         batch_chunk_size, *, vocab_chunk_size=None, report="") -> loss
+    linear_cross_entropy_and_measures(..., measures, *, vocab_chunk_size=None, report="")
+        -> [loss, *measures]
 
 Their arguments are the fields of ``Problem`` (``problem.py``). The loss is ``[]``, or ``[N]``
 for reduction "none", in the accumulation dtype: FP32, or FP64 for FP64 products. With
@@ -26,6 +27,8 @@ PaLM's, https://arxiv.org/abs/2204.02311, section 5) are constants too, and add 
 
     sum_n logsumexp_coefficient_n lse_n + z_loss_n lse_n^2       lse = torch.logsumexp(logits, 1)
 
+A ``report`` is what a graph's first run tells where the graph comes from a cache (``log.py``).
+
 Measures describe each row's logits, whether the row counts or not: ``kernels/measures.py`` lists
 them. Only "logsumexp" has a gradient, and only with reduction "none".
 
@@ -43,8 +46,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, sym_max, sym_min
 
+from ..compat.compiling import are_saved_tensors_hooked, is_saved_for_once
 from ..compat.kernels import below_autograd, is_forward_mode
 from ..compat.library import add_fake_kernel, add_kernel, define
+from ..log import tell_from_cache
 from .holding import holds_exponentials
 from .kernels.dispatch import finish_weight_gradient, loop_of
 from .kernels.measures import allocate, parse_measures
@@ -56,9 +61,12 @@ _PROBLEM = (
     "str reduction, int ignore_index, float label_smoothing, float logit_scale, float? softcap, "
     "str softcap_kind, ScalarType compute_dtype, SymInt batch_chunk_size"
 )
+# The last field of a Problem, and a note for ``log.py``.
+_KEYWORDS = "*, SymInt? vocab_chunk_size=None, str report=''"
 _FIELDS = [field.name for field in dataclasses.fields(Problem)]
 _TENSORS = _FIELDS.index("reduction")  # the fields before it are tensors
-_NOT_DIFFERENTIABLE = [None] * (len(_FIELDS) + 1 - len(Gradients._fields))  # and the measures
+_OTHERS = 2  # the measures and the report
+_NOT_DIFFERENTIABLE = [None] * (len(_FIELDS) + _OTHERS - len(Gradients._fields))
 
 
 def _define(
@@ -69,19 +77,21 @@ def _define(
     fake_kernel: Callable[..., Any],
 ) -> None:
     """Define an op on a Problem and more arguments; kernels get the Problem as one."""
-    fields = len(_FIELDS)
+    fields = len(_FIELDS) - 1
 
-    def run(*arguments: Any) -> Any:
-        problem = Problem(*arguments[:fields])
+    def run(*arguments: Any, vocab_chunk_size: int | None = None, report: str = "") -> Any:
+        if report:
+            tell_from_cache(report)
+        problem = Problem(*[*arguments[:fields], vocab_chunk_size])
         device = problem.hidden.device.type
         # The products' dtypes are settled: an autocast around the call must not touch them.
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return kernel(problem, *arguments[fields:])
 
-    def run_fake(*arguments: Any) -> Any:
-        return fake_kernel(Problem(*arguments[:fields]), *arguments[fields:])
+    def run_fake(*arguments: Any, vocab_chunk_size: int | None = None, report: str = "") -> Any:
+        return fake_kernel(Problem(*[*arguments[:fields], vocab_chunk_size]), *arguments[fields:])
 
-    define(f"{name}({_PROBLEM}{extra_arguments}) -> {returns}", run)
+    define(f"{name}({_PROBLEM}{extra_arguments}, {_KEYWORDS}) -> {returns}", run)
     add_fake_kernel(name, run_fake)
 
 
@@ -117,7 +127,8 @@ def _fake_forward_and_gradients(
     problem: Problem, needed: list[bool], names: list[str]
 ) -> list[Tensor]:
     gradients, pending = _fake_gradients(problem, needed), nothing_pending(problem)
-    if needed[1] and holds_exponentials(problem, parse_measures(names)):
+    waits = problem.vocab_chunk_size is None and holds_exponentials(problem, parse_measures(names))
+    if needed[1] and waits:
         (rows, size), most = problem.hidden.shape, problem.batch_chunk_size
         # 1 if there is more than one chunk, without a guard on their number.
         has_sum = sym_min(1, sym_max(0, (rows - 1) // most))  # type: ignore[no-untyped-call]
@@ -212,14 +223,20 @@ add_fake_kernel("_finish_weight_gradient", _fake_finish_weight_gradient)
 _ops = torch.ops.lmhead_pass
 
 
+# So many elements of a gradient are scaled in one step.
+_SCALED_AT_ONCE = 1 << 18
+
+
 class _GradientsInForward(torch.autograd.Function):
     """For a scalar loss. The backward multiplies the gradients by the upstream gradient."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *problem, names = arguments
+        *problem, words, names, report = arguments
         needed = list(ctx.needs_input_grad[:3])
-        loss, *results = _ops._forward_and_gradients(*problem, needed, names)
+        loss, *results = _ops._forward_and_gradients(
+            *problem, needed, names, vocab_chunk_size=words, report=report
+        )
         gradients, pending, measures = results[:3], results[3:6], results[6:]
         ctx.save_for_backward(*gradients, *pending, _has_terms(Problem(*problem)))
         ctx.dtypes = [
@@ -227,6 +244,7 @@ class _GradientsInForward(torch.autograd.Function):
             for tensor, wanted in zip(arguments[:3], needed, strict=True)
         ]
         ctx.vocab = arguments[1].size(0)
+        ctx.are_hooked = are_saved_tensors_hooked()
         ctx.mark_non_differentiable(*measures)
         ctx.set_materialize_grads(False)
         return loss, *measures
@@ -241,8 +259,11 @@ class _GradientsInForward(torch.autograd.Function):
         # It may be infinite or NaN, from a mean that is 0 / 0.
         grad_loss = grad_loss.masked_fill(~has_terms, 0)
         pending = Pending(*saved[3:])
+        # Nobody else has them, or reads them again, and the weight's is large.
+        in_place = is_saved_for_once(grad_loss) and not ctx.are_hooked
+        scale = _scale_ if in_place else _scale
         gradients: list[Tensor | None] = [
-            None if dtype is None else _scale(gradient, grad_loss).to(dtype)
+            None if dtype is None else scale(gradient, grad_loss).to(dtype)
             for gradient, dtype in zip(saved[:3], ctx.dtypes, strict=True)
             if not (pending.is_needed and gradient is saved[1])
         ]
@@ -259,10 +280,10 @@ class _GradientsInBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *problem, names = arguments
-        losses, row_max, log_sum, *measures = _ops._forward(*problem, names)
+        *problem, words, names, report = arguments
+        losses, row_max, log_sum, *measures = _ops._forward(*problem, names, report=report)
         ctx.save_for_backward(*problem[:_TENSORS], row_max, log_sum)
-        ctx.options = problem[_TENSORS:]
+        ctx.options, ctx.words = problem[_TENSORS:], words
         ctx.logsumexp = names.index("logsumexp") if "logsumexp" in names else None
         ctx.mark_non_differentiable(
             *(measure for place, measure in enumerate(measures) if place != ctx.logsumexp)
@@ -281,7 +302,8 @@ class _GradientsInBackward(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:3])
         *tensors, row_max, log_sum = ctx.saved_tensors
         gradients = _ops._backward(
-            *(*tensors, *ctx.options, needed, row_max, log_sum, grad_losses, grad_logsumexp)
+            *(*tensors, *ctx.options, needed, row_max, log_sum, grad_losses, grad_logsumexp),
+            vocab_chunk_size=ctx.words,
         )
         gradients = (
             gradient.to(tensor.dtype) if wanted else None
@@ -301,6 +323,13 @@ def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
     # In a narrower dtype the product would round the factor first: a loss divided by 3 would
     # give BF16 gradients that are all off by the same part in 800.
     return gradient.to(factor.dtype) * factor
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    rows = max(1, _SCALED_AT_ONCE * len(gradient) // max(1, gradient.numel()))
+    for part in torch.split(gradient, rows):
+        part.copy_(_scale(part, factor))
+    return gradient
 
 
 def _refuse_double_backward() -> None:
@@ -324,18 +353,21 @@ def _function(problem: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]] | Non
     return (_GradientsInBackward if problem[_TENSORS] == "none" else _GradientsInForward).apply
 
 
-def _differentiable(*problem: Any) -> Tensor:
+def _differentiable(*problem: Any, vocab_chunk_size: int | None = None, report: str = "") -> Tensor:
     if function := _function(problem):
-        return function(*problem, [])[0]
+        return function(*problem, vocab_chunk_size, [], report)[0]
     with below_autograd():
-        return cast(Tensor, _ops.linear_cross_entropy(*problem))
+        return cast(Tensor, _ops.linear_cross_entropy(*problem, report=report))
 
 
-def _differentiable_with_measures(*arguments: Any) -> list[Tensor]:
-    if function := _function(arguments[:-1]):
-        return list(function(*arguments))
+def _differentiable_with_measures(
+    *arguments: Any, vocab_chunk_size: int | None = None, report: str = ""
+) -> list[Tensor]:
+    *problem, names = arguments
+    if function := _function(problem):
+        return list(function(*problem, vocab_chunk_size, names, report))
     with below_autograd():
-        return cast(list[Tensor], _ops.linear_cross_entropy_and_measures(*arguments))
+        return cast(list[Tensor], _ops.linear_cross_entropy_and_measures(*arguments, report=report))
 
 
 add_kernel("linear_cross_entropy", _differentiable, "Autograd")

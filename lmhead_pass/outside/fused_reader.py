@@ -19,7 +19,7 @@ from ..compat import lazy_tensors as compat
 from ..compat.compiling import forgotten_by_reset
 from ..compat.settings import settings_of
 from ..returned import Call, Cell, Recipe, user_stack
-from ..rewrite import rewrite_graph
+from ..rewrite import MemoryBudgetTooSmall, rewrite_graph
 from .recording import Recorder
 
 log = logging.getLogger("lmhead_pass")
@@ -117,6 +117,8 @@ def _rewritten(call: Call, root: Cell, others: list[Tensor]) -> Reader | None:
             module = _record(call, root, fakes, mode)
         if not rewrite_graph(module.graph, of_loss_alone=False):
             return None
+    except MemoryBudgetTooSmall:
+        raise
     except Exception as error:
         if config.strict:
             raise

@@ -37,7 +37,7 @@ from ..graph import (
 from ..logits import NOTHING_IGNORED, Consumer, ConsumerKind, row_order
 from ..sums import LinearReduction, can_be_made_behind, sums
 from .call_memory import hold_more_than_they_save
-from .call_planning import rows_per_chunk
+from .call_planning import chunks_of
 from .types import Match, Rewrite
 
 
@@ -67,9 +67,9 @@ class FusedCall:
         """What the op is called for: the first match, with the rows of all."""
         first = self.matches[0]
         tokens = sum(match.tokens for match in self.matches)
-        rows = rows_per_chunk(first.logits, first.vocab_size, tokens, differentiable=True)
+        chunks = chunks_of(first.logits, first.vocab_size, tokens, True, first.target_use)
         reduction = "none" if self.linear_reduction is None else "sum"
-        return replace(first, reduction=reduction, tokens=tokens, rows_per_chunk=rows)
+        return replace(first, reduction=reduction, tokens=tokens, chunks=chunks)
 
 
 def plan_fused_calls(

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from ..graph import Refused, at, describe, draws, hint, mutation, product, tensor_of, value_of
 from ..logits import Consumer, ConsumerKind, Logits, ScaleRows, TargetUse
-from ..op import plan_rows
+from ..op import Chunks, plan_chunks
 from .types import Match
 
 LOSS, RETURNED = ConsumerKind.LOSS, ConsumerKind.RETURNED
@@ -138,24 +138,30 @@ def _match(call: _Call, order: dict[Node, int], returns_logits: bool) -> Match:
         tokens=tokens,
         vocab_size=stop - start,
         compute_dtype=computed.dtype,
-        rows_per_chunk=rows_per_chunk(logits, stop - start, tokens, differentiable),
+        chunks=chunks_of(logits, stop - start, tokens, differentiable, call.target_use),
         returns_logits=returns_logits,
     )
 
 
-def rows_per_chunk(
-    logits: Logits, vocab_size: int | torch.SymInt, tokens: int | torch.SymInt, differentiable: bool
-) -> int:
-    """How many rows of ``logits`` exist at once in a call for ``tokens`` rows."""
+def chunks_of(
+    logits: Logits,
+    vocab_size: int | torch.SymInt,
+    tokens: int | torch.SymInt,
+    differentiable: bool,
+    target_use: TargetUse | None,
+) -> Chunks:
+    """What exists at once of ``logits`` in a call for ``tokens`` rows."""
     head = logits.head
     computed, weight = tensor_of(head.node), tensor_of(head.weight)
     has_gradient = differentiable and weight.requires_grad
-    return plan_rows(
+    return plan_chunks(
         hint(tensor_of(head.hidden).size(head.hidden_dim)),
         hint(vocab_size),
         computed.dtype,
         computed.device,
         tokens=hint(tokens),
+        is_dynamic=not isinstance(tokens, int),
+        needs_whole_rows=target_use is not None and target_use.label_smoothing != 0,
         gradient_dtype=weight.dtype if has_gradient else torch.float32,
     )
 

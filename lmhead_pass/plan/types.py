@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from ..graph import hint, tensor_of
 from ..logits import Consumer, Logits, MetadataUse, TargetUse
-from ..op import row_bytes
+from ..op import Chunks, row_bytes
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Match:
     tokens: int | torch.SymInt
     vocab_size: int | torch.SymInt
     compute_dtype: torch.dtype
-    rows_per_chunk: int
+    chunks: Chunks
     returns_logits: bool
     """Whether logits of the same head leave the graph, lazily or detached."""
 
@@ -59,7 +59,7 @@ class Match:
             self.compute_dtype,
             hidden.device,
         )
-        return min(hint(self.tokens), self.rows_per_chunk) * of_row
+        return min(hint(self.tokens), self.chunks.rows) * of_row
 
     @property
     def node(self) -> Node:

@@ -54,7 +54,8 @@ class Head(torch.autograd.Function):
             if ctx.is_late:
                 raise RuntimeError(
                     "lmhead_pass: the head of logits that a compiled model returned has been "
-                    "modified by an inplace operation, and their gradient needs it as it was"
+                    "modified by an inplace operation, and their gradient needs it as it was. Call "
+                    f"backward() before optimizer.step(), or set {SETTING}."
                 )
             results = _gradients(ctx.recipe, inputs, needed, sum(plain[1:], plain[0]))
         for term in terms:
@@ -193,7 +194,9 @@ class Consume(torch.autograd.Function):
         if ctx.versions != versions:
             raise RuntimeError(
                 "lmhead_pass: one of the variables needed for gradient computation has been "
-                "modified by an inplace operation: hidden states or head of returned logits"
+                "modified by an inplace operation: hidden states or head of returned logits. Call "
+                "backward() before what writes to them, optimizer.step() for instance, or set "
+                f"{SETTING}."
             )
         keep, compute, result = compat.keeps_graph(), ctx.compute, ctx.result
         asked = [tensor for tensor in ctx.inputs if tensor is not None and tensor.requires_grad]

@@ -321,12 +321,12 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         _read(func, logits._cell)
     with compat.without_torch_function():
         first = _first_owner(written._cell)
-        owner = first.owner()
-        if owner is not None and owner.is_leaf and owner.requires_grad:
-            what = "a leaf" if owner is written else "a view of a leaf"
-            raise RuntimeError(
-                f"{what} Variable that requires grad is being used in an in-place operation."
-            )
+        for leaf in (written, first.owner()):
+            if leaf is not None and leaf.is_leaf and leaf.requires_grad:
+                what = "a leaf" if leaf is written else "a view of a leaf"
+                raise RuntimeError(
+                    f"{what} Variable that requires grad is being used in an in-place operation."
+                )
         values = _views_of(first)
     owned = {id(logits): value for logits, value in values}
     result_args = compat.tree_map(lambda leaf: owned.get(id(leaf), leaf), (args, kwargs))

@@ -2,10 +2,11 @@
 
     return_lazily(
         hidden, weight, weight_is_transposed, bias, steps, vocab_dim, strides, requires_grad,
-        hidden_requires_grad
+        hidden_requires_grad, *, report
     )
 
-takes the fields of a ``Recipe``, except for the fingerprint, which it computes. It has no kernel:
+takes the fields of a ``Recipe``, except for the fingerprint, which it computes, and what a graph's
+first run tells where the graph comes from a cache (``log.py``). It has no kernel:
 when a graph is traced, all these tensors become outputs of the graph, and AOTAutograd's runtime
 makes lazy logits of them after each run. Hidden states that require a gradient have to be a result
 of the graph themselves, too: autograd gives the very tensor that the lazy logits hold its history
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..compat.lazy_tensors import is_fake, make_wrapper, no_torch_function
 from ..compat.library import define
+from ..log import tell_from_cache
 from .lazy_logits import LazyLogits
 from .recipe import Recipe, fingerprint
 
@@ -36,28 +38,31 @@ class _TracedLogits(Tensor):
     """
 
     recipe: Recipe
+    report: str
 
     @staticmethod
-    def __new__(cls, recipe: Recipe) -> "_TracedLogits":
+    def __new__(cls, recipe: Recipe, report: str) -> "_TracedLogits":
         like = recipe.like()
         self: _TracedLogits = make_wrapper(
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=recipe.hidden.device
         )
-        self.recipe = recipe
+        self.recipe, self.report = recipe, report
         for name in _TENSORS:  # where __tensor_flatten__ says they are
             setattr(self, name, getattr(recipe, name))
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         tensors = [name for name in _TENSORS if getattr(self, name) is not None]
-        return tensors, tuple(getattr(self.recipe, name) for name in _OPTIONS)
+        options = tuple(getattr(self.recipe, name) for name in _OPTIONS)
+        return tensors, (self.report, *options)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], options: Any, outer_size: Any, outer_stride: Any
+        inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
     ) -> Tensor:
         tensors: dict[str, Any] = {name: inner.get(name) for name in _TENSORS}
-        return _logits(Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True))))
+        report, *options = context
+        return _logits(Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True))), report)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
@@ -69,7 +74,7 @@ class _TracedLogits(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return _TracedLogits(args[0].recipe)
+            return _TracedLogits(args[0].recipe, args[0].report)
         raise AssertionError(f"lazy logits are read in the graph that makes them, by {func}")
 
 
@@ -83,6 +88,8 @@ def _return_lazily(
     strides: list[int],
     requires_grad: bool,
     hidden_requires_grad: bool,
+    *,
+    report: str = "",
 ) -> Tensor:
     tensors = [part for part in (hidden, weight, bias) if part is not None]
     recipe = Recipe(
@@ -97,16 +104,21 @@ def _return_lazily(
         requires_grad=requires_grad,
         hidden_requires_grad=hidden_requires_grad,
     )
-    return _logits(recipe)
+    return _logits(recipe, report)
 
 
-def _logits(recipe: Recipe) -> Tensor:
-    return _TracedLogits(recipe) if is_fake(recipe.hidden) else LazyLogits.from_recipe(recipe)
+def _logits(recipe: Recipe, report: str) -> Tensor:
+    if is_fake(recipe.hidden):
+        return _TracedLogits(recipe, report)
+    if report:
+        tell_from_cache(report)
+    return LazyLogits.from_recipe(recipe)
 
 
 define(
     "return_lazily(Tensor hidden, Tensor weight, bool weight_is_transposed, Tensor? bias, "
-    "str[] steps, int vocab_dim, int[] strides, bool requires_grad, bool hidden_requires_grad) "
+    "str[] steps, int vocab_dim, int[] strides, bool requires_grad, bool hidden_requires_grad, "
+    "*, str report='') "
     "-> Tensor",
     _return_lazily,
     "CompositeImplicitAutograd",

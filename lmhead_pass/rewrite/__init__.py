@@ -8,6 +8,8 @@ graph. ``report`` tells what was done. ``lazy_inputs`` leaves functions that are
 to eager.
 """
 
+from ..op import MemoryBudgetTooSmall
+from .checkpoint_regions import regions_of
 from .edit import GraphEdit
 from .lazy_inputs import leave_lazy_inputs_to_eager, losses_of_inputs
 from .report import summary
@@ -15,9 +17,11 @@ from .rewriter import prepare, rewrite_graph
 
 __all__ = [
     "GraphEdit",
+    "MemoryBudgetTooSmall",
     "leave_lazy_inputs_to_eager",
     "losses_of_inputs",
     "prepare",
+    "regions_of",
     "rewrite_graph",
     "summary",
 ]

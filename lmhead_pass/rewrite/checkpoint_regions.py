@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..compat.compiling import graph_of_function
 from ..compat.graphs import checkpointed_call
 from ..graph import Refusal, draws, mutation, value_of
 from ..logits import Flow, follow_logits, is_loss, large_heads
@@ -25,19 +26,32 @@ _STUCK = (
 )
 
 
-def find_across_regions(edit: GraphEdit, of_loss_alone: bool) -> list[Rewrite | Refusal]:
+def will_be_seen_with_its_caller(graph: Graph) -> bool:
+    """Whether ``graph`` is a region of the function that is being compiled.
+
+    Inductor runs passes on the graphs that a graph calls first, then on that graph.
+    """
+    todo = [graph_of_function()]
+    for caller in todo:
+        if caller is not None:
+            todo += (body.graph for _, body in regions_of(caller))
+    return graph in todo[1:]
+
+
+def find_across_regions(
+    edit: GraphEdit, of_loss_alone: bool
+) -> tuple[list[Rewrite | Refusal], dict[Node, Refusal]]:
     """What ``find`` finds once heads and losses are lifted out of the regions in the graph.
 
-    What was lifted for nothing is put back; the rest becomes part of ``edit``.
+    What was lifted for nothing is put back; the rest becomes part of ``edit``. Beside it, the
+    regions out of which nothing can be lifted.
     """
-    stuck: list[Refusal] = []
-    for region in list(_regions(edit.graph)):
-        body = _body_of(region)
-        roots = set() if body is None else _roots(region, body)
-        if body is not None and roots:
+    stuck: dict[Node, Refusal] = {}
+    for region, body in list(regions_of(edit.graph)):
+        if roots := _roots(region, body):
             lifted = _lift(region, body, roots)
             if lifted is None:
-                stuck.append(Refusal(region, _STUCK))
+                stuck[region] = Refusal(region, _STUCK)
             else:
                 edit.regions.append(lifted)
     found = find(edit.graph, of_loss_alone)
@@ -52,7 +66,7 @@ def find_across_regions(edit: GraphEdit, of_loss_alone: bool) -> list[Rewrite | 
     for lifted in reversed([lifted for lifted in edit.regions if lifted not in useful]):
         lifted.undo()
     edit.regions = useful
-    return [*found, *stuck]
+    return found, stuck
 
 
 def _roots(region: Node, body: GraphModule) -> set[Node]:
@@ -122,10 +136,12 @@ def _lift(region: Node, body: GraphModule, roots: set[Node]) -> LiftedRegion | N
     return lifted
 
 
-def _regions(graph: Graph) -> Iterator[Node]:
-    """The calls of checkpointed bodies in ``graph``."""
+def regions_of(graph: Graph) -> Iterator[tuple[Node, GraphModule]]:
+    """The calls of checkpointed bodies in ``graph``, and the body of each."""
     if (target := checkpointed_call()) is not None:
-        yield from graph.find_nodes(op="call_function", target=target)
+        for region in graph.find_nodes(op="call_function", target=target):
+            if (body := _body_of(region)) is not None:
+                yield region, body
 
 
 def _body_of(region: Node) -> GraphModule | None:

@@ -1,5 +1,6 @@
 """An edit of a graph: prepared beside what is there, then committed or rolled back."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
@@ -27,9 +28,17 @@ class GraphEdit:
     erased: set[Node] = field(default_factory=set)
     regions: list[LiftedRegion] = field(default_factory=list)
     """What was lifted out of checkpointed regions."""
+    parts: list["GraphEdit"] = field(default_factory=list)
+    """The edits of those regions out of which nothing was lifted."""
 
     def __post_init__(self) -> None:
         self._before = dict.fromkeys(self.graph.nodes)
+
+    def graphs(self) -> Iterator[Graph]:
+        """The graph, and those of its checkpointed regions that are edited by themselves."""
+        yield self.graph
+        for part in self.parts:
+            yield from part.graphs()
 
     def check(self) -> None:
         """AssertionError unless, after ``commit``, each node would find what it reads before it."""
@@ -44,6 +53,8 @@ class GraphEdit:
                 found = source if found is node else found
                 if found in self.erased or order[found] >= order[node]:
                     raise AssertionError(f"{node} needs {found}, which is not there")
+        for part in self.parts:
+            part.check()
 
     def commit(self) -> None:
         for region in self.regions:
@@ -57,9 +68,14 @@ class GraphEdit:
             output.args = ((*output.args[0], *self.beside),)
         for node in reversed([node for node in self.graph.nodes if node in self.erased]):
             self.graph.erase_node(node)
+        for part in self.parts:
+            part.commit()
+            part.graph.owning_module.recompile()
 
     def roll_back(self) -> None:
         """Leave the graph as it was when this edit began."""
+        for part in self.parts:
+            part.roll_back()
         for region in self.regions:
             region.let_go()
         for node in reversed([node for node in self.graph.nodes if node not in self._before]):

@@ -160,12 +160,14 @@ def _emit_op(
         *(hidden, weight, bias, target, use.class_weight, coefficients.of_losses),
         *(coefficients.of_logsumexps, coefficients.of_squares, fill),
         *(match.reduction, use.ignore_index, use.label_smoothing, *_scale_and_cap(match)),
-        *(match.compute_dtype, match.rows_per_chunk),
+        *(match.compute_dtype, match.chunks.rows),
     )
+    words = match.chunks.words
+    options = {} if words is None else {"vocab_chunk_size": words}
     ops = torch.ops.lmhead_pass
     if not measures:
-        return {"loss": emit(ops.linear_cross_entropy.default, *arguments)}
-    results = emit(ops.linear_cross_entropy_and_measures.default, *arguments, measures)
+        return {"loss": emit(ops.linear_cross_entropy.default, *arguments, **options)}
+    results = emit(ops.linear_cross_entropy_and_measures.default, *arguments, measures, **options)
     names = enumerate(["loss", *measures])
     return {name: emit(operator.getitem, results, number) for number, name in names}
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from .. import config
 from ..compat.compiling import leave_to_eager, may_be_left_to_eager
 from ..compat.graphs import EXAMPLE_VALUE
 from ..graph import hint, memory_of, mutation, product, value_of
@@ -83,7 +84,9 @@ def _does_little_else(graph: Graph, logits: Sequence[Node]) -> bool:
 
 
 def _losses(graph: Graph, logits: Sequence[Node]) -> list[Node]:
-    with _heads_in_place_of(graph, logits):
+    # The heads that are put there have any size: no budget is for them.
+    any_budget = config.patch(memory_budget=None)
+    with _heads_in_place_of(graph, logits), any_budget:
         edit = GraphEdit(graph)
         try:
             calls, _ = prepare(edit)

@@ -1,50 +1,20 @@
 """Tells what the pass did: log lines, counters, and artifacts for tlparse."""
 
-import logging
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .. import config
-from ..compat.compiling import attempt, counters, keep_artifact
+from ..compat.compiling import attempt, keep_artifact
 from ..graph import Refusal, describe, hint, place_of, tensor_of
+from ..log import REPORT_TO, count, log, tell
 from ..logits import Logits
 from ..plan import Match
 from ..rowwise import Region
-
-log = logging.getLogger("lmhead_pass")
-
-
-@dataclass(frozen=True)
-class _Once:
-    """Lets a handler pass over what a handler of the root logger writes to the same stream.
-
-    With ``TORCH_LOGS`` torch adds one to this package's logger, and ``logging.basicConfig`` one to
-    the root.
-    """
-
-    handler: logging.Handler
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        stream = getattr(self.handler, "stream", None)
-        return stream is None or not any(
-            getattr(root, "stream", None) is stream and record.levelno >= root.level
-            for root in logging.getLogger().handlers
-        )
-
-
-def _tell_once(record: logging.LogRecord) -> bool:
-    """A filter of the logger: handlers may be added at any time."""
-    for handler in log.handlers if log.propagate else ():
-        handler.addFilter(_Once(handler))
-    return True
-
-
-log.addFilter(_tell_once)
 
 
 @dataclass(frozen=True)
@@ -139,8 +109,14 @@ def _summary(match: Match, call: Match) -> str:
     return (
         f"rewritten: {_where(match.node)}{also}: hidden {_type(hidden.shape, hidden.dtype)}, "
         f"weight {_type(shape, weight.dtype)}, reduction {_reduction(match, call)}; "
-        f"{call.rows_per_chunk} rows per chunk; {_avoided(match, call)}{_returned(match)}"
+        f"{call.chunks.rows} rows per chunk{_blocks(call)}; {_avoided(match, call)}"
+        f"{_returned(match)}"
     )
+
+
+def _blocks(call: Match) -> str:
+    words = call.chunks.words
+    return "" if words is None else f", the weight's gradient {words} words at a time"
 
 
 def _reduction(match: Match, call: Match) -> str:
@@ -160,8 +136,7 @@ def rewritten(call: EmittedCall | EmittedRegion) -> None:
     """Report what is about to replace a match, or a part of the graph."""
     if not _is_news(summary(call)):
         return
-    _count("rewritten")
-    log.info("%s", summary(call))
+    tell(summary(call))
     if isinstance(call, EmittedRegion):
         before = _lines(call.region.nodes)
         after = "\n".join(str(one.part) for one in call.region.calls)
@@ -177,15 +152,26 @@ def rewritten(call: EmittedCall | EmittedRegion) -> None:
 def deferred(logits: Logits) -> None:
     """Report logits that leave a graph without a loss."""
     if _is_news(summary(logits)):
-        _count("deferred")
-        log.info("%s", summary(logits))
+        tell(summary(logits))
 
 
 def refused(refusal: Refusal) -> None:
     """Report a loss that is left alone."""
     if _is_news(summary(refusal)):
-        _count("refused")
-        log.info("%s", summary(refusal))
+        tell(summary(refusal))
+
+
+def nothing_found(graph: Graph) -> None:
+    """Report a compiled function without a loss over logits."""
+    places = (place for node in reversed(graph.nodes) if (place := place_of(node)) is not None)
+    place = next(places, None)
+    text = (
+        f"nothing to rewrite in the graph that ends {f'at {place}' if place else 'nowhere known'}: "
+        "no loss over logits reached it, and no head's logits leave it. If that is not what you "
+        "expect, lmhead_pass.explain(model, *inputs) says what keeps head and loss apart"
+    )
+    if _is_news(text):
+        log.info("%s", text)
 
 
 def left_to_eager(node: Node, why: str) -> None:
@@ -202,11 +188,11 @@ def failure(error: Exception) -> None:
             "lmhead_pass failed on a graph, which lmhead_pass.config.strict has it raise; "
             f"otherwise the graph is left as it was. {type(error).__name__}: {error}"
         ) from error
-    _count("failed")
+    count("failed")
     log.warning(
         "lmhead_pass failed on a graph and left it as it was. The result is right; memory is not "
-        "saved. Please report this:\n%s",
-        "".join(traceback.format_exception(error)),
+        "saved. Please report this at %s, with what `python -m lmhead_pass env` prints:\n%s",
+        *(REPORT_TO, "".join(traceback.format_exception(error))),
     )
 
 
@@ -225,10 +211,6 @@ def _is_news(text: str) -> bool:
     now.append(text)
     earlier = max((told.count(text) for n, told in attempts.items() if n != number), default=0)
     return now.count(text) > earlier
-
-
-def _count(event: str) -> None:
-    counters()["lmhead_pass"][event] += 1
 
 
 def _lines(nodes: Iterable[Node]) -> str:

@@ -1,17 +1,21 @@
 """Rewrites a graph: finds, plans, emits, and commits."""
 
 from collections.abc import Sequence
+from itertools import product
 
+import torch
 from torch.fx import Graph, Node
 
-from ..compat.graphs import why_not_rewritten
+from ..compat.graphs import is_whole, why_not_rewritten
 from ..compat.lookup import NO_ROWWISE, missing
 from ..graph import Refusal, Refused
+from ..log import note_of
 from ..logits import ConsumerKind, follow_logits, large_heads
+from ..op import MemoryBudgetTooSmall
 from ..plan import Match, Rewrite, check_derivatives, plan_fused_calls
 from ..rowwise import Mixes, carve, may_be_carved
 from . import report
-from .checkpoint_regions import find_across_regions
+from .checkpoint_regions import find_across_regions, regions_of, will_be_seen_with_its_caller
 from .edit import GraphEdit
 from .emit_calls import emit_call, emit_fused_call, emit_root
 from .emit_inputs import emit_metadata_use
@@ -21,17 +25,25 @@ from .report import EmittedCall, EmittedRegion
 from .rowwise_sums import sum_in_forward
 
 
-def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
+def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = False) -> bool:
     """Rewrite every match in ``graph``, report on it, and return whether there were any.
 
-    A failure inside leaves the graph as it was. It is reported, or raised if ``config.strict``.
+    A checkpointed region is left to the graph that calls it. With ``keeps_note`` the graph can
+    report again where a cache has it. A failure leaves the graph as it was, and is reported, or
+    raised if ``config.strict``. MemoryBudgetTooSmall is raised in any case.
     """
-    if why_not_rewritten(graph) is not None:
+    if why_not_rewritten(graph) is not None or will_be_seen_with_its_caller(graph):
         return False
     edit = GraphEdit(graph)
     try:
         calls, refusals = prepare(edit, of_loss_alone)
         edit.check()
+        items = [*refusals, *calls, *edit.deferred]
+        if keeps_note:
+            _keep_note(edit, [report.summary(item) for item in items])
+    except MemoryBudgetTooSmall:
+        edit.roll_back()
+        raise
     except Exception as error:
         edit.roll_back()
         report.failure(error)
@@ -42,6 +54,8 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True) -> bool:
         report.rewritten(call)
     for logits in edit.deferred:
         report.deferred(logits)
+    if not items and is_whole(graph):
+        report.nothing_found(graph)
     edit.commit()
     for call in calls:
         if isinstance(call, EmittedRegion):
@@ -63,6 +77,20 @@ def _finish(graph: Graph, emitted: EmittedRegion) -> None:
             edit.commit()
 
 
+def _keep_note(edit: GraphEdit, lines: Sequence[str]) -> None:
+    """Let every call of an op of ours carry ``lines``: one without a user would not run."""
+    ops = torch.ops.lmhead_pass
+    carriers = (
+        ops.linear_cross_entropy.default,
+        ops.linear_cross_entropy_and_measures.default,
+        ops.rowwise.default,
+        ops.return_lazily.default,
+    )
+    for graph, op in product(edit.graphs(), carriers):
+        for call in graph.find_nodes(op="call_function", target=op):
+            call.kwargs = {**call.kwargs, "report": note_of(lines)}
+
+
 def prepare(
     edit: GraphEdit, of_loss_alone: bool = True
 ) -> tuple[list[EmittedCall | EmittedRegion], list[Refusal]]:
@@ -71,16 +99,27 @@ def prepare(
     Returns what is rewritten, and what is left alone. Nothing old is touched yet. A head is left to
     the graph if no loss is taken of it, unless ``of_loss_alone`` is False.
     """
-    found = find_across_regions(edit, of_loss_alone)
+    found, stuck = find_across_regions(edit, of_loss_alone)
     rewrites = [item for item in found if isinstance(item, Rewrite)]
-    calls = _emit_calls(edit, rewrites)
+    fused = _emit_calls(edit, rewrites)
     for rewrite in rewrites:
         if not rewrite.matches:
             edit.deferred += rewrite.returned
         _replace_head(edit, rewrite)
     refusals = [item for item in found if isinstance(item, Refusal)]
     regions, refusals = _emit_regions(edit, rewrites, refusals)
-    return [*calls, *regions], refusals
+    calls: list[EmittedCall | EmittedRegion] = [*fused, *regions]
+    lifted = {region.body for region in edit.regions}
+    for region, body in regions_of(edit.graph):
+        if body not in lifted:
+            part = GraphEdit(body.graph)
+            edit.parts.append(part)
+            calls_of_part, refusals_of_part = prepare(part, of_loss_alone)
+            if region in stuck and not calls_of_part:
+                refusals.append(stuck[region])
+            calls += calls_of_part
+            refusals += refusals_of_part
+    return calls, refusals
 
 
 def _emit_regions(

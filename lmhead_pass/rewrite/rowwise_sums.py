@@ -98,7 +98,7 @@ def _emit(
     }
     weights = emit_weights(emit, reduction, likes)
     upstream = [weights[number, 1] for number in numbers]
-    results = emit(torch.ops.lmhead_pass.rowwise_sum.default, *call.args, upstream)
+    results = emit(torch.ops.lmhead_pass.rowwise_sum.default, *call.args, upstream, **call.kwargs)
     total = emit(operator.getitem, results, 0)
     for item in call.users:
         edit.replaced[item] = emit(operator.getitem, results, 1 + item.args[1])

@@ -20,12 +20,13 @@ from ..graph import (
     memory_of,
     mutation,
     passing,
+    product,
     same,
     tensor_of,
     value_of,
 )
 from ..logits import Head
-from ..op import Output, RowInput, RowPart, Step, Value, plan_rows
+from ..op import Chunks, Output, RowInput, RowPart, Step, Value, plan_chunks
 from ..plan import run_the_same_behind
 from .layout import Dim, Label, Space
 from .operations import Mixes
@@ -261,24 +262,27 @@ class _Carver:
             part=part,
             exits=tuple(tuple(alike) for _, alike in outputs.values()),
             with_gradient=tuple(one in reached for one in given),
-            rows_per_chunk=self._rows_per_chunk(of_call, space),
+            rows_per_chunk=self._chunks(of_call, space, bool(ends)).rows,
         )
 
-    def _rows_per_chunk(self, heads: Sequence[Head], space: Space) -> int:
+    def _chunks(self, heads: Sequence[Head], space: Space, has_gradient: bool) -> Chunks:
+        tokens = product(label.size for label in space.finest)
         weights = [tensor_of(head.weight) for head in heads]
-        tokens = 1
-        for label in space.finest:
-            tokens *= hint(label.size)
-        value = tensor_of(heads[0].node)
-        return plan_rows(
-            hint(tensor_of(heads[0].hidden).size(heads[0].hidden_dim)),
-            sum(hint(head.vocab_size) for head in heads),
-            max((tensor_of(head.node).dtype for head in heads), key=lambda dtype: dtype.itemsize),
-            value.device,
-            tokens=tokens,
-            gradient_dtype=min((w.dtype for w in weights), key=lambda dtype: dtype.itemsize)
-            if any(w.requires_grad for w in weights)
-            else torch.float32,
+        words = sum(hint(head.vocab_size) for head in heads)
+        device = tensor_of(heads[0].node).device
+        # On a GPU the logits come out of the products in FP32.
+        least = torch.float32 if device.type != "cpu" else torch.bfloat16
+        dtypes = [torch.promote_types(tensor_of(head.node).dtype, least) for head in heads]
+        summed = [w.dtype for w in weights if has_gradient and w.requires_grad] or [torch.float32]
+        return plan_chunks(
+            -(-sum(hint(weight.numel()) for weight in weights) // words),
+            words,
+            max(dtypes, key=lambda dtype: dtype.itemsize),
+            device,
+            tokens=hint(tokens),
+            is_dynamic=not isinstance(tokens, int),
+            gradient_dtype=min(summed, key=lambda dtype: dtype.itemsize),
+            needs_whole_rows=True,
         )
 
     def _place(

@@ -279,7 +279,8 @@ def compilation():
         return module.forward
 
     torch.compile(lambda x: x * 2, backend=backend)(torch.ones(2))
-    ((is_compiling, (_, attempt), is_part_of_ddp),) = found
+    ((is_compiling, (context, attempt), is_part_of_ddp),) = found
+    assert compiling.compile_id(context) == "0/0"
     assert is_compiling and attempt == 0 and not is_part_of_ddp
     assert not compiling.is_compiling() and compiling.attempt() is None
 
@@ -441,8 +442,14 @@ def swapped_tensors():
     assert held.shape == (3,) and held.grad_fn is not None and y.shape == (2,)
 
 
-def kept_graphs():
-    kept = []
+def hooks_of_saved_tensors():
+    assert not compiling.are_saved_tensors_hooked()
+    with torch.autograd.graph.save_on_cpu():
+        assert compiling.are_saved_tensors_hooked()
+
+
+def seen_in_a_backward(look, go_backward):
+    seen = []
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -451,12 +458,30 @@ def kept_graphs():
 
         @staticmethod
         def backward(ctx, gradient):
-            kept.append(lazy_tensors.keeps_graph())
+            seen.append(look(gradient))
             return gradient
 
-    x = Function.apply(torch.ones(2, requires_grad=True)).sum()
-    x.backward(retain_graph=True)
-    x.backward()
+    x = torch.ones((), requires_grad=True)
+    go_backward(x, Function.apply(x))
+    return seen
+
+
+def batched_gradients():
+    def several_at_once(x, y):
+        torch.autograd.grad(y, x, torch.ones(2), is_grads_batched=True)
+
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    assert seen_in_a_backward(is_batched, several_at_once) == [True]
+    assert seen_in_a_backward(compiling.is_saved_for_once, several_at_once) == [False]
+    assert seen_in_a_backward(compiling.is_saved_for_once, lambda x, y: y.backward()) == [True]
+
+
+def kept_graphs():
+    def go_backward(x, y):
+        y.backward(retain_graph=True)
+        y.backward()
+
+    kept = seen_in_a_backward(lambda gradient: lazy_tensors.keeps_graph(), go_backward)
     assert kept == [True, False]
 
 
@@ -494,6 +519,28 @@ def custom_passes():
     assert issubclass(type(the_pass()), settings.cached_pass_type())
     details = codecache.FxGraphHashDetails
     assert "uuid" in inspect.getsource(details)
+
+
+def caches_before_passes():
+    from torch._functorch import aot_autograd
+
+    if torch.__version__ < "2.13":
+        pytest.skip("torch 2.11 asks its caches after the passes")
+    source = inspect.getsource(aot_autograd.aot_module_simplified)
+    early, load, late = (
+        source.index(part)
+        for part in ('timing == "early"', "AOTAutogradCache.try_load", 'timing == "late"')
+    )
+    assert early < load < late
+    for kind in ("local", "remote"):
+        assert f"{kind} = should_use_{kind}_autograd_cache()" in source
+    assert not settings.caches_come_first()  # conftest.py turns these caches off
+
+
+def folders_of_caches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/somewhere")
+        assert settings.cache_folder() == "/tmp/somewhere"
 
 
 def config_modules():
@@ -548,6 +595,7 @@ def functions_left_to_eager():
     assert may_be == [True, False]
 
 
+_CACHE = "torch._functorch._aot_autograd.autograd_cache"
 CANARIES = {
     "torch._C._set_grad_enabled": set_grad_enabled,
     "torch.autograd.grad_mode._enter_inference_mode": inference_mode,
@@ -607,6 +655,8 @@ CANARIES = {
     "torch.utils._pytree.tree_flatten": leaves_of_trees,
     "torch._subclasses.fake_tensor.FakeTensorMode": fake_tensors,
     "torch._C._autograd._get_current_graph_task_keep_graph": kept_graphs,
+    "torch._C._functorch.is_legacy_batchedtensor": batched_gradients,
+    "torch._C._autograd._top_saved_tensors_default_hooks": hooks_of_saved_tensors,
     "torch._C._functorch.peek_interpreter_stack": modes,
     "torch._C._len_torch_dispatch_stack": modes,
     "torch._C._nn._parse_to": reads_of_to,
@@ -622,6 +672,10 @@ CANARIES = {
     "torch._assert_async": assertions,
     "torch._inductor.config.pre_grad_custom_pass": defaults_of_settings,
     "torch._inductor.config._config[...].default": defaults_of_settings,
+    "torch._inductor.config": defaults_of_settings,
+    f"{_CACHE}.should_use_local_autograd_cache": caches_before_passes,
+    f"{_CACHE}.should_use_remote_autograd_cache": caches_before_passes,
+    "torch._inductor.runtime.cache_dir_utils.cache_dir": folders_of_caches,
     "torch._inductor.custom_graph_pass": custom_passes,
     "torch._inductor.custom_graph_pass.CustomGraphPass": custom_passes,
     "torch.utils._config_module.install_config_module": config_modules,

@@ -1,5 +1,6 @@
 """What only a GPU can show. ``python -m pytest -m gpu`` runs it, and skips it without one."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -79,12 +80,40 @@ def _op_with_softcap(hidden, weight, target, reduction="mean", rows=256):
     return _op(hidden, weight, target, reduction, rows, softcap=30.0)
 
 
+def _op_with_mask(hidden, weight, target, reduction="mean", rows=256):
+    """Masked words, among them targets."""
+    return torch.ops.lmhead_pass.linear_cross_entropy(
+        *(hidden, weight, None, target, *[None] * 4, _fill(hidden), reduction, -100, 0.0, 1.0),
+        *(None, "tanh", hidden.dtype, rows),
+    )
+
+
+def _fill(hidden, vocab=5003):
+    words = torch.arange(vocab, device=hidden.device)
+    return torch.full((vocab,), torch.nan, device=hidden.device).masked_fill(words % 7 == 0, 0.5)
+
+
+def _op_with_algebraic_softcap(hidden, weight, target, reduction="mean", rows=256):
+    return torch.ops.lmhead_pass.linear_cross_entropy(
+        *(hidden, weight, None, target, *[None] * 5, reduction, -100, 0.0, 1.0),
+        *(3.0, "algebraic", hidden.dtype, rows),
+    )
+
+
+def _op_by_words(hidden, weight, target, reduction="mean", rows=256):
+    return torch.ops.lmhead_pass.linear_cross_entropy(
+        *(hidden, weight, None, target, *[None] * 5, reduction, -100, 0.0, 1.0),
+        *(None, "tanh", hidden.dtype, rows),
+        vocab_chunk_size=1024,
+    )
+
+
+FUNCTIONS = (
+    *(_op, _op_with_softcap, _op_with_measures),
+    *(_op_with_mask, _op_with_algebraic_softcap, _op_by_words),
+)
 EVERY_PATH = [
-    *(
-        (function, how)
-        for function in (_op, _op_with_softcap, _op_with_measures)
-        for how in ("mean", "none")
-    ),
+    *((function, how) for function in FUNCTIONS for how in ("mean", "none")),
     (_op_with_terms, "sum"),
     (_op_with_z_loss, "sum"),
 ]
@@ -122,6 +151,68 @@ def test_values_and_gradients(dtype, reduction, rows):
     unfused = _gradients(_head, leaves, target, upstream, reduction=reduction)
     exact = _exact(leaves, target, upstream, reduction=reduction)
     reference.assert_no_worse(results, unfused, exact, dtype)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("what", ["fill", "algebraic"])
+def test_values_of_masks_and_caps(what, dtype, reduction):
+    *leaves, target = _inputs(dtype)
+    upstream = torch.randn(target.numel(), device=CUDA)
+    function, options = _op_with_algebraic_softcap, {"softcap": 3.0, "softcap_kind": "algebraic"}
+    if what == "fill":
+        function, options = _op_with_mask, {"fill": _fill(target)}
+
+    def plain(hidden, weight, target):
+        given = (hidden, weight, None, target)
+        return reference.linear_cross_entropy(*given, **options, reduction=reduction)
+
+    results = _gradients(function, leaves, target, upstream, reduction=reduction)
+    unfused = _gradients(plain, leaves, target, upstream)
+    exact = _gradients(plain, [leaf.double() for leaf in leaves], target, upstream)
+    reference.assert_no_worse(results, unfused, exact, dtype)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gradients_by_words(dtype, reduction):
+    *leaves, target = _inputs(dtype)
+    upstream = torch.randn(target.numel(), device=CUDA)
+    results = _gradients(_op_by_words, leaves, target, upstream, reduction=reduction)
+    unfused = _gradients(_head, leaves, target, upstream, reduction=reduction)
+    exact = _exact(leaves, target, upstream, reduction=reduction)
+    reference.assert_no_worse(results, unfused, exact, dtype)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_lazy_logits(reads):
+    """Logits that leave a compiled function, with a loss that is taken of them outside."""
+    *leaves, target = _inputs()
+    compiled = torch.compile(F.linear)
+
+    def loss_outside(hidden, weight, target):
+        logits = compiled(hidden, weight)
+        if reads:
+            torch.testing.assert_close(logits.detach() * 1, F.linear(hidden, weight).detach())
+        return F.cross_entropy(logits, target)
+
+    results = _gradients(loss_outside, leaves, target, None)
+    assert torch._dynamo.utils.counters["lmhead_pass"]["deferred"] == 1
+    unfused = _gradients(_head, leaves, target, None)
+    exact = _exact(leaves, target, None)
+    # The loss of logits in BF16 is in BF16.
+    reference.assert_no_worse(results, [unfused[0].bfloat16(), *unfused[1:]], exact, torch.bfloat16)
+
+
+def test_lazy_inputs():
+    """A compiled loss that is given such logits is run as it is, and fused."""
+    *leaves, target = _inputs()
+    head, loss = torch.compile(F.linear), torch.compile(lambda z, y: F.cross_entropy(z.float(), y))
+    results = _gradients(lambda h, w, y: loss(head(h, w), y), leaves, target, None)
+    counts = torch._dynamo.utils.counters["lmhead_pass"]
+    assert (counts["deferred"], counts["rewritten"]) == (1, 1)
+    unfused = _gradients(_head, leaves, target, None)
+    reference.assert_no_worse(results, unfused, _exact(leaves, target, None), torch.bfloat16)
 
 
 @pytest.mark.parametrize("size", [64, 61])
@@ -224,6 +315,33 @@ def test_on_a_device_that_is_not_current():
     results = _gradients(_op, leaves, target, None)
     unfused = _gradients(_head, leaves, target, None)
     reference.assert_no_worse(results, unfused, _exact(leaves, target, None), torch.bfloat16)
+
+
+TUNABLE = """
+import torch
+import lmhead_pass
+from tests.end_to_end import test_gpu
+
+assert torch.cuda.tunable.is_enabled()
+for function in (test_gpu._op, test_gpu._op_with_softcap):
+    *leaves, target = test_gpu._inputs()
+    results = test_gpu._gradients(function, leaves, target, None)
+    torch.cuda.tunable.enable(False)
+    expected = test_gpu._gradients(function, leaves, target, None)
+    torch.cuda.tunable.enable(True)
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=0.02, atol=other.abs().max().item() / 100)
+"""
+
+
+def test_under_tunable_op(tmp_path):
+    """In libtorch 2.11 is a message "Tunable GEMM is not supported for float output with reduced
+    float input"."""
+    tuning = {"PYTORCH_TUNABLEOP_ENABLED": "1", "PYTORCH_TUNABLEOP_MAX_TUNING_ITERATIONS": "2"}
+    tuning["PYTORCH_TUNABLEOP_FILENAME"] = str(tmp_path / "tuned.csv")
+    program = [sys.executable, "-c", TUNABLE]
+    done = subprocess.run(program, env=os.environ | tuning, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 OUT_OF_RANGE = """

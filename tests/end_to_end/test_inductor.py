@@ -11,6 +11,8 @@ from .. import reference
 from ..forms import V, flat
 from ..model import Model
 
+pytestmark = pytest.mark.codegen
+
 
 def gradients(model, *args, scale=1.0, **kwargs):
     """The loss, and the gradient of every parameter that has one."""

@@ -98,7 +98,7 @@ def test_steps_hold_memory_flat(name):
     growth(lambda: training.run(use, 3))  # what tests before this one have left goes with it
     is_read = use is keep_and_read  # by an argmax, outside
     assert counters["lmhead_pass"] == {"rewritten": 1 + is_read}
-    held, objects = growth(lambda: training.run(use, 300))
+    held, objects = growth(lambda: training.run(use, 100))
     assert held == 0
     assert abs(objects) < 100
 

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import lmhead_pass
 from benchmarks.memory import peak_bytes
 
+pytestmark = pytest.mark.codegen
+
 
 def scratch(tokens, hidden_size, vocab, dtype=torch.float32):
     """Peak bytes of a compiled forward and backward beyond inputs and gradients."""
@@ -93,6 +95,42 @@ def test_memory_budget_is_kept():
         assert scratch(2048, 64, 8192) <= rows * 8192 * 4 + 2_000_000  # and what is left of hidden
 
 
+def test_memory_budget_counts_the_sum_of_the_weight_gradient():
+    """Less than that sum takes is kept to as well, block by block of words."""
+    tokens, size, vocab = 256, 64, 4096
+    leaves = [torch.randn(n, size).bfloat16().requires_grad_() for n in (tokens, vocab)]
+    target = torch.randint(vocab, (tokens,))
+
+    def run(budget):
+        torch._dynamo.reset()
+        with lmhead_pass.config.patch(memory_budget=budget):
+            compiled = torch.compile(lambda h, w: F.cross_entropy(F.linear(h, w).float(), target))
+            compiled(*leaves)
+
+        def step():
+            return torch.autograd.grad(compiled(*leaves), leaves)
+
+        return step(), peak_bytes(step)
+
+    of_sum, budget = 4 * vocab * size, 700_000
+    expected, with_sum = run(of_sum + budget)
+    gradients, without = run(budget)
+    assert without < with_sum - of_sum / 2
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=theirs.abs().max().item() / 256)
+
+
+def test_a_memory_budget_that_is_too_small_ends_the_compilation():
+    function = torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y))
+    given = torch.randn(8, 16), torch.randn(5000, 16), torch.zeros(8, dtype=torch.int64)
+    for strict in (True, False):
+        with (
+            lmhead_pass.config.patch(memory_budget=19_999, strict=strict),
+            pytest.raises(Exception, match=r"config\.memory_budget .* takes at least 20,000"),
+        ):
+            function(*given)
+
+
 def loss_of_a_piece(h, w, y):
     return F.cross_entropy((h @ w.t()).float(), y, reduction="sum")
 
@@ -133,6 +171,7 @@ def one(h, w, y):
         (the_largest, 256, 256, torch.float32),
         (one, 512, 128, torch.float32),
         (one, 512, 128, torch.bfloat16),
+        (one, 64, 128, torch.bfloat16),
     ],
 )
 def test_never_more_than_without(function, tokens, hidden_size, dtype):

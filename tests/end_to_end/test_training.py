@@ -170,10 +170,7 @@ def wrong_by(share: float):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name == "fp32 and everything" else pytest.param(name, marks=pytest.mark.slow)
-        for name in RECIPES
-    ],
+    [name if name == "fp32" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
 )
 def test_curves(name, monkeypatch):
     recipe = RECIPES[name]

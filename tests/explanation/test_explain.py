@@ -14,11 +14,27 @@ from lmhead_pass.graph_pass import the_pass
 
 from ..forms import V, flat
 from ..model import Model
+from ..process import output_of
 
 
 @pytest.fixture
 def tokens():
     return torch.randint(V, (3, 7))
+
+
+def test_before_anything_is_compiled():
+    """Looking for the pass imports Inductor, which registers the pass."""
+    code = """
+        import torch, torch.nn.functional as F
+        import lmhead_pass
+
+        def loss(hidden, weight, target):
+            return F.cross_entropy(hidden @ weight.t(), target)
+
+        weight = torch.randn(5000, 16, requires_grad=True)
+        print(lmhead_pass.explain(loss, torch.randn(8, 16), weight, torch.arange(8)))
+    """
+    assert "lmhead_pass: 1 rewritten, 0 left alone" in output_of(code, is_fresh=True)
 
 
 def test_rewritten(tokens):

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import lmhead_pass
 
@@ -501,6 +504,31 @@ def test_opaque_calls_in_the_body_are_harmless(tokens):
     explanation = lmhead_pass.explain(Body(), tokens)
     assert len(explanation.refused) == 1
     assert explanation.advice == []
+
+
+def test_a_head_with_a_fully_shard_of_its_own(tokens):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    class Model(Parts):
+        def forward(self, tokens):
+            return flat(self.head(self.embedding(tokens)), tokens)
+
+    def sharded(*parts):
+        model = Model()
+        for part in (*(getattr(model, name) for name in parts), model):
+            fully_shard(part, mesh=mesh)
+        return model
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        advice = only_advice(sharded("embedding", "head"), tokens)
+        says = "FSDP's hooks, which Dynamo does not trace"
+        assert says in advice and says in PAGE
+        assert "leave the head to the `fully_shard` of the whole model" in advice
+        check_rewritten(sharded("embedding"), tokens)
+    finally:
+        dist.destroy_process_group()
 
 
 class TestTransformers:

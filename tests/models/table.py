@@ -9,7 +9,7 @@ PATH = Path(__file__).with_name("expected.json")
 COMMAND = "python -m tests.models.record"
 WAYS = ("labels", "loss only")
 ASPECTS = ("rewrites", "graphs", "reasons")
-WITH_INDUCTOR = os.environ.get("LMHEAD_PASS_MODELS_BACKEND") == "inductor"
+WITH_INDUCTOR = os.environ.get("MODELS_BACKEND") == "inductor"
 
 
 def load() -> dict[str, Any]:

@@ -41,10 +41,14 @@ def call(
     softcap=None,
     softcap_kind="tanh",
     measures=None,
+    words=None,
 ):
     arguments = (
         *(hidden, weight, bias, target, class_weight, coefficient, logsumexp_coefficient, z_loss),
         *(fill, reduction, ignore_index, label_smoothing, logit_scale, softcap, softcap_kind),
         *(hidden.dtype, rows),
     )
-    return op(*arguments) if measures is None else op_and_measures(*arguments, measures)
+    given = {} if words is None else {"vocab_chunk_size": words}
+    if measures is None:
+        return op(*arguments, **given)
+    return op_and_measures(*arguments, measures, **given)

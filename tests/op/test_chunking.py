@@ -18,20 +18,15 @@ def is_hopper(request, monkeypatch):
     return request.param
 
 
-def test_settings_come_first():
+def test_the_setting_comes_first():
     with lmhead_pass.config.patch(batch_chunk_size=77, memory_budget=1):
         assert plan_rows(512, 32000, torch.float32, CPU) == 77
-    with lmhead_pass.config.patch(memory_budget=32000 * 4 * 10 + 1):
-        assert plan_rows(512, 32000, torch.float32, CPU) == 10
-        assert plan_rows(512, 32000, torch.bfloat16, CPU) == 20
-    with lmhead_pass.config.patch(memory_budget=1):
-        assert plan_rows(512, 32000, torch.float32, CPU) == 1
 
 
 @pytest.mark.parametrize(("hidden", "vocab"), [(64, 4096), (512, 32000), (4096, 128256)])
 def test_planned_scratch_is_small_beside_what_must_be_held(hidden, vocab):
     scratch = plan_rows(hidden, vocab, torch.float32, CPU) * vocab * 4
-    assert scratch <= max(48 << 20, vocab * hidden)  # a quarter of the FP32 weight gradient
+    assert scratch <= max(44 << 20, vocab * hidden)  # a quarter of the FP32 weight gradient
 
 
 @pytest.mark.parametrize("rows", [0, 1, 9, 10, 11, 19, 20, 21, 1000])
@@ -59,12 +54,6 @@ def test_planned_rows(hidden, vocab, rows, is_hopper):
 def test_what_the_triton_product_cannot_read_is_planned_as_logits(is_hopper):
     for hidden, dtype in ((4100, torch.bfloat16), (4096, torch.float32)):
         assert plan_rows(hidden, 128256, dtype, CUDA) == 2816
-
-
-def test_a_budget_counts_what_is_held_on_a_gpu(is_hopper):
-    with lmhead_pass.config.patch(memory_budget=40_000):
-        assert plan_rows(16, 1000, torch.bfloat16, CUDA) == (20 if is_hopper else 10)
-        assert plan_rows(16, 1000, torch.bfloat16, torch.device("cpu")) == 20
 
 
 @pytest.mark.parametrize("rows", [0, 1, 99, 100, 101, 250, 300])

@@ -299,6 +299,10 @@ NONSENSE = {
     "negative_smoothing": ({"label_smoothing": -0.1}, "as label_smoothing, not -0.1"),
     "logit_scale": ({"logit_scale": 0.0}, "as logit_scale, not 0.0"),
     "softcap": ({"softcap": 0.0}, "as softcap, not 0.0"),
+    "no_words": ({"words": 0}, "as vocab_chunk_size, not 0"),
+    "words_and_smoothing": (
+        {"words": 9, "label_smoothing": 0.1}, "takes 0 beside vocab_chunk_size as label_smoothing"
+    ),
     "no_rows": ({"rows": 0}, "as batch_chunk_size, not 0"),
     "negative_rows": ({"rows": -3}, "as batch_chunk_size, not -3"),
     "target": ({"target": torch.zeros(36, dtype=torch.int64)}, r"as target: 37, not \[36\]"),
@@ -489,12 +493,37 @@ def test_strided_hidden_weight_and_target():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_backward(reduction):
     hidden, weight, bias, target = tensors(bias=True)
-    loss = call(hidden, weight, bias, target, reduction=reduction).sum()
+    loss = 0.3 * call(hidden, weight, bias, target, reduction=reduction).sum()
     loss.backward(retain_graph=True)
     once = [leaf.grad.clone() for leaf in (hidden, weight, bias)]
     loss.backward()
     for leaf, grad in zip((hidden, weight, bias), once, strict=True):
         assert torch.equal(leaf.grad, 2 * grad)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_several_upstream_gradients_at_once(reduction):
+    hidden, weight, _, target = tensors()
+    loss = call(hidden, weight, None, target, reduction=reduction).sum()
+    factors = hidden.new_tensor([1.0, -2.5])
+    each = [torch.autograd.grad(loss, hidden, one, retain_graph=True)[0] for one in factors]
+    (both,) = torch.autograd.grad(loss, hidden, factors, is_grads_batched=True)
+    torch.testing.assert_close(both, torch.stack(each))
+
+
+def test_what_hooks_see_of_saved_tensors_stays_as_it_was():
+    seen = []
+
+    def pack(tensor):
+        seen.append((tensor, tensor.clone()))
+        return tensor
+
+    hidden, weight, _, target = tensors()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = call(hidden, weight, None, target)
+    (3 * loss).backward()
+    assert seen
+    assert all(torch.equal(tensor, before) for tensor, before in seen)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

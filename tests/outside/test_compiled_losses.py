@@ -164,6 +164,7 @@ def test_names_of_the_same_memory_stay_so(name, backend):
         torch.testing.assert_close(z + 0, expected)
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("is_broken", [False, True], ids=["compiled apart", "after a break"])
 def test_memory(is_broken):
     hidden, vocab, rows = 32, 8192, 1024

@@ -61,7 +61,7 @@ def test_a_failure_is_shown_as_a_script_that_runs():
 def test_a_failure_of_the_pass_is_no_failure_of_the_program(monkeypatch):
     """The program would raise it in both runs, since it is compiled once."""
 
-    def fail(*_):
+    def fail(*_, **__):
         raise ArithmeticError("on purpose")
 
     monkeypatch.setattr("lmhead_pass.rewrite.rewrite_graph", fail)

@@ -193,6 +193,29 @@ def test_no_gradient_twice_without_retain_graph(model):
         loss.backward()
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_head_that_has_changed_has_no_gradient_for_old_logits(model, is_late):
+    """As in eager, which says the same and no setting."""
+    inputs = batch()
+
+    def change():
+        with torch.no_grad():
+            model.head.weight.add_(1)
+
+    for function, told in ((rewrite(model), rf"inplace operation.*{SETTING}"), (model, "inplace")):
+        model.zero_grad()
+        logits = function(*inputs)[1]
+        if is_late and function is not model:
+            optimizer = torch.optim.SGD([model.head.weight], lr=1.0)
+            model.head.weight.grad = torch.ones_like(model.head.weight)
+            optimizer.step()
+        loss = F.cross_entropy(logits.view(-1, VOCAB), inputs[1].view(-1))
+        if not is_late or function is model:
+            change()
+        with pytest.raises(RuntimeError, match=told):
+            loss.backward()
+
+
 def test_a_gradient_that_does_not_flow_through_logits_is_not_refused():
     other = nn.Linear(16, 16)
 
@@ -266,3 +289,13 @@ def test_a_frozen_model_returns_logits_without_a_gradient(returned, model):
     logits, plain = returned()
     assert not logits.requires_grad and not plain.requires_grad
     nn.Linear(VOCAB, 1)(logits).sum().backward()
+
+
+@pytest.mark.parametrize("make", [lambda z: z.detach(), lambda z: z.detach()[:, 1:]])
+def test_a_leaf_made_of_logits_is_not_written(model, make):
+    for function in (rewrite(model), model):
+        leaf = make(function(*batch())[1]).requires_grad_()
+        with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used"):
+            leaf.add_(1)
+        with pytest.raises(RuntimeError, match="a view of a leaf Variable that requires grad is"):
+            leaf[0].add_(1)

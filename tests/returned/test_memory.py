@@ -12,6 +12,8 @@ from benchmarks.memory import peak_bytes
 from ..backend import rewrite
 from .model import Model, batch, is_unread
 
+pytestmark = pytest.mark.codegen
+
 
 class LossOnly(Model):
     def forward(self, x, y):

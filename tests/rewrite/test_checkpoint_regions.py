@@ -1,14 +1,18 @@
 """Heads and losses in regions of torch.utils.checkpoint, together or apart."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
+import lmhead_pass
+
 from .. import forms, reference
 from ..backend import rewrite
-from ..checks import check
+from ..checks import assert_as_eager, check
 
 
 def kept(function, *args):
@@ -58,6 +62,7 @@ def test_forms(name):
     check(FORMS[name], (hidden, weight, target))
 
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("name", ["body_and_head", "head_and_loss_together"])
 def test_inductor(name):
     hidden, weight, _, target = forms.inputs()
@@ -129,3 +134,41 @@ def test_wide_layers_of_a_block_are_no_heads():
         lambda h, qkv, up, w, y: kept(head_and_loss, kept(attention, h, qkv, up), w, y),
         (hidden, qkv, up, weight, target),
     )
+
+
+def pieces(h, w, y):
+    parts = zip(h.chunk(2), [w, w], y.chunk(2), strict=True)
+    return sum(kept(head_and_loss, *part) for part in parts)
+
+
+def test_losses_of_several_regions_share_a_call(caplog):
+    """Inductor shows the pass each region before the graph that calls them."""
+    hidden, weight, _, target = forms.inputs()
+    with caplog.at_level("INFO", "lmhead_pass"):
+        assert_as_eager(pieces, (hidden, weight, target), torch.compile(pieces))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert all("in one call with others" in line for line in told)
+
+
+def in_another_mode(h, w, y):
+    loss = head_and_loss(h, w, y)
+    with torch.no_grad():
+        h.sum()
+    return loss
+
+
+@pytest.mark.parametrize("compiler", [rewrite, torch.compile])
+def test_a_region_that_must_stay_whole_is_rewritten_inside(compiler):
+    function = partial(kept, in_another_mode)
+    hidden, weight, _, target = forms.inputs()
+    check(function, (hidden, weight, target), compiler(function))
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+
+
+@pytest.mark.parametrize("function", [FORMS["head_and_loss_together"], pieces])
+def test_explain_counts_each_loss_once(function):
+    hidden, weight, _, target = forms.inputs()
+    explanation = lmhead_pass.explain(function, hidden, weight, target)
+    assert len(explanation.rewritten) == (2 if function is pieces else 1)
+    assert not explanation.refused

@@ -66,3 +66,18 @@ def test_dynamic_sizes(name, passes):
         torch.testing.assert_close(results, expected)
     assert counters["lmhead_pass"]["refused"] == 0
     assert passes == ["forward_and_gradients"] * 2
+
+
+def test_a_mean_of_logits_is_compiled_once_for_all_sizes():
+    def function(h, w, b, y):
+        z = F.linear(h, w, b)
+        return forms.flat(z, y) + 1e-3 * z.sum(-1).mean()
+
+    counts = []
+    for compiled in (rewrite(function), torch.compile(function, backend="eager")):
+        torch._dynamo.reset()
+        counters.clear()
+        for batch in (2, 3, 5, 7):
+            compiled(*forms.inputs(batch=batch))
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1]

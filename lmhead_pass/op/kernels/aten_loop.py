@@ -42,7 +42,7 @@ from .row_terms import GradientSums, RowTerms, power_of_two_scale
 # The row work reads a block several times. One of this size stays in the caches of a few cores.
 _BLOCK_BYTES = 1 << 22
 # The weight's gradient is computed for this many words of the vocabulary at once.
-_PRODUCT_WORDS = 4096
+_PRODUCT_WORDS = 2048
 # If fewer of them than this need a correction, they alone get it; else correcting all is cheaper.
 _WORDS_APART = _PRODUCT_WORDS // 3
 
@@ -67,12 +67,15 @@ def forward(problem: Problem, measures: Sequence[Measure]) -> list[Tensor]:
 
 
 def forward_and_gradients(
-    problem: Problem, needed: Sequence[bool], measures: Sequence[Measure]
+    problem: Problem,
+    needed: Sequence[bool],
+    measures: Sequence[Measure],
+    saved: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor]:
     """The loss, its gradients and the measures: see ``ChunkLoop.forward_and_gradients``."""
     by_lse = problem.has_logsumexp_terms
     rows, taken = _Rows(problem, every=by_lse), Measures(problem, measures)
-    losses, row_max, log_sum = (_zeros(problem) for _ in range(3))
+    losses, (row_max, log_sum) = _zeros(problem), saved or (_zeros(problem), _zeros(problem))
     if taken:
         _measure_ignored(problem, rows, taken, row_max, log_sum)
     grad_bound = rows.grad_bound(rows.upstream)
@@ -92,6 +95,7 @@ def forward_and_gradients(
                 lse = row_max[index] + log_sum[index]
                 for_lse = sums.scaled(problem.grad_logsumexp(lse, index))
             _differentiate_(block, rows, part, nll, log_sum[index], upstream[part], for_lse)
+        del block  # and its memory, before that of the products
         sums.add(rows.index[chunk], hidden, logits)
     losses = rows.counted_only(losses)
     loss = rows.reduce(losses, row_max, log_sum)
@@ -128,6 +132,7 @@ def backward(
             block.exp_()
             of_lse = None if for_lse is None else for_lse[index]
             _differentiate_(block, rows, part, nll, log_sum[index], upstream[part], of_lse)
+        del block  # and its memory, before that of the products
         sums.add(rows.index[chunk], hidden, logits)
     return sums.finish()
 
@@ -331,11 +336,16 @@ class _GradientSums(GradientSums):
             scale = power_of_two_scale(grad_bound * abs(problem.logit_scale) * largest.clamp_min(1))
         # A sum over chunks is held in FP32. A single chunk has no sum: its product is the gradient.
         dtype, words = problem.accumulate_dtype, len(problem.weight)
-        if len(rows.index) <= problem.batch_chunk_size:
+        is_single = 0 < len(rows.index) <= problem.batch_chunk_size
+        if is_single:
             dtype = held_dtype(problem.weight.dtype)
+        # Then the gradient comes after the scratch of the row work is gone.
+        self._is_product = is_single and dtype == problem.compute_dtype
+        if self._is_product:
+            words = 0
         super().__init__(problem, needed, scale, dtype, Tensor.new_zeros, words)
         self._targets = None
-        if problem.compute_dtype == torch.bfloat16 and len(rows.index) > problem.batch_chunk_size:
+        if problem.compute_dtype == torch.bfloat16 and not is_single:
             self._targets = _by_product(rows.target, problem.weight.size(0))
 
     def scaled(self, upstream: Tensor) -> Tensor:
@@ -354,6 +364,9 @@ class _GradientSums(GradientSums):
             self._add_weight(hidden, grad_logits)
 
     def _add_weight(self, hidden: Tensor, grad_logits: Tensor) -> None:
+        if self._is_product:
+            self._sums = self._sums._replace(weight=grad_logits.t() @ hidden)
+            return
         total = self._sums.weight
         if grad_logits.dtype == total.dtype:
             total.addmm_(grad_logits.t(), hidden)

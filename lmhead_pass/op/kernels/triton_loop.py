@@ -44,7 +44,10 @@ def forward(problem: Problem, measures: Sequence[Measure]) -> list[Tensor]:
 
 
 def forward_and_gradients(
-    problem: Problem, needed: Sequence[bool], measures: Sequence[Measure]
+    problem: Problem,
+    needed: Sequence[bool],
+    measures: Sequence[Measure],
+    saved: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor]:
     """The loss, its gradients and the measures: see ``ChunkLoop.forward_and_gradients``."""
     rows, taken = DeviceRows(problem), Measures(problem, measures)
@@ -54,19 +57,23 @@ def forward_and_gradients(
         grad_bound = grad_bound + problem.logsumexp_grad_bound()
     sums = _GradientSums(problem, needed, grad_bound, holds_exponentials(problem, measures))
     upstream = sums.scaled(rows.upstream)
-    losses, row_max, log_sum = (_per_row(problem) for _ in range(3))
-    for chunk, hidden, held in _chunks(problem, rows, measures):
-        if taken or by_lse:  # which need row_max and log_sum of each row
-            _measure(problem, taken, chunk, held)
-            saved = (row_max[chunk], log_sum[chunk])
-            held.losses(losses[chunk], *saved, every_row=True)
-            for_lse = None
-            if by_lse:
-                for_lse = sums.scaled(problem.grad_logsumexp(saved[0] + saved[1], chunk))
-            gradient = held.gradients(upstream[chunk], *saved, for_lse)
-        else:
-            gradient = held.losses_and_gradients(losses[chunk], upstream[chunk])
-        sums.add(chunk, hidden, gradient)
+    losses, row_max, log_sum = _per_row(problem), *(saved or (_per_row(problem), _per_row(problem)))
+
+    def add_chunks() -> None:  # so that the last one is gone before sums are finished
+        for chunk, hidden, held in _chunks(problem, rows, measures):
+            if taken or by_lse or saved:  # which need row_max and log_sum of each row
+                _measure(problem, taken, chunk, held)
+                of_chunk = (row_max[chunk], log_sum[chunk])
+                held.losses(losses[chunk], *of_chunk, every_row=True)
+                for_lse = None
+                if by_lse:
+                    for_lse = sums.scaled(problem.grad_logsumexp(of_chunk[0] + of_chunk[1], chunk))
+                gradient = held.gradients(upstream[chunk], *of_chunk, for_lse)
+            else:
+                gradient = held.losses_and_gradients(losses[chunk], upstream[chunk])
+            sums.add(chunk, hidden, gradient)
+
+    add_chunks()
     loss = rows.reduce(losses, row_max, log_sum)
     return [loss, *sums.finish(), *sums.pending(), *taken.finish(losses, row_max, log_sum)]
 
@@ -91,12 +98,16 @@ def backward(
     sums = _GradientSums(problem, needed, grad_bound, holds_exponentials(problem, []))
     upstream = sums.scaled(upstream)
     for_lse = None if grad_logsumexp is None else sums.scaled(grad_logsumexp)
-    for chunk, hidden, held in _chunks(problem, rows, []):
-        gradient = held.gradients(
-            upstream[chunk], row_max[chunk], log_sum[chunk],
-            None if for_lse is None else for_lse[chunk],
-        )  # fmt: skip
-        sums.add(chunk, hidden, gradient)
+
+    def add_chunks() -> None:
+        for chunk, hidden, held in _chunks(problem, rows, []):
+            gradient = held.gradients(
+                upstream[chunk], row_max[chunk], log_sum[chunk],
+                None if for_lse is None else for_lse[chunk],
+            )  # fmt: skip
+            sums.add(chunk, hidden, gradient)
+
+    add_chunks()
     gradients, pending = sums.finish(), sums.pending()
     if pending.is_needed:
         one, dtype = upstream.new_ones(()), held_dtype(problem.weight.dtype)

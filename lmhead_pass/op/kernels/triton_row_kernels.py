@@ -164,8 +164,7 @@ def _loss_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows times vocabulary may pass 2^31
     logits_ptr += row * logits_stride
-    target = tl.load(target_ptr + row)
-    ignored = target == ignore_index
+    target, ignored = _target(target_ptr + row, ignore_index, vocab)
     if EVERY_ROW:
         target = tl.where(ignored, 0, target)  # any word will do
     if ignored & (not EVERY_ROW):
@@ -198,16 +197,18 @@ def _gradient_kernel(
     row = tl.program_id(0).to(tl.int64)  # rows times vocabulary may pass 2^31
     logits_ptr += row * logits_stride
     gradient_ptr += row * gradient_stride
-    target = tl.load(target_ptr + row)
-    ignored = target == ignore_index
+    target, ignored = _target(target_ptr + row, ignore_index, vocab)
     if grad_logsumexp_ptr is not None:
         target = tl.where(ignored, 0, target)  # any word will do
     if ignored & (grad_logsumexp_ptr is None):
         if loss_ptr is not None:
             tl.store(loss_ptr + row, 0.0)
-        for start in range(0, vocab, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            tl.store(gradient_ptr + column, 0.0, mask=column < vocab)
+        zeros = tl.zeros([COLUMNS], gradient_ptr.dtype.element_ty)
+        whole = vocab // COLUMNS
+        for block in range(0, whole):
+            tl.store(gradient_ptr + block * COLUMNS + tl.arange(0, COLUMNS), zeros)
+        column = whole * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(gradient_ptr + column, zeros, mask=column < vocab)
     else:
         target_logit, target_slope = _target_logit(
             logits_ptr, target, vocab, bias_ptr, fill_ptr, LOGIT_SCALE, SOFTCAP
@@ -265,6 +266,17 @@ def _gradient_kernel(
                 row_max, coefficient, vocab, bias_ptr, class_weight_ptr, fill_ptr,
                 SMOOTHING, SMOOTHING_COEF, LOGIT_SCALE, SOFTCAP,
             )  # fmt: skip
+
+
+@triton.jit
+def _target(target_ptr, ignore_index, vocab):
+    """A row's target, -1 if that is no word, and whether it is ignored.
+
+    In 32 bits: each column is compared with it.
+    """
+    target = tl.load(target_ptr)
+    ignored = target == ignore_index
+    return tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32), ignored
 
 
 @triton.jit

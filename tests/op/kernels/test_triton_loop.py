@@ -1,6 +1,7 @@
 """The GPU's chunk loop against FP64, on a GPU or through Triton's interpreter."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -454,6 +455,28 @@ def test_only_one_buffer_of_the_size_of_the_weight():
     weight = problem.weight.untyped_storage().data_ptr()  # seen as a view
     large = [n for place, n in calls.memory.items() if n >= size and place != weight]
     assert large == [size]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_last_chunk_is_gone_before_sums_are_finished(reduction, monkeypatch):
+    problem = _problem(torch.bfloat16, reduction=reduction)
+    buffers, sums, rows = [], triton_loop._GradientSums, triton_loop.LogitRows
+    made, finish = rows.__init__, sums.finish
+
+    def make(self, *arguments):
+        made(self, *arguments)
+        buffers.append(weakref.ref(self._buffer))
+
+    def finished(self):
+        buffers.append(None)
+        assert [buffer() for buffer in buffers[:-1]] == [None] * len(buffers[:-1])
+        return finish(self)
+
+    monkeypatch.setattr(rows, "__init__", make)
+    monkeypatch.setattr(sums, "finish", finished)
+    _run(triton_loop, problem, torch.ones(TOKENS, device=DEVICE))
+    assert None in buffers
+    assert len(buffers) > 1
 
 
 @pytest.mark.parametrize("add", [False, True])

@@ -1,0 +1,57 @@
+"""The tables of README and docs, made of benchmarks/results: ``pages.py`` has the command.
+
+A table stands between two comments, the first of which names its results:
+``<!-- benchmarks/results/cpu.json -->`` and ``<!-- end -->``. Without these results it stays.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import report
+
+NAMES = {
+    "compile": "`torch.compile`",
+    "lmhead_pass": "with `lmhead_pass`",
+    "torch_lce": "`F.linear_cross_entropy`, chunked",
+    "floor": "the three products alone",
+}
+DTYPES = {"float32": "FP32", "bfloat16": "BF16"}
+
+
+def with_tables(text: str) -> str:
+    """``text`` with each of its tables made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        begin, name = match["begin"], match["name"]
+        if not (report.FOLDER / f"{name}.json").exists():
+            return match[0]
+        return f"{begin}\n{TABLES[name](report.read(name))}\n<!-- end -->"
+
+    pattern = r"(?P<begin><!-- benchmarks/results/(?P<name>[\w-]+)\.json -->)\n.*?<!-- end -->"
+    return re.sub(pattern, made, text, flags=re.DOTALL)
+
+
+def cpu(measured: dict[str, Any]) -> str:
+    rows = {(row["impl"], row["dtype"]): row for row in measured["rows"]}
+    dtypes = [dtype for dtype in DTYPES if ("compile", dtype) in rows]
+    head = [f"{DTYPES[dtype]} {what}" for dtype in dtypes for what in ("memory", "time")]
+    lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for name in NAMES:
+        figures = [
+            figure
+            for dtype in dtypes
+            if (row := rows.get((name, dtype)))
+            for figure in (
+                # The products alone make no loss: their memory says nothing.
+                "" if name == "floor" else f"{row['peak_bytes'] / 1e6:.0f} MB",
+                f"{row['ratio']:.2f}",
+            )
+        ]
+        if figures:
+            lines.append(f"| {NAMES[name]} | {' | '.join(figures)} |")
+    source = "`{command}`: {machine}, torch {torch}, {date}.".format(**measured)
+    return "\n".join([*lines, "", source])
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu}

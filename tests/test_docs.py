@@ -1,0 +1,41 @@
+"""The pages say what the package says."""
+
+import ast
+import re
+from pathlib import Path
+
+import lmhead_pass
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_troubleshooting_quotes_what_the_package_says():
+    texts = []
+    for file in Path(lmhead_pass.__file__).parent.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr | ast.Constant):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                texts += [part.value for part in parts if isinstance(part, ast.Constant)]
+    said = "\n".join(text for text in texts if isinstance(text, str))
+    page = " ".join((DOCS / "troubleshooting.md").read_text().split())
+    page = re.sub(r"`[^`]*`", "", page)  # code has quotes of its own
+    quotes = [quote.rstrip(",.") for quote in re.findall(r'"([^"]+)"', page)]
+    assert len(quotes) > 30
+    missing = [quote for quote in quotes if quote not in said]
+    assert missing == []
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r": ([\w-]+\.md)$", (DOCS / "site" / "mkdocs.yml").read_text(), re.M)
+    assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_every_example_has_a_recipe():
+    page = (DOCS / "recipes.md").read_text()
+    examples = {file.name for file in (DOCS.parent / "examples").glob("*.py")}
+    commands = set(
+        re.findall(r"^(?:python|torchrun --nproc-per-node 2) examples/(\S+)$", page, re.M)
+    )
+    # The model and the text that they share, and what starts train_gpt.py twice.
+    assert examples - commands == {"gpt.py", "stdlib_text.py", "demo.py"} and commands <= examples
