@@ -59,8 +59,8 @@ def plan_chunks(
     """The chunks of a call with logits ``[tokens, vocab_size]`` from products in ``dtype``.
 
     They follow from the settings and, as ``plan_rows`` says, from the sizes. ``is_dynamic``: the
-    number of tokens is that of an example. ``needs_whole_rows``: gradients of some words' logits are
-    not known without the others. Raises MemoryBudgetTooSmall, which says the least.
+    number of tokens is that of an example. ``needs_whole_rows``: no gradient of a logit is known
+    without the whole row. Raises MemoryBudgetTooSmall, which says the least.
     """
     sizes = (hidden_size, vocab_size, dtype, device)
     if config.memory_budget is None or config.batch_chunk_size is not None:

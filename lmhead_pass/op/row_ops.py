@@ -108,14 +108,14 @@ def _forward_and_gradients(
     problem: RowProblem, upstream: Sequence[Tensor], needed: list[bool]
 ) -> list[Tensor]:
     of_each = _upstream_of_each(problem.part, upstream)
-    outputs, gradients = run_with_gradients(problem, needed, of_each)
+    outputs, gradients = run_with_gradients(problem, needed, of_each, keeps_outputs=True)
     return [_sum(problem, outputs, upstream), *outputs, *gradients]
 
 
 def _backward(
     problem: RowProblem, upstream: Sequence[Tensor | None], needed: list[bool]
 ) -> list[Tensor]:
-    _, gradients = run_with_gradients(problem, needed, upstream)
+    _, gradients = run_with_gradients(problem, needed, upstream, keeps_outputs=False)
     return gradients
 
 

@@ -73,6 +73,7 @@ class RowPart:
     def inputs(self) -> int:
         return len(self.products) + len(self.by_row) + self.constants
 
+    @functools.cached_property
     def text(self) -> str:
         return json.dumps(
             {

@@ -53,7 +53,7 @@ def _emit_call(emit: Emitter, region: Region, call: RowCall, made: dict[Any, Nod
     constants = [_reached(emit, one, next(reached)) for one in constants]
     outputs = emit(
         torch.ops.lmhead_pass.rowwise.default,
-        *(hidden, weights, by_row, constants, part.text(), call.rows_per_chunk),
+        *(hidden, weights, by_row, constants, part.text, call.rows_per_chunk),
     )
     numbers = []
     for place, (output, exits) in enumerate(zip(part.outputs, call.exits, strict=True)):

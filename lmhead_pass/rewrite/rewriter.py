@@ -92,12 +92,13 @@ def _keep_note(edit: GraphEdit, lines: Sequence[str]) -> None:
 
 
 def prepare(
-    edit: GraphEdit, of_loss_alone: bool = True
+    edit: GraphEdit, of_loss_alone: bool = True, in_region: bool = False
 ) -> tuple[list[EmittedCall | EmittedRegion], list[Refusal]]:
     """Analyse and plan, and insert what takes the place of heads and their consumers.
 
     Returns what is rewritten, and what is left alone. Nothing old is touched yet. A head is left to
-    the graph if no loss is taken of it, unless ``of_loss_alone`` is False.
+    the graph if no loss is taken of it, unless ``of_loss_alone`` is False. A graph ``in_region`` is
+    that of a checkpointed region.
     """
     found, stuck = find_across_regions(edit, of_loss_alone)
     rewrites = [item for item in found if isinstance(item, Rewrite)]
@@ -107,14 +108,16 @@ def prepare(
             edit.deferred += rewrite.returned
         _replace_head(edit, rewrite)
     refusals = [item for item in found if isinstance(item, Refusal)]
-    regions, refusals = _emit_regions(edit, rewrites, refusals)
-    calls: list[EmittedCall | EmittedRegion] = [*fused, *regions]
+    calls: list[EmittedCall | EmittedRegion] = [*fused]
+    if not in_region:
+        regions, refusals = _emit_regions(edit, rewrites, refusals)
+        calls += regions
     lifted = {region.body for region in edit.regions}
     for region, body in regions_of(edit.graph):
         if body not in lifted:
             part = GraphEdit(body.graph)
             edit.parts.append(part)
-            calls_of_part, refusals_of_part = prepare(part, of_loss_alone)
+            calls_of_part, refusals_of_part = prepare(part, of_loss_alone, in_region=True)
             if region in stuck and not calls_of_part:
                 refusals.append(stuck[region])
             calls += calls_of_part

@@ -19,7 +19,15 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lmhead_pass
-from lmhead_pass.compat import aten_trace, compiling, graphs, kernels, lazy_tensors, settings
+from lmhead_pass.compat import (
+    aten_trace,
+    compiling,
+    graphs,
+    inductor,
+    kernels,
+    lazy_tensors,
+    settings,
+)
 from lmhead_pass.compat.versions import TRANSPOSING_ATTRIBUTES
 from lmhead_pass.graph_pass import the_pass
 from lmhead_pass.returned.lazy_logits import LazyLogits
@@ -335,6 +343,18 @@ def gradients_in_kernels():
         leaf = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad((leaf * leaf).sum(), leaf)
     assert gradient.tolist() == [2, 2]
+
+
+def compiled_functions():
+    def double(x):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            return [*torch.autograd.grad((x * x).sum(), x), None]
+
+    compiled = inductor.compile_as_it_is(double, [((2, 3), torch.float32, "cpu")])
+    gradient, nothing = compiled(torch.ones(2, 3))
+    assert nothing is None
+    torch.testing.assert_close(gradient, torch.full((2, 3), 2.0))
 
 
 def dispatched_operations():
@@ -666,6 +686,7 @@ CANARIES = {
     "torch._C._SetExcludeDispatchKeyGuard": gradients_in_kernels,
     "torch._C.DispatchKey": gradients_in_kernels,
     "torch.utils._python_dispatch.TorchDispatchMode": dispatched_operations,
+    "torch._inductor.compile": compiled_functions,
     "torch.autograd.forward_ad._current_level": forward_mode,
     "torch._C._dispatch_key_for_device": kernels_of_devices,
     "torch._C._dispatch_has_kernel_for_dispatch_key": kernels_of_devices,

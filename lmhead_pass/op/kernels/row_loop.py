@@ -1,21 +1,23 @@
 """The loop over chunks of rows for any part of a graph that treats rows apart.
 
 For each chunk, one product for each head gives its logits. Blocks of rows, small enough for a
-cache, then go through the part, forward and backward, and leave the gradients of logits where the
-logits were; two products carry these on to hidden states and weight.
+cache, then go through the part, forward and backward (``row_block.py``), and leave the gradients of
+logits where the logits were; two products carry these on to hidden states and weight.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...compat.kernels import recording_gradients
 from ..chunking import even_rows
 from ..problem import held_dtype
 from ..row_part import RowPart
+from .compiled_blocks import run_compiled
+from .row_block import BlockWork
 from .wide_products import multiply_into
 
 # What the logits of a block may take. The part holds a dozen tensors of that size.
@@ -64,89 +66,85 @@ class RowProblem:
 def run_forward(problem: RowProblem) -> list[Tensor]:
     """The outputs of the part, ``[N, ...]`` each."""
     outputs: list[Tensor] = []
+    work = BlockWork(problem.part.text)
     for chunk in _chunks(problem):
         logits = _logits(problem, chunk)
         for block in _blocks(problem, chunk):
-            inputs = _block_inputs(problem, logits, chunk, block)
-            results = problem.part.run(inputs, block.stop - block.start)
+            results = _run(problem, work, block, _block_inputs(problem, logits, chunk, block))
             _store(problem, outputs, results, block)
     return outputs
 
 
 def run_with_gradients(
-    problem: RowProblem, needed: Sequence[bool], upstream: Sequence[Tensor | None]
+    problem: RowProblem,
+    needed: Sequence[bool],
+    upstream: Sequence[Tensor | None],
+    keeps_outputs: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs, and gradients of the inputs that are ``needed``: ``[0]`` for the others.
+    """The outputs, if they are to be kept, and gradients of the inputs that are ``needed``: ``[0]``
+    for the others.
 
     ``upstream`` has the gradient of each output, ``[N, ...]``; None if it is 0.
     """
     outputs: list[Tensor] = []
     gradients = _GradientSums(problem, needed)
+    work = BlockWork(
+        problem.part.text,
+        keeps_outputs,
+        tuple(gradients.wanted),
+        tuple(given is not None for given in upstream),
+    )
+    count = len(problem.part.outputs) if keeps_outputs else 0
     for chunk in _chunks(problem):
         logits = _logits(problem, chunk)
-        grad_logits = [gradients.room(given) for given in logits]
+        rooms = [gradients.room(given) for given in logits]
         for block in _blocks(problem, chunk):
-            inputs = _block_inputs(problem, logits, chunk, block)
-            of_block = [None if given is None else given[block] for given in upstream]
-            results, found = _differentiate(problem, inputs, gradients.wanted, of_block)
-            _store(problem, outputs, results, block)
             inside = slice(block.start - chunk.start, block.stop - chunk.start)
-            for room, gradient in zip(grad_logits, found[: len(logits)], strict=True):
+            tensors = [
+                *_block_inputs(problem, logits, chunk, block),
+                *(given[block] for given in upstream if given is not None),
+            ]
+            found = _run(problem, work, block, tensors)
+            if keeps_outputs:
+                _store(problem, outputs, found[:count], block)
+            of_inputs = found[count:]
+            for room, gradient in zip(rooms, of_inputs, strict=False):
                 if gradient is None:
                     room[inside] = 0
                 else:
                     room[inside].copy_(gradient)
-            gradients.add_inputs(found[len(logits) :], block)
-        gradients.add_products(chunk, grad_logits)
+            gradients.add_inputs(of_inputs[len(rooms) :], block)
+        gradients.add_products(chunk, rooms)
     return outputs, gradients.finish()
 
 
-def _differentiate(
-    problem: RowProblem,
-    inputs: list[Tensor],
-    wanted: Sequence[bool],
-    upstream: Sequence[Tensor | None],
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The part's outputs for a block, and the gradient of each of its inputs; None for 0."""
-    rows = inputs[0].size(0)
-    with recording_gradients():
-        leaves = [
-            given.detach().requires_grad_() if is_wanted else given
-            for given, is_wanted in zip(inputs, wanted, strict=True)
-        ]
-        results = problem.part.run(leaves, rows)
-        ends = [
-            (result, of.to(result.dtype))
-            for result, of in zip(results, upstream, strict=True)
-            if of is not None and result.requires_grad
-        ]
-        sources = [leaf for leaf, is_wanted in zip(leaves, wanted, strict=True) if is_wanted]
-        found: list[Tensor | None] = [None] * len(sources)
-        if ends and sources:
-            found = list(
-                torch.autograd.grad(
-                    [end for end, _ in ends], sources, [of for _, of in ends], allow_unused=True
-                )
-            )
-    left = iter(found)
-    return (
-        [result.detach() for result in results],
-        [next(left) if is_wanted else None for is_wanted in wanted],
-    )
+def _run(
+    problem: RowProblem, work: BlockWork, block: slice, tensors: Sequence[Tensor]
+) -> Sequence[Any]:
+    is_whole = block.stop - block.start == _block_rows(problem)
+    return run_compiled(work, tensors) if is_whole else work(*tensors)
 
 
 def _chunks(problem: RowProblem) -> Iterator[slice]:
     size = even_rows(problem.rows, problem.batch_chunk_size)
+    of_block = _block_rows(problem)
+    if problem.rows > problem.batch_chunk_size:  # whole blocks, but for the last chunk
+        size = min(-(-size // of_block), problem.batch_chunk_size // of_block) * of_block
     # A problem without rows has one chunk without any: its outputs have their forms.
     for start in range(0, max(1, problem.rows), size):
         yield slice(start, min(start + size, problem.rows))
 
 
-def _blocks(problem: RowProblem, chunk: slice) -> Iterator[slice]:
+def _block_rows(problem: RowProblem) -> int:
+    """The rows of a block: one number for each call, so that one compilation serves all."""
     words = sum(weight.size(0) for weight in problem.weight)
     most = _BLOCK_BYTES.get(problem.hidden[0].device.type, _LARGE_BLOCK_BYTES)
-    rows = max(1, most // max(1, words * problem.accumulate_dtype.itemsize))
-    size = even_rows(chunk.stop - chunk.start, rows)
+    rows = most // max(1, words * problem.accumulate_dtype.itemsize)
+    return max(1, min(rows, problem.batch_chunk_size))
+
+
+def _blocks(problem: RowProblem, chunk: slice) -> Iterator[slice]:
+    size = _block_rows(problem)
     for start in range(chunk.start, max(chunk.start + 1, chunk.stop), size):
         yield slice(start, min(start + size, chunk.stop))
 
@@ -168,20 +166,13 @@ def _logits(problem: RowProblem, chunk: slice) -> list[Tensor]:
 def _block_inputs(
     problem: RowProblem, logits: Sequence[Tensor], chunk: slice, block: slice
 ) -> list[Tensor]:
-    """What the part reads, in FP32 or FP64 where it is floating point."""
+    """What the part reads."""
     inside = slice(block.start - chunk.start, block.stop - chunk.start)
     by_row = (
         rows_of(tensor, given.lead, block)
         for tensor, given in zip(problem.by_row, problem.part.by_row, strict=True)
     )
-    return [
-        _wide(tensor) for tensor in (*(of[inside] for of in logits), *by_row, *problem.constants)
-    ]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    is_narrow = tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize
-    return tensor.float() if is_narrow else tensor
+    return [*(of[inside] for of in logits), *by_row, *problem.constants]
 
 
 def rows_of(tensor: Tensor, lead: int, rows: slice) -> Tensor:
