@@ -551,10 +551,11 @@ class TestTransformers:
         "class_name",
         [
             "GPT2LMHeadModel",
-            "BertLMHeadModel",
-            "BertGenerationDecoder",
             "OpenAIGPTLMHeadModel",
-            "CTRLLMHeadModel",
+            *(
+                pytest.param(name, marks=pytest.mark.slow)
+                for name in ("BertLMHeadModel", "BertGenerationDecoder", "CTRLLMHeadModel")
+            ),
         ],
     )
     def test_no_loss_type(self, class_name):
