@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from .. import config
 from ..compat.compiling import attempt, keep_artifact
 from ..graph import Refusal, describe, hint, place_of, tensor_of
-from ..log import REPORT_TO, count, log, tell
+from ..log import REPORT_TO, TROUBLESHOOTING, count, log, tell
 from ..logits import Logits
 from ..plan import Match
 
@@ -99,7 +99,7 @@ def deferred(logits: Logits) -> None:
 def refused(refusal: Refusal) -> None:
     """Report a loss that is left alone."""
     if _is_news(summary(refusal)):
-        tell(summary(refusal))
+        tell(f"{summary(refusal)} [{TROUBLESHOOTING}#left-alone]")
 
 
 def nothing_found(graph: Graph) -> None:
@@ -109,7 +109,8 @@ def nothing_found(graph: Graph) -> None:
     text = (
         f"nothing to rewrite in the graph that ends {f'at {place}' if place else 'nowhere known'}: "
         "no loss over logits reached it, and no head's logits leave it. If that is not what you "
-        "expect, lmhead_pass.explain(model, *inputs) says what keeps head and loss apart"
+        "expect, lmhead_pass.explain(model, *inputs) says what keeps head and loss apart "
+        f"[{TROUBLESHOOTING}#nothing-is-logged]"
     )
     if _is_news(text):
         log.info("%s", text)

@@ -118,7 +118,9 @@ def _refusals(reasons: list[str]) -> Iterator[None]:
     handler = logging.Handler()
 
     def emit(record: logging.LogRecord) -> None:
-        if text := re.match(r"left alone: .*? at .*?: (.*)", record.getMessage()):
+        if text := re.match(
+            r"left alone: .*? at .*?: (.*?)(?: \[docs/\S+\])?$", record.getMessage()
+        ):
             reasons.append(_general(text[1]))
 
     handler.emit = emit  # type: ignore[method-assign]
