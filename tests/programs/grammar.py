@@ -1,5 +1,6 @@
 """The hypothesis strategy that writes programs."""
 
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,8 +40,11 @@ def programs(draw: Callable[..., Any]) -> Program:
     inputs = draw(_inputs())
     writer = _Writer(draw, inputs)
     writer.write()
+    lines, border = writer.lines, []
+    if draw(st.integers(0, 5)) == 5:
+        lines, border = _with_border(lines)
     return Program(
-        source="\n".join(writer.lines) + "\n",
+        source="\n".join(lines) + "\n",
         inputs=inputs,
         more_inputs=_larger(inputs) if draw(st.integers(0, 7)) == 7 else None,
         gradient_of=tuple(writer.gradient_of),
@@ -48,8 +52,24 @@ def programs(draw: Callable[..., Any]) -> Program:
         returned_logits=draw(st.sampled_from(("lazy", "lazy", "detach", "keep"))),
         batch_chunk_size=draw(st.sampled_from((None, 1, 3, 4, 7))),
         captures_dynamic_rows=draw(st.booleans()),
-        kinds=frozenset(writer.kinds),
+        kinds=frozenset([*writer.kinds, *border]),
     )
+
+
+def _with_border(lines: list[str]) -> tuple[list[str], list[str]]:
+    """The program with everything after its first logits outside of what is compiled."""
+    head = next((n for n, line in enumerate(lines) if _LOGITS.match(line)), None)
+    if head is None:
+        return lines, []
+    known = dict.fromkeys([*ARGUMENTS, "head"])
+    known |= dict.fromkeys(m[1] for line in lines[: head + 1] if (m := _ASSIGNED.match(line)))
+    names = ", ".join(known)
+    inside = [*lines[: head + 1], f"    return outside({names})"]
+    return [*inside, "@uncompiled", f"def outside({names}):", *lines[head + 1 :]], ["border"]
+
+
+_ASSIGNED = re.compile(r"    (\w+) = ")
+_LOGITS = re.compile(r"    z\d+ = ")
 
 
 @st.composite
