@@ -178,6 +178,20 @@ def test_what_is_written_down_is_of_the_time_it_was_called():
     )
 
 
+def masked(logits):
+    logits[..., V - 10 :] = -1e4
+    return logits
+
+
+def test_a_loss_of_logits_with_masked_words():
+    """Found by generated programs: a mask of words that is a step of the head's."""
+    model, (x, y) = Model(after=masked), batch()
+    inputs = x, y.clamp(max=V - 11)
+    _, eager = run(model, model, shifted, inputs)
+    _, results = run(model, rewrite(model), shifted, inputs)
+    torch.testing.assert_close(results, eager)
+
+
 def test_a_loss_in_a_checkpoint():
     """What is done for the first use of its kind is not counted as saved."""
     model, inputs = Model(), batch()
