@@ -5,6 +5,8 @@ from collections import Counter
 import hypothesis
 import pytest
 
+from lmhead_pass.plan import returned_plan
+
 from .checking import Wrong, check
 from .fuzz import Statistics
 from .grammar import KINDS, programs
@@ -43,6 +45,28 @@ def test_two_hundred_programs():
     assert statistics.rewritten > 0.3 * COUNT
     assert sum(statistics.raised.values()) < 0.15 * COUNT
     assert statistics.blunt < 0.05 * COUNT
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_programs_whose_losses_are_outside(monkeypatch):
+    monkeypatch.setattr(returned_plan, "_WIDER", 1)  # sizes are small
+    statistics = Statistics()
+
+    @hypothesis.seed(SEED)
+    @hypothesis.settings(
+        max_examples=15,
+        database=None,
+        deadline=None,
+        backend=BACKEND,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(programs(border=True))
+    def right(program):
+        statistics.add(program, check(program))
+
+    right()
+    assert statistics.rewritten >= 3
 
 
 def test_every_part_of_the_grammar_occurs():
