@@ -41,6 +41,12 @@ def summary(item: EmittedCall | Refusal | Logits) -> str:
     return _summary(item.match, item.call)
 
 
+def log_line(item: EmittedCall | Refusal | Logits) -> str:
+    """The summary, with the page that helps if a loss is left alone."""
+    page = f" [{TROUBLESHOOTING}#left-alone]" if isinstance(item, Refusal) else ""
+    return summary(item) + page
+
+
 def _where(node: Node) -> str:
     return f"{describe(node)} at {place_of(node) or 'unknown place'}"
 
@@ -99,7 +105,7 @@ def deferred(logits: Logits) -> None:
 def refused(refusal: Refusal) -> None:
     """Report a loss that is left alone."""
     if _is_news(summary(refusal)):
-        tell(f"{summary(refusal)} [{TROUBLESHOOTING}#left-alone]")
+        tell(log_line(refusal))
 
 
 def nothing_found(graph: Graph) -> None:

@@ -93,6 +93,7 @@ MISTAKES = IN_THE_OP | IN_THE_GRAPH
 SELDOM_FOUND = {
     "with_one_upstream_gradient_for_all_rows",
     "with_places_mixed_up",
+    "with_the_values_of_other_rows",
     "without_coefficients_of_logsumexps",
     "without_gradient_of_logsumexp",
     "without_places_that_are_set",
