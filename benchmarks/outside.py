@@ -9,7 +9,6 @@ pass, the median over rounds in which each runs once (``timing.py``).
 """
 
 import argparse
-import time
 from collections.abc import Callable
 
 import report
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from heads import Inputs, Step, compiled_head, make_inputs
 from memory import peak_bytes
-from timing import alternate, ratio
+from timing import alternate, ratio, seconds
 from torch import Tensor
 
 import lmhead_pass
@@ -83,12 +82,6 @@ def make_step(name: str, inputs: Inputs, is_ours: bool) -> Step:
         with lmhead_pass.disabled():  # which counts where the first call compiles
             run()
     return run
-
-
-def seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 def main() -> None:

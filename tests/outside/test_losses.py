@@ -1,6 +1,7 @@
 """A compiled model returns its logits, and the loss is taken of them outside: it is fused."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_a_loss_of_logits_with_masked_words():
 def test_a_loss_in_a_checkpoint():
     """What is done for the first use of its kind is not counted as saved."""
     model, inputs = Model(), batch()
-    checkpointed = lambda *args: checkpoint(shifted, *args, use_reentrant=False)  # noqa: E731
+    checkpointed = partial(checkpoint, shifted, use_reentrant=False)
     _, eager = run(model, model, shifted, inputs)
     logits, results = run(model, rewrite(model), checkpointed, inputs)
     assert is_unread(logits)
