@@ -11,14 +11,13 @@ inputs and weight are not.
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import report
 import torch
-from heads import Step, available, make_inputs, make_step
+from heads import available, make_inputs, make_step
 from memory import peak_bytes
-from timing import alternate, ratio
+from timing import alternate, ratio, seconds
 
 
 def main() -> None:
@@ -58,12 +57,6 @@ def measure(options: argparse.Namespace, dtype: str) -> list[dict]:
         }
         for name, step in steps.items()
     ]
-
-
-def seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -54,4 +54,28 @@ def cpu(measured: dict[str, Any]) -> str:
     return "\n".join([*lines, "", source])
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu}
+def h200(measured: dict[str, Any]) -> str:
+    """Of training steps at each size, and of other modes at the largest."""
+    lines = [
+        "| tokens x hidden x vocabulary | products | `lmhead_pass` | `compile` | Liger, SM90 | "
+        "peak | peak of `compile` |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    steps: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in measured["rows"] + report.read("h200-2026-11-26-modes")["rows"]:
+        size = "{tokens} x {hidden} x {vocab}".format(**row)
+        steps.setdefault((row["mode"], size), {})[row["impl"]] = row
+    largest = list(steps)[len([key for key in steps if key[0] == "train"]) - 1][1]
+    for (mode, size), rows in steps.items():
+        if mode != "train" and size != largest:
+            continue
+        names = ("lmhead_pass", "compile", "liger_sm90")
+        ratios = [f"{rows[name]['floor_ratio']:.2f}" if name in rows else "" for name in names]
+        peaks = [f"{rows[name]['peak_bytes'] / 1e9:.2f} GB" for name in names[:2]]
+        products = f"{rows['floor']['median_ms']:.3g} ms"
+        lines.append(f"| {' | '.join([MODES[mode] + size, products, *ratios, *peaks])} |")
+    return "\n".join(lines)
+
+
+MODES = {"train": "", "forward": "loss alone, ", "frozen": "frozen weight, "}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu, "h200-2026-11-26": h200}

@@ -1,6 +1,7 @@
 """Times that can be compared although the speed of a machine drifts."""
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 
 Step = Callable[[], None]
@@ -22,6 +23,13 @@ def alternate(
             if number:
                 times[name].append(elapsed)
     return times
+
+
+def seconds(step: Step) -> float:
+    """By the clock on the wall."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:

@@ -38,13 +38,18 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; ``arguments`` are those of the command line."""
     from .command_line import environment, estimate, show
+    from .op import MemoryBudgetTooSmall
 
     given = _parser().parse_args(arguments)
     if given.command == "env":
         show(environment(why_not_run))
     else:
         dtype, device = _DTYPES[given.dtype], torch.device(given.device)
-        show(estimate(given.tokens, given.hidden, given.vocab, dtype, device))
+        try:
+            tables = estimate(given.tokens, given.hidden, given.vocab, dtype, device)
+        except MemoryBudgetTooSmall as error:
+            sys.exit(str(error))
+        show(tables)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ log = logging.getLogger("lmhead_pass")
 REPORT_TO = "https://github.com/lmhead-pass/lmhead_pass/issues"
 """Where failures of the package are told."""
 
+TROUBLESHOOTING = "docs/troubleshooting.md"
+"""The page that says what to do about a loss that is left alone."""
+
 # How a line begins, and what it counts as.
 _EVENTS = {"rewritten": "rewritten", "left alone": "refused", "deferred": "deferred"}
 _ANY_PATH = "surrogateescape"  # names of files need not be UTF-8

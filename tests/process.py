@@ -61,9 +61,10 @@ def run_python(
     """Run ``code`` and return its output; an environment variable of None is taken away.
 
     It starts with torch imported, but nothing that compiles, or of this package; a fresh process,
-    without even torch.
+    without even torch. It may import what tests share.
     """
-    env = {n: v for n, v in {**os.environ, **environment}.items() if v is not None}
+    given = {**os.environ, "PYTHONPATH": str(_ROOT), **environment}
+    env = {n: v for n, v in given.items() if v is not None}
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "script.py")  # a file, so that tracebacks have lines to show
         script.write_text(textwrap.dedent(code))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import lmhead_pass
+from lmhead_pass.log import TROUBLESHOOTING
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -39,3 +40,11 @@ def test_every_example_has_a_recipe():
     )
     # The model and the text that they share, and what starts train_gpt.py twice.
     assert examples - commands == {"gpt.py", "stdlib_text.py", "demo.py"} and commands <= examples
+
+
+def test_log_lines_name_a_section_of_troubleshooting():
+    report = (Path(lmhead_pass.__file__).parent / "rewrite" / "report.py").read_text()
+    named = set(re.findall(r"{TROUBLESHOOTING}#([\w-]+)", report))
+    titles = re.findall(r"^#+ (.+)$", (DOCS.parent / TROUBLESHOOTING).read_text(), re.M)
+    assert named == {"left-alone", "nothing-is-logged"}
+    assert named <= {title.lower().replace(" ", "-") for title in titles}

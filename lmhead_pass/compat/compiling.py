@@ -82,10 +82,14 @@ def never_compiled(function: Function) -> Function:
 def graph_of_function() -> Graph | None:
     """The graph that Dynamo made last of the function that it compiles; None outside of it."""
     current = find(_TRANSLATOR, _EACH_REGION_APART)
+    if current is None:
+        return None
     try:
-        return None if current is None else current().output.graph
+        translator = current()
     except AttributeError:  # Nothing is compiled, or Dynamo has no part in it (AOTInductor).
         return None
+    graph: Graph = translator.output.graph
+    return graph
 
 
 def may_be_left_to_eager() -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..compat.compiling import counted_apart, uncompiled, without_recompile_limit
-from ..compat.graphs import autograd_function_call, namespace_of, why_not_rewritten
+from ..compat.graphs import why_not_rewritten
 from ..compat.lookup import NO_REWRITE
 from ..graph import Place, Refusal, describe, hint, place_of, tensor_of, value_of
 from ..logits import class_count
@@ -26,6 +26,7 @@ from ..rewrite import (
     regions_of,
     summary,
 )
+from .fused_elsewhere import at, fused_elsewhere, is_opaque, name_of
 from .graph_breaks import TOPICS, Break, break_after, take_untraced
 
 _TOGETHER = (
@@ -36,7 +37,6 @@ _OPAQUE = (
     "what it computes cannot be seen, so that there is no head and loss to rewrite: write the head "
     "as a linear layer or matrix product, and the loss as F.cross_entropy"
 )
-_PLAIN = ("aten", "prims", "prim", "lmhead_pass")
 
 
 @dataclass
@@ -49,6 +49,8 @@ class Explanation:
     """A sentence for each loss that is left alone: where, and why."""
     deferred: list[str] = field(default_factory=list)
     """A sentence for each head whose logits are returned, for losses that are taken outside."""
+    fused_elsewhere: list[str] = field(default_factory=list)
+    """A sentence for each head whose loss a library's own call computes without logits."""
     graph_breaks: list[str] = field(default_factory=list)
     """A sentence for each place where Dynamo ended a graph: where, and why."""
     graphs: int = 0
@@ -61,7 +63,7 @@ class Explanation:
             f"lmhead_pass: {len(self.rewritten)} rewritten, {len(self.refused)} left alone, "
             f"in {self.graphs} graph{'s' * (self.graphs != 1)}"
         ]
-        told = (*self.rewritten, *self.refused, *self.deferred)
+        told = (*self.rewritten, *self.refused, *self.deferred, *self.fused_elsewhere)
         lines += (f"  {sentence}" for sentence in told)
         if not told:
             lines.append("  no loss over logits reached a graph")
@@ -141,6 +143,7 @@ class _Captured:
         parts = [part for part in module.modules() if isinstance(part, GraphModule)]
         regions = {body for part in parts for _, body in regions_of(part.graph)}
         for part in parts:
+            explanation.fused_elsewhere += fused_elsewhere(part.graph)
             if part in regions:  # it was looked at with the graph that calls it
                 self._look(part.graph, (), set())
             else:
@@ -178,7 +181,7 @@ class _Captured:
             if flow.returned and is_whole(graph) and node not in deferred:
                 words = hint(tensor_of(node).size(flow.head.vocab_dim))
                 self.leaving.append((words, place_of(node)))
-            self.opaque_readers += map(_opaque_sentence, filter(_is_opaque, flow.unsupported))
+            self.opaque_readers += map(_opaque_sentence, filter(is_opaque, flow.unsupported))
 
 
 def _losses_outside(graph: Graph, words: set[int]) -> list[Node]:
@@ -208,7 +211,7 @@ def _advise(graphs: Sequence[_Captured], afterwards: list[Break]) -> list[str]:
             apart = _breaks_before(graphs, number, classes)
             advice += map(Break.advice, apart)
             if not apart:
-                advice.append(f"{_at(place)}the loss alone: {_TOGETHER}")
+                advice.append(f"{at(place)}the loss alone: {_TOGETHER}")
         advice += graph.opaque_heads
     if not any(graph.has_losses for graph in graphs):
         advice += _advise_without_loss(graphs, afterwards)
@@ -245,7 +248,7 @@ def _advise_without_loss(graphs: Sequence[_Captured], afterwards: list[Break]) -
         return list(map(Break.advice, later))
     words, place = rest[0].leaving[-1]
     return [
-        f"{_at(place)}logits of {words} words are returned, and their loss taken outside of "
+        f"{at(place)}logits of {words} words are returned, and their loss taken outside of "
         f"what is compiled: {_TOGETHER}"
     ]
 
@@ -254,23 +257,10 @@ def _breaks_in(graphs: Sequence[_Captured]) -> list[Break]:
     return [graph.end for graph in graphs if graph.end is not None]
 
 
-def _at(place: Place | None) -> str:
-    return f"{place}: " if place else ""
-
-
 def _opaque_source(loss: Node) -> Node | None:
     """Find the call that hides where the logits of ``loss`` come from."""
-    return next(filter(_is_opaque, way_up(loss)), None)
-
-
-def _is_opaque(node: Node) -> bool:
-    """Whether ``node`` calls an autograd.Function or a custom op."""
-    if (namespace := namespace_of(node.target)) is not None:
-        return namespace not in _PLAIN
-    return node.op == "call_function" and node.target is autograd_function_call()
+    return next(filter(is_opaque, way_up(loss)), None)
 
 
 def _opaque_sentence(node: Node) -> str:
-    is_function = namespace_of(node.target) is None
-    name = "an autograd.Function" if is_function else f"the custom op {describe(node)}"
-    return f"{_at(place_of(node))}{name}: {_OPAQUE}"
+    return f"{at(place_of(node))}{name_of(node)}: {_OPAQUE}"

@@ -23,12 +23,12 @@ def large_heads(graph: Graph) -> Iterator[Head]:
 
 
 def is_head(node: Node) -> bool:
-    return canonical_op(node) in _CONSUMERS
+    return canonical_op(node) in _FORMS
 
 
 def read_head(node: Node) -> Head:
     """Describe the linear layer that ``node`` computes; Refused if it is none."""
-    head = _CONSUMERS[canonical_op(node)](node)
+    head = _FORMS[canonical_op(node)](node)
     weight, hidden, logits = tensor_of(head.weight), tensor_of(head.hidden), tensor_of(node)
     if weight.dim() != 2 and canonical_op(node) != "conv1d":
         raise Refused(f"the head's weight has {weight.dim()} dimensions; only 2 are a linear layer")
@@ -111,7 +111,7 @@ def _conv1d(node: Node) -> Head:
     return Head(node, call["input"], call["weight"], False, call["bias"], dim, hidden_dim=-2)
 
 
-_CONSUMERS: dict[str | None, Callable[[Node], Head]] = {
+_FORMS: dict[str | None, Callable[[Node], Head]] = {
     "linear": _linear,
     "matmul": _matmul,
     "addmm": _addmm,

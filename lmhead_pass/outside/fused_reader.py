@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 
 from .. import config
@@ -114,7 +115,9 @@ def _rewritten(call: Call, root: Cell, others: list[Tensor]) -> Reader | None:
             fakes = [
                 mode.from_tensor(t.detach()).requires_grad_(is_wanted) for t, is_wanted in tensors
             ]
-            module = _record(call, root, fakes, mode)
+            with saved_tensors_hooks(_as_it_is, _as_it_is):
+                # Those around it count what is saved (a checkpoint), and this is done once.
+                module = _record(call, root, fakes, mode)
         if not rewrite_graph(module.graph, of_loss_alone=False):
             return None
     except MemoryBudgetTooSmall:
@@ -128,6 +131,10 @@ def _rewritten(call: Call, root: Cell, others: list[Tensor]) -> Reader | None:
         return None
     module.recompile()
     return lambda *tensors: module(*tensors)[0]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _record(call: Call, root: Cell, fakes: list[Tensor], mode: Any) -> GraphModule:

@@ -15,7 +15,7 @@ from ..compat.graphs import EXAMPLE_VALUE
 
 
 class Recorder(TorchFunctionMode):
-    """Inside of it, calls on tensors that it knows go into its graph."""
+    """Inside of it, calls on tensors that it knows, and of ``arange``, go into its graph."""
 
     def __init__(self, stack_trace: str) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         read = [leaf for leaf in compat.tree_leaves((args, kwargs)) if id(leaf) in self._nodes]
-        if read and compat.holds_tensors(result):
+        if (read or func is torch.arange) and compat.holds_tensors(result):
             args, kwargs = compat.tree_map(
                 lambda leaf: self._nodes.get(id(leaf), leaf), (args, kwargs)
             )

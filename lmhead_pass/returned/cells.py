@@ -70,6 +70,10 @@ class Cell:
         """Of what they are computed from, when they were returned."""
         self.is_detached = False
         """Whether a gradient ends on the way from here to the hidden states and the weight."""
+        self.alone: Tensor | None = None
+        """The value in memory of its own, until it is read (``rows_alone``)."""
+        self.numbers_alone = 0
+        """How many numbers of what was made of this were computed so."""
         self._is_root = isinstance(source, Recipe)
         self._root: Cell | None = None  # never itself: memory waits for no garbage collector
         self._made: list[weakref.ref[Cell]] = []
@@ -132,7 +136,7 @@ class Cell:
                     self.value = self.source.run(values).detach()  # type: ignore[arg-type]
         for cell in self.made:
             cell._compute()
-        self._is_settled = True
+        self._is_settled, self.alone = True, None
         if isinstance(self.source, Recipe) or not self.is_view:
             self.source = None
 

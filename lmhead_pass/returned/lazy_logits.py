@@ -25,6 +25,7 @@ from .history import Become, Consume, Derive, Gate, Head, Values
 from .likes import likes_of
 from .metadata import METADATA
 from .recipe import Recipe
+from .rows_alone import run_on_rows_alone
 from .steps import COMPUTED, DETACHING, PIECES, VIEWS, is_in_place, is_written_down
 
 
@@ -89,8 +90,11 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         if is_in_place(func) or kwargs.get("out") is not None:
             return _write(func, args, kwargs)
-        result = _without_reading(func, args, kwargs, logits)
-        return _on_values(func, args, kwargs) if result is NotImplemented else result
+        for attempt in (_without_reading, _on_rows_alone):
+            result = attempt(func, args, kwargs, logits)
+            if result is not NotImplemented:
+                return result
+        return _on_values(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -277,6 +281,20 @@ def _made(
         return LazyLogits(cell, device)
     made: Tensor = Derive.apply(lambda: LazyLogits(cell, device), call, *given)  # type: ignore[no-untyped-call]
     return made
+
+
+def _on_rows_alone(
+    func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]
+) -> Any:
+    """The result of ``func`` for a few rows of unread logits; NotImplemented if it needs all."""
+    is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
+    if is_recorded or torch.is_inference_mode_enabled() or compat.is_inside_of_modes():
+        return NotImplemented
+    (cell, *others) = dict.fromkeys(tensor._cell for tensor in logits)
+    if others:
+        return NotImplemented
+    given, named = _with_cells(args, kwargs)
+    return run_on_rows_alone(func, given, named, cell)
 
 
 def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -37,6 +37,9 @@ _VALUES = _functions(
 )
 PIECES = _functions("chunk", "split", "tensor_split", "unbind")
 DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+ELEMENTWISE = DETACHING | _CASTS
+TAKING_ROWS = PIECES | {Tensor.__getitem__} | _functions("select", "narrow")
+"""These may take whole rows of the logits, and leave others."""
 COMPUTED = {
     Tensor.__getitem__,
     *_functions(

@@ -44,6 +44,8 @@ def _requires_gradient(logits: Logits) -> bool:
 def _is_seen_elsewhere(hidden: Node) -> bool:
     """Whether ``hidden`` is a view, an input or a result of the graph: others may write to it, and
     autograd gives it the history of what it is a view of."""
+    if hidden.op in ("placeholder", "get_attr"):
+        return True
     memory = memory_of(hidden)
     return any(
         node is not hidden and not memory.isdisjoint(memory_of(node)) for node in hidden.graph.nodes

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from .. import config
 from ..compat.compiling import attempt, keep_artifact
 from ..graph import Refusal, describe, hint, place_of, tensor_of
-from ..log import REPORT_TO, count, log, tell
+from ..log import REPORT_TO, TROUBLESHOOTING, count, log, tell
 from ..logits import Logits
 from ..plan import Match
 from ..rowwise import Region
@@ -96,6 +96,12 @@ def _avoided_by(region: Region, rows: int) -> str:
     return f"{avoided / 1e6:,.1f} MB of {name} logits avoided"
 
 
+def log_line(item: EmittedCall | EmittedRegion | Refusal | Logits) -> str:
+    """The summary, with the page that helps if a loss is left alone."""
+    page = f" [{TROUBLESHOOTING}#left-alone]" if isinstance(item, Refusal) else ""
+    return summary(item) + page
+
+
 def _where(node: Node) -> str:
     return f"{describe(node)} at {place_of(node) or 'unknown place'}"
 
@@ -158,7 +164,7 @@ def deferred(logits: Logits) -> None:
 def refused(refusal: Refusal) -> None:
     """Report a loss that is left alone."""
     if _is_news(summary(refusal)):
-        tell(summary(refusal))
+        tell(log_line(refusal))
 
 
 def nothing_found(graph: Graph) -> None:
@@ -168,7 +174,8 @@ def nothing_found(graph: Graph) -> None:
     text = (
         f"nothing to rewrite in the graph that ends {f'at {place}' if place else 'nowhere known'}: "
         "no loss over logits reached it, and no head's logits leave it. If that is not what you "
-        "expect, lmhead_pass.explain(model, *inputs) says what keeps head and loss apart"
+        "expect, lmhead_pass.explain(model, *inputs) says what keeps head and loss apart "
+        f"[{TROUBLESHOOTING}#nothing-is-logged]"
     )
     if _is_news(text):
         log.info("%s", text)

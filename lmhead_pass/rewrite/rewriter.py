@@ -40,7 +40,7 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = F
         edit.check()
         items = [*refusals, *calls, *edit.deferred]
         if keeps_note:
-            _keep_note(edit, [report.summary(item) for item in items])
+            _keep_note(edit, [report.log_line(item) for item in items])
     except MemoryBudgetTooSmall:
         edit.roll_back()
         raise

@@ -74,6 +74,15 @@ def test_a_budget_below_the_sum():
     assert shown["training step"].startswith("4 products: logits twice, the second time for ")
 
 
+def test_a_budget_that_is_too_small():
+    arguments = "estimate --tokens 4096 --hidden 512 --vocab 32000 --dtype bf16"
+    with (
+        lmhead_pass.config.patch(memory_budget=1000),
+        pytest.raises(SystemExit, match=r"lmhead_pass.config.memory_budget is 1,000 bytes; .* at "),
+    ):
+        main(arguments.split())
+
+
 @pytest.mark.parametrize("has_rich", [False, True])
 def test_the_command(has_rich, capsys, monkeypatch):
     if not has_rich:

@@ -36,6 +36,8 @@ NOT_RUN = {
     "python -m tests.models.record": "takes half an hour",
     "python -m benchmarks.precision": "takes 16 minutes",
     "python benchmarks/cpu.py": "takes minutes, and counts only on a quiet machine",
+    "python benchmarks/sizes.py": "takes 15 minutes, and counts only on a quiet machine",
+    "python benchmarks/outside.py": "takes minutes",
     "python benchmarks/gpu.py": "needs a GPU",
     "python benchmarks/gpu_parts.py": "needs a GPU",
     "python -m pytest -m gpu": "needs a GPU",

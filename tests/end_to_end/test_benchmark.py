@@ -89,6 +89,15 @@ def test_a_table_of_results(tmp_path, monkeypatch):
     ]
 
 
+def test_tables_of_pages_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import tables
+
+    pages = [FOLDER.parent / "README.md", *(FOLDER.parent / "docs").glob("*.md")]
+    texts = {page.name: page.read_text() for page in pages}
+    assert {name: tables.with_tables(text) for name, text in texts.items()} == texts
+
+
 @pytest.mark.slow
 def test_cpu_benchmark(tmp_path):
     file = tmp_path / "cpu.json"

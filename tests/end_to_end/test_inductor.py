@@ -1,5 +1,7 @@
 """The rewritten graph under Inductor: training and evaluation as users run them."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,19 +65,34 @@ def tokens():
     return torch.randint(V, (3, 7))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("kind", [{}, {"tied": True}, {"frozen": True}, {"bias": True}], ids=str)
+KINDS = [{}, {"tied": True}, {"frozen": True}, {"bias": True}]
+OFTEN = [
+    ({}, "mean"),
+    ({"tied": True}, "sum"),
+    ({"frozen": True}, "none"),
+    ({"bias": True}, "mean"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reduction"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case not in OFTEN))
+        for case in product(KINDS, ["mean", "sum", "none"])
+    ],
+    ids=str,
+)
 def test_training(kind, reduction, tokens):
     check_training(Model(**kind), tokens, reduction=reduction, scale=1 / 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 def test_training_in_a_narrow_dtype(dtype, reduction, tokens):
     check_training(Model(bias=True).to(dtype), tokens, dtype, reduction=reduction)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("inside", [True, False])
 def test_training_under_autocast(inside, reduction, tokens):
     """The products are in BF16; the FP32 parameters get gradients that are sums in FP32."""

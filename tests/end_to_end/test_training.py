@@ -167,11 +167,9 @@ def wrong_by(share: float):
     return forward_and_gradients
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "fp32" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
-)
+@pytest.mark.parametrize("name", RECIPES)
 def test_curves(name, monkeypatch):
     recipe = RECIPES[name]
     with lmhead_pass.disabled():

@@ -491,6 +491,47 @@ def test_an_opaque_loss(tokens):
     assert "an autograd.Function: what it computes cannot be seen" in only_advice(Opaque(), tokens)
 
 
+class FusedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target):
+        ctx.save_for_backward(hidden, weight, target)
+        return flat(hidden @ weight.t(), target)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight, _ = ctx.saved_tensors
+        return gradient * hidden, gradient * weight, None
+
+
+@torch.library.custom_op("lmhead_pass_tests::fused", mutates_args=())
+def fused_op(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return flat(hidden @ weight.t(), target)
+
+
+@fused_op.register_fake
+def _(hidden, weight, target):
+    return hidden.new_empty(())
+
+
+@pytest.mark.parametrize(
+    "loss, name",
+    [(FusedFunction.apply, "an autograd.Function"), (fused_op, "the custom op ")],
+)
+def test_a_loss_that_a_library_has_fused(loss, name, tokens):
+    class Fused(Parts):
+        def forward(self, tokens):
+            return loss(self.embedding(tokens), self.head.weight, tokens)
+
+    explanation = lmhead_pass.explain(Fused(), tokens)
+    (sentence,) = explanation.fused_elsewhere
+    assert sentence.startswith("already fused: ") and name in sentence
+    assert f"a weight of {V} words" in sentence
+    assert sentence in str(explanation) and "no loss over logits" not in str(explanation)
+    assert not explanation.advice
+    with lmhead_pass.config.patch(min_vocab_size=V + 1):
+        assert not lmhead_pass.explain(Fused(), tokens).fused_elsewhere
+
+
 def test_opaque_calls_in_the_body_are_harmless(tokens):
     """A loss that is left alone for another reason."""
 
@@ -551,10 +592,11 @@ class TestTransformers:
         "class_name",
         [
             "GPT2LMHeadModel",
-            "BertLMHeadModel",
-            "BertGenerationDecoder",
             "OpenAIGPTLMHeadModel",
-            "CTRLLMHeadModel",
+            *(
+                pytest.param(name, marks=pytest.mark.slow)
+                for name in ("BertLMHeadModel", "BertGenerationDecoder", "CTRLLMHeadModel")
+            ),
         ],
     )
     def test_no_loss_type(self, class_name):

@@ -1,12 +1,14 @@
 """A compiled model returns its logits, and the loss is taken of them outside: it is fused."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import lmhead_pass
 from benchmarks.memory import peak_bytes
@@ -175,6 +177,47 @@ def test_what_is_written_down_is_of_the_time_it_was_called():
         F.cross_entropy(scaled.flatten(0, 1), y.flatten()),
         F.cross_entropy((model(x) * 2.0).flatten(0, 1), y.flatten()),
     )
+
+
+def masked(logits):
+    logits[..., V - 10 :] = -1e4
+    return logits
+
+
+def test_a_loss_of_logits_with_masked_words():
+    """Found by generated programs: a mask of words that is a step of the head's."""
+    model, (x, y) = Model(after=masked), batch()
+    inputs = x, y.clamp(max=V - 11)
+    _, eager = run(model, model, shifted, inputs)
+    _, results = run(model, rewrite(model), shifted, inputs)
+    torch.testing.assert_close(results, eager)
+
+
+def test_a_loss_in_a_checkpoint():
+    """What is done for the first use of its kind is not counted as saved."""
+    model, inputs = Model(), batch()
+    checkpointed = partial(checkpoint, shifted, use_reentrant=False)
+    _, eager = run(model, model, shifted, inputs)
+    logits, results = run(model, rewrite(model), checkpointed, inputs)
+    assert is_unread(logits)
+    torch.testing.assert_close(results, eager)
+
+
+def test_hidden_states_that_are_an_input_may_be_written_to():
+    head, (x, y) = nn.Linear(H, V), batch()
+    x.requires_grad_()
+    results = []
+    for function in (rewrite(head), head):
+        head.weight.requires_grad_(False)
+        logits = function(x)
+        with torch.no_grad():
+            before = x.clone()
+            x.zero_()
+        loss = shifted(logits, y)
+        results.append([loss.detach(), *torch.autograd.grad(loss, x)])
+        with torch.no_grad():
+            x.copy_(before)
+    torch.testing.assert_close(*results)
 
 
 def test_an_out_of_range_target_is_an_error():

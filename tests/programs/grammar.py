@@ -1,5 +1,6 @@
 """The hypothesis strategy that writes programs."""
 
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,13 +35,17 @@ _DTYPES = (torch.float32, torch.float64, torch.float64, torch.bfloat16, torch.fl
 
 
 @st.composite
-def programs(draw: Callable[..., Any]) -> Program:
-    """Models around the pattern: some that the pass understands, most a little off it."""
+def programs(draw: Callable[..., Any], border: bool = False) -> Program:
+    """Models around the pattern: some that the pass understands, most a little off it.
+
+    With a ``border``, all after the first logits is outside of what is compiled, where it can be.
+    """
     inputs = draw(_inputs())
     writer = _Writer(draw, inputs)
     writer.write()
+    lines = _with_border(writer.lines) if border else writer.lines
     return Program(
-        source="\n".join(writer.lines) + "\n",
+        source="\n".join(lines) + "\n",
         inputs=inputs,
         more_inputs=_larger(inputs) if draw(st.integers(0, 7)) == 7 else None,
         gradient_of=tuple(writer.gradient_of),
@@ -50,6 +55,22 @@ def programs(draw: Callable[..., Any]) -> Program:
         captures_dynamic_rows=draw(st.booleans()),
         kinds=frozenset(writer.kinds),
     )
+
+
+def _with_border(lines: list[str]) -> list[str]:
+    """The program with everything after its first logits outside of what is compiled."""
+    head = next((n for n, line in enumerate(lines) if _LOGITS.match(line)), None)
+    if head is None:
+        return lines
+    known = dict.fromkeys([*ARGUMENTS, "head"])
+    known |= dict.fromkeys(m[1] for line in lines[: head + 1] if (m := _ASSIGNED.match(line)))
+    names = ", ".join(known)
+    inside = [*lines[: head + 1], f"    return outside({names})"]
+    return [*inside, "@uncompiled", f"def outside({names}):", *lines[head + 1 :]]
+
+
+_ASSIGNED = re.compile(r"    (\w+) = ")
+_LOGITS = re.compile(r"    z\d+ = ")
 
 
 @st.composite

@@ -12,13 +12,13 @@ COUNT, SEED = 200, 1
 
 
 @functools.cache
-def many_programs() -> list[Program]:
-    """Those of ``test_two_hundred_programs``, and many more."""
+def many_programs(count: int = 15 * COUNT) -> list[Program]:
+    """Those of ``test_two_hundred_programs``, and more of them: the first so many."""
     found: list[Program] = []
 
     @hypothesis.seed(SEED)
     @hypothesis.settings(
-        max_examples=15 * COUNT,
+        max_examples=count,
         database=None,
         deadline=None,
         backend=BACKEND,

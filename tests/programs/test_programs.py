@@ -5,6 +5,8 @@ from collections import Counter
 import hypothesis
 import pytest
 
+from lmhead_pass.plan import returned_plan
+
 from .checking import Wrong, check
 from .fuzz import Statistics
 from .grammar import KINDS, programs
@@ -19,14 +21,13 @@ def _on_one_thread(one_thread):
     forget()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_two_hundred_programs():
+def check_programs(count, border):
     """With the pass and without, all that the caller sees is the same but for rounding."""
     statistics = Statistics()
 
     @hypothesis.seed(SEED)
     @hypothesis.settings(
-        max_examples=COUNT,
+        max_examples=count,
         database=None,
         deadline=None,
         backend=BACKEND,
@@ -34,15 +35,27 @@ def test_two_hundred_programs():
         suppress_health_check=list(hypothesis.HealthCheck),
         report_multiple_bugs=False,
     )
-    @hypothesis.given(programs())
+    @hypothesis.given(programs(border=border))
     def right(program):
         statistics.add(program, check(program))
 
     right()
-    assert statistics.programs >= COUNT
+    assert statistics.programs >= count
+    return statistics
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_hundred_programs():
+    statistics = check_programs(COUNT, border=False)
     assert statistics.rewritten > 0.3 * COUNT
     assert sum(statistics.raised.values()) < 0.15 * COUNT
     assert statistics.blunt < 0.05 * COUNT
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_programs_whose_losses_are_outside(monkeypatch):
+    monkeypatch.setattr(returned_plan, "_WIDER", 1)  # sizes are small
+    assert check_programs(15, border=True).rewritten >= 3
 
 
 def test_every_part_of_the_grammar_occurs():

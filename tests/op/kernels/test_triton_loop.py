@@ -21,7 +21,6 @@ triton_loop = pytest.importorskip("lmhead_pass.op.kernels.triton_loop")
 
 TOKENS, HIDDEN, VOCAB = 13, 8, 301
 MEASURES = ("logsumexp", "argmax", "max", "entropy", "logits")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The interpreter computes with numpy, which warns of what the device does in silence.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), *SUITE]
@@ -177,15 +176,31 @@ def held(request, monkeypatch):
     monkeypatch.setattr(holding, "_is_hopper", lambda device: is_hopper)
 
 
-def _held(*cases):
-    names = [f"{str(dtype).removeprefix('torch.')}-{held}" for dtype, held in cases]
-    return pytest.mark.parametrize(("dtype", "held"), cases, indirect=["held"], ids=names)
+def _held(*cases, slow=()):
+    return pytest.mark.parametrize(
+        ("dtype", "held"),
+        [
+            pytest.param(
+                *case,
+                id=f"{str(case[0]).removeprefix('torch.')}-{case[1]}",
+                marks=[pytest.mark.slow] * (case in slow),
+            )
+            for case in (*cases, *slow)
+        ],
+        indirect=["held"],
+    )
 
 
-every_dtype = _held(
-    *((dtype, "logits") for dtype in DTYPES),
-    *((dtype, "exponentials") for dtype in (torch.bfloat16, torch.float16)),
+_THREE = (
+    *((dtype, "logits") for dtype in (torch.float32, torch.bfloat16)),
+    (torch.float16, "exponentials"),
 )
+_OTHERS = (
+    *((dtype, "logits") for dtype in (torch.float64, torch.float16)),
+    (torch.bfloat16, "exponentials"),
+)
+every_dtype = _held(*_THREE, *_OTHERS)
+most_dtypes = _held(*_THREE, slow=_OTHERS)
 three_dtypes = _held(
     *((dtype, "logits") for dtype in (torch.float32, torch.float16)),
     (torch.float16, "exponentials"),
@@ -203,14 +218,14 @@ CASES = {  # reduction, options, rows
 
 
 @pytest.mark.parametrize(("reduction", "options", "rows"), CASES.values(), ids=CASES)
-@every_dtype
+@most_dtypes
 def test_values_gradients_and_measures(dtype, reduction, options, rows):
     tokens = TOKENS + HIDDEN  # more than one chunk, also where a single one may be larger
     _assert_no_worse(_problem(dtype, tokens, rows, reduction=reduction, **OPTIONS[options]))
 
 
 @pytest.mark.parametrize("options", ["plain", "fill", "all"])
-@every_dtype
+@most_dtypes
 def test_coefficient(dtype, options):
     problem = _problem(dtype, reduction="sum", coefficient=True, **OPTIONS[options])
     _assert_no_worse(problem)
@@ -220,7 +235,7 @@ def test_coefficient(dtype, options):
 
 @pytest.mark.parametrize("options", ["plain", "fill", "all"])
 @pytest.mark.parametrize("with_z_loss", [False, True], ids=["linear", "square"])
-@every_dtype
+@most_dtypes
 def test_terms_of_log_sum_exps(dtype, with_z_loss, options):
     given = dict.fromkeys(("coefficient", "logsumexp_coefficient"), True) | {"z_loss": with_z_loss}
     _assert_no_worse(_problem(dtype, reduction="sum", **given, **OPTIONS[options]))
