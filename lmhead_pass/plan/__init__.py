@@ -7,7 +7,12 @@ logits that leave the graph can be computed later. ``unreached`` tells of losses
 followed to. Nothing is changed here.
 """
 
-from .call_fusion import FusedCall, plan_fused_calls, run_the_same_behind
+from .call_fusion import (
+    FusedCall,
+    leaves_gradients_to_backward,
+    plan_fused_calls,
+    run_the_same_behind,
+)
 from .matcher import check_derivatives, find, unread_heads
 from .returned_plan import is_whole, leaves_its_hidden_states, recipe_of
 from .types import Match, Rewrite
@@ -21,6 +26,7 @@ __all__ = [
     "find",
     "has_no_head",
     "is_whole",
+    "leaves_gradients_to_backward",
     "leaves_its_hidden_states",
     "plan_fused_calls",
     "recipe_of",

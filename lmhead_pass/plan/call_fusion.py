@@ -116,6 +116,14 @@ def plan_fused_calls(
     yield from plain
 
 
+def leaves_gradients_to_backward(rewrite: Rewrite) -> bool:
+    """Whether the logits are computed again in the backward: of a head with one call."""
+    if len(rewrite.matches) != 1 or rewrite.returned or not rewrite.matches[0].differentiable:
+        return False
+    (match,) = rewrite.matches
+    return match.reduction == "none" and _fused_call([match], {match.place}) is None
+
+
 def _gains(alone: FusedCall) -> bool:
     """Whether a single match is better off with the gradient of its sum.
 

@@ -10,7 +10,8 @@ import torch
 from torch.fx import Graph, Node
 
 from ..compat.aten_trace import tree_map
-from ..graph import Emitter, Refused, same, tensor_of, value_of
+from ..compat.graphs import SET_GRAD_ENABLED
+from ..graph import Emitter, Refused, gradients_are_recorded, same, tensor_of, value_of
 from ..logits import Head
 from ..op import RowInput
 from ..rowwise import ConstantLeaf, Dim, Exit, Label, Outer, Region, RowCall, RowLeaf, Space, finest
@@ -28,9 +29,19 @@ def emit_region(graph: Graph, region: Region) -> tuple[dict[Node, Node], list[li
     numbers = [_emit_call(emit, region, call, made) for call in region.calls]
     emit.records = True
     values = {node: _result(emit, node, result, made) for node, result in region.results.items()}
-    for node in region.moved:
-        region.place.prepend(node)
+    _move(emit, region)
     return values | region.sizes, numbers
+
+
+def _move(emit: Emitter, region: Region) -> None:
+    """Put behind the calls what reads their results and stands before them."""
+    for node in region.moved:
+        is_quiet = gradients_are_recorded(region.place) and not gradients_are_recorded(node)
+        if is_quiet:
+            emit(SET_GRAD_ENABLED, False)
+        region.place.prepend(node)
+        if is_quiet:
+            emit(SET_GRAD_ENABLED, True)
 
 
 def _emit_call(emit: Emitter, region: Region, call: RowCall, made: dict[Any, Node]) -> list[Node]:
@@ -138,8 +149,8 @@ def _rows(
     dimensions of rows these are."""
     dims = finest(dims)
     labels = space.finest
-    moves = wanted.moves_from(space)
-    if not moves and dims[:1] == (labels,) and all(dim is None for dim in dims[1:]):
+    steps = wanted.steps_from(space)
+    if not steps and dims[:1] == (labels,) and all(dim is None for dim in dims[1:]):
         return tensor, 1
     tensor, own = _split(emit, tensor, dims)
     rest = [number for number, label in enumerate(own) if label is None]
@@ -153,14 +164,17 @@ def _rows(
         sizes = [_size(emit, label.size) if label not in own else -1 for label in labels]
         tensor = emit("expand", tensor, *sizes, *([-1] * len(rest)))
     current = list(labels)
-    for move in moves:
+    for move, left in steps:
         moved = [fine for label in move.labels for fine in label.finest()]
         place = current.index(moved[0])
         if len(moved) > 1:
             tensor = emit("flatten", tensor, place, place + len(moved) - 1)
         index: Any = move.numbers[0] if move.kind == "select" else slice(*move.numbers)
         tensor = emit(operator.getitem, tensor, (*([slice(None)] * place), index))
-        current[place : place + len(moved)] = []
+        if len(left) > 1:
+            sizes = _sizes(emit, [label.size for label in left])
+            tensor = emit("unflatten", tensor, place, sizes)
+        current[place : place + len(moved)] = left
     lead = tensor_of(tensor).dim() - len(rest)
     if lead == 0:
         return emit("unsqueeze", tensor, 0), 1

@@ -8,12 +8,18 @@ from torch.fx import Graph, Node
 
 from ..compat.graphs import is_whole, why_not_rewritten
 from ..compat.lookup import NO_ROWWISE, missing
-from ..graph import Refusal, Refused
+from ..graph import Refusal, Refused, tensor_of
 from ..log import note_of
 from ..logits import ConsumerKind, follow_logits, large_heads
 from ..op import MemoryBudgetTooSmall
-from ..plan import Match, Rewrite, check_derivatives, plan_fused_calls
-from ..rowwise import Mixes, carve, may_be_carved
+from ..plan import (
+    Match,
+    Rewrite,
+    check_derivatives,
+    leaves_gradients_to_backward,
+    plan_fused_calls,
+)
+from ..rowwise import Mixes, Region, carve, ends_in_a_sum, may_be_carved
 from . import report
 from .checkpoint_regions import find_across_regions, regions_of, will_be_seen_with_its_caller
 from .edit import GraphEdit
@@ -102,13 +108,14 @@ def prepare(
     """
     found, stuck = find_across_regions(edit, of_loss_alone)
     rewrites = [item for item in found if isinstance(item, Rewrite)]
+    emitted = [] if in_region else _emit_instead(edit, rewrites)
     fused = _emit_calls(edit, rewrites)
     for rewrite in rewrites:
         if not rewrite.matches:
             edit.deferred += rewrite.returned
         _replace_head(edit, rewrite)
     refusals = [item for item in found if isinstance(item, Refusal)]
-    calls: list[EmittedCall | EmittedRegion] = [*fused]
+    calls: list[EmittedCall | EmittedRegion] = [*fused, *emitted]
     if not in_region:
         regions, refusals = _emit_regions(edit, rewrites, refusals)
         calls += regions
@@ -134,32 +141,64 @@ def _emit_regions(
         head for head in large_heads(edit.graph) if head.node not in served and may_be_carved(head)
     ]
     emitted: list[EmittedRegion] = []
-    if not heads or edit.regions or missing(NO_ROWWISE):
+    if not heads or not _may_have_regions(edit):
         return emitted, refusals
     for head in heads:
         flow = follow_logits(head)
         if head.node in edit.erased or not (flow.unsupported or flow.losses):
             continue
         try:
-            check_derivatives(edit.graph)
             left = [other for other in heads if other.node not in edit.erased]
-            region = carve(head, left)
-            before = set(edit.graph.nodes)
-            try:
-                values, numbers = emit_region(edit.graph, region)
-            except Refused:
-                for node in reversed(edit.graph.nodes):
-                    if node not in before:
-                        edit.graph.erase_node(node)
-                raise
+            made = _emit_region(edit, carve(head, left))
         except Refused as refused:
             refusals = [_explained(one, flow.unsupported, refused) for one in refusals]
             continue
-        edit.replaced |= values
-        edit.erased.update(region.nodes, region.absorbed, region.sizes)
-        emitted.append(EmittedRegion(region, numbers))
-        refusals = [one for one in refusals if one.loss not in region.nodes]
+        emitted.append(made)
+        refusals = [one for one in refusals if one.loss not in made.region.nodes]
     return emitted, refusals
+
+
+def _may_have_regions(edit: GraphEdit) -> bool:
+    return not edit.regions and not missing(NO_ROWWISE)
+
+
+def _emit_instead(edit: GraphEdit, rewrites: list[Rewrite]) -> list[EmittedRegion]:
+    """Run in chunks what a fused form serves with a product more, and take it off ``rewrites``.
+
+    That is a loss whose rows count for what the loss itself decides, such as one that is weighted
+    by its own detached value.
+    """
+    if len(rewrites) != 1 or not leaves_gradients_to_backward(rewrites[0]):
+        return []
+    head = rewrites[0].matches[0].logits.head
+    is_on_cpu = tensor_of(head.node).device.type == "cpu"
+    if not is_on_cpu or not _may_have_regions(edit) or not may_be_carved(head):
+        return []
+    try:
+        region = carve(head, [head])
+        if not ends_in_a_sum(region):
+            return []
+        emitted = _emit_region(edit, region)
+    except Refused:
+        return []
+    rewrites.clear()
+    return [emitted]
+
+
+def _emit_region(edit: GraphEdit, region: Region) -> EmittedRegion:
+    """Insert what runs ``region`` in chunks; Refused, with the graph as it was, if that fails."""
+    check_derivatives(edit.graph)
+    before = set(edit.graph.nodes)
+    try:
+        values, numbers = emit_region(edit.graph, region)
+    except Refused:
+        for node in reversed(edit.graph.nodes):
+            if node not in before:
+                edit.graph.erase_node(node)
+        raise
+    edit.replaced |= values
+    edit.erased.update(region.nodes, region.absorbed, region.sizes)
+    return EmittedRegion(region, numbers)
 
 
 def _explained(refusal: Refusal, unsupported: dict[Node, str], why: Refused) -> Refusal:

@@ -8,7 +8,7 @@ numbers without a vocabulary, and describes what it finds (``types``).
 
 from .layout import Dim, Label, Space, finest
 from .operations import Mixes
-from .region import carve, may_be_carved
+from .region import carve, ends_in_a_sum, may_be_carved
 from .types import Region, RowCall
 from .values import ConstantLeaf, Exit, Outer, RowLeaf
 
@@ -24,6 +24,7 @@ __all__ = [
     "RowLeaf",
     "Space",
     "carve",
+    "ends_in_a_sum",
     "finest",
     "may_be_carved",
 ]

@@ -74,14 +74,17 @@ class Space:
             self._children[move] = Space((*before, *made, *behind), self, move, result)
         return self._children[move]
 
-    def moves_from(self, ancestor: "Space") -> list[Move]:
-        """What makes these rows of those of ``ancestor``; Refused if they are no part of them."""
-        found: list[Move] = []
+    def steps_from(self, ancestor: "Space") -> list[tuple[Move, Rows]]:
+        """What makes these rows of those of ``ancestor``, and the rows that each move leaves.
+
+        Refused if they are no part of them.
+        """
+        found: list[tuple[Move, Rows]] = []
         space: Space | None = self
         while space is not ancestor:
             if space is None or space.parent is None or space.move is None:
                 raise Refused("rows of different places are put together")
-            found.append(space.move)
+            found.append((space.move, space.result.finest() if space.result else ()))
             space = space.parent
         return found[::-1]
 

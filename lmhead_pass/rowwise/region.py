@@ -2,6 +2,7 @@
 vocabulary."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..graph import (
 from ..logits import Head
 from ..op import Chunks, Output, RowInput, RowPart, Step, Value, plan_chunks
 from ..plan import run_the_same_behind
+from ..sums import sums
 from .layout import Dim, Label, Space
 from .operations import Mixes
 from .tracer import NeedsHead, Tracer
@@ -76,9 +78,26 @@ def carve(head: Head, heads: Sequence[Head]) -> Region:
         of_roots = set().union(*(dependents[one.node] for one in roots))
         others = {node: one for node, one in of_others.items() if one not in roots}
         try:
-            return _Carver(graph, roots, of_roots, others).region()
+            region = _Carver(graph, roots, of_roots, others).region()
         except NeedsHead as needs:
             roots.append(needs.head)
+            continue
+        if ends_in_a_sum(region):
+            return region
+        try:
+            longer = _Carver(graph, roots, of_roots, others).region(goes_on=True)
+        except (Refused, NeedsHead):
+            return region
+        return replace(longer, node=region.node) if ends_in_a_sum(longer) else region
+
+
+def ends_in_a_sum(region: Region) -> bool:
+    """Whether all gradients of ``region`` pass through one sum with known weights, or there are
+    none."""
+    on_the_way = passing(region.node.graph)
+    ends = [node for node in region.results if tensor_of(node).requires_grad and node in on_the_way]
+    known_later = set().union(*(_dependents(head.node) for head in region.heads))
+    return not ends or any(known_later.isdisjoint(found.reads) for found in sums(ends))
 
 
 def _dependents(head: Node) -> set[Node]:
@@ -106,12 +125,19 @@ class _Carver:
         self.root, self.dims = _rows_of(heads)
         self.sizes: dict[Node, Node] = {}
 
-    def region(self) -> Region:
+    def region(self, goes_on: bool = False) -> Region:
+        """What there is to be run in chunks.
+
+        It ends with numbers without a vocabulary, or ``goes_on`` with what is computed of these
+        for each row.
+        """
         for number, (head, dims) in enumerate(zip(self.heads, self.dims, strict=True)):
             self.tracer.head(head.node, number, head.bias, dims, self.root)
         for node in self.graph.nodes:
             if node in self.dependents and node not in self.tracer.results:
                 self._visit(node)
+        if goes_on:
+            self._go_on()
         nodes = sorted(self.tracer.results, key=self.order.__getitem__)
         self._check_memory(nodes)
         results = self._results(nodes)
@@ -119,6 +145,7 @@ class _Carver:
         calls = tuple(self._calls(exits))
         place, moved = self._place(nodes, calls, results, any(exits.values()))
         return Region(
+            node=next(iter(results), self.heads[0].node),
             heads=tuple(self.heads),
             root=self.root,
             dims=self.dims,
@@ -160,6 +187,33 @@ class _Carver:
             raise Refused(
                 f"{describe(node)}{at(node)} reads the logits, and cannot be traced: {error}"
             ) from error
+
+    def _go_on(self) -> None:
+        """Run again what is computed of each row's numbers, but for writes."""
+        tracer, written = self.tracer, set[int]()
+        for node in self.graph.nodes:
+            if node in tracer.results:
+                continue
+            memory = {s for one in (node, *node.all_input_nodes) for s in memory_of(one)}
+            if mutation.may_write(node):
+                written |= mutation.memory_written(node)
+            elif node in self.dependents and written.isdisjoint(memory):
+                self._run_narrow(node)
+
+    def _run_narrow(self, node: Node) -> None:
+        tracer = self.tracer
+        sources = [source for source in node.all_input_nodes if source in self.dependents]
+        if not all(tracer.is_traced(source) for source in sources):
+            return
+        before = dict(tracer.absorbed)
+        try:
+            tracer.run(node)
+            is_kept = tracer.is_traced(node) and not tracer.is_wide(node)
+        except (Refused, NeedsHead):
+            is_kept = False
+        if not is_kept:
+            tracer.results.pop(node, None)
+            tracer.absorbed = before
 
     def _check_memory(self, nodes: Sequence[Node]) -> None:
         """Refused if others write to what is computed in chunks, or the modes are not plain."""
@@ -307,7 +361,9 @@ class _Carver:
                 sources.update(_nodes_of(result))
         if not sources.isdisjoint(self.dependents):
             raise Refused("what is made of all rows is put together with rows")
-        last = max(sources, key=order.__getitem__)
+        read = {source: self._read_by(source, inside) for source in sources}
+        since = [self._known_since(source, first) for source, (first, _) in read.items()]
+        last = max(since, key=order.__getitem__)
         first = min(results, key=order.__getitem__, default=None)
         if first is None:
             raise Refused("nothing is made of the logits")
@@ -318,16 +374,25 @@ class _Carver:
         if moved and not run_the_same_behind(place.prev, tuple(moved)):
             raise Refused("what reads one loss has to run before another one is known")
         end = self.graph.output_node() if is_differentiated else place
-        for source in sources:
-            readers = [user for user in source.users if user in inside]
-            start = min(readers or inside, key=order.__getitem__)
-            for writer in mutation.writers(mutation.nodes_between(start, end), of=[source]):
+        for source, (start, stop) in read.items():
+            stop = max(stop, end, key=order.__getitem__)
+            for writer in mutation.writers(mutation.nodes_between(start, stop), of=[source]):
                 if writer not in inside:
                     raise Refused(
                         f"{describe(writer)}{at(writer)} may change what the head and its losses "
                         "read in place"
                     )
         return place, tuple(moved)
+
+    def _read_by(self, source: Node, inside: set[Node]) -> tuple[Node, Node]:
+        """The first and the last of those ``inside`` that read ``source``."""
+        readers = [user for user in source.users if user in inside] or inside
+        return min(readers, key=self.order.__getitem__), max(readers, key=self.order.__getitem__)
+
+    def _known_since(self, source: Node, first: Node) -> Node:
+        """The node behind which ``source`` holds what its reader ``first`` reads."""
+        between = mutation.nodes_between(source, first)
+        return max([source, *mutation.writers(between, of=[source])], key=self.order.__getitem__)
 
     def _moved(self, results: Iterable[Node], place: Node) -> set[Node]:
         """What depends on the results and stands before ``place``."""

@@ -159,6 +159,11 @@ class Tracer(DispatchMode):  # type: ignore[misc]
         held = [found for leaf in leaves if (found := self.traced(leaf)) is not None]
         return any(one.words > self.most_words for one in held)
 
+    def is_traced(self, node: Node) -> bool:
+        """Whether ``node`` was run again and gave nothing but what is computed in chunks."""
+        leaves = tree_leaves(self.results.get(node))
+        return bool(leaves) and all(self.traced(leaf) is not None for leaf in leaves)
+
     def run(self, node: Node) -> None:
         """Run ``node`` again, and what it reads of dependents; Refused if that is impossible."""
         if node in self.results:

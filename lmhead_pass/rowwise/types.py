@@ -34,6 +34,8 @@ class Region:
     """A part of a graph that treats rows of logits apart, and ends in numbers without a
     vocabulary."""
 
+    node: Node
+    """What it is named after."""
     heads: tuple[Head, ...]
     root: Space
     """The rows of the heads."""
@@ -52,11 +54,6 @@ class Region:
     """The calls come before this node."""
     moved: tuple[Node, ...]
     """These nodes come behind the calls, in this order."""
-
-    @property
-    def node(self) -> Node:
-        """What the region is named after."""
-        return next(iter(self.results), self.heads[0].node)
 
     @property
     def tokens(self) -> int | torch.SymInt:

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import lmhead_pass
+from lmhead_pass.op.kernels import compiled_blocks, row_loop
 
 from .mistakes import Rewritten
 from .program import Inputs, Program
@@ -92,8 +94,17 @@ class Trial:
         dynamo = torch._dynamo.config.patch(
             capture_dynamic_output_shape_ops=self._program.captures_dynamic_rows
         )
-        with settings, dynamo:
+        with settings, dynamo, self._blocks():
             yield
+
+    def _blocks(self) -> Any:
+        """What is done to each row is run by ATen, or as Inductor compiles it."""
+        how = (
+            compiled_blocks.run_compiled
+            if self._program.compiles_rows
+            else lambda work, tensors: work(*tensors)
+        )
+        return mock.patch.object(row_loop, "run_compiled", how)
 
     def check_with(
         self,

@@ -14,18 +14,22 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import torch
+from hypothesis.strategies import SearchStrategy
 
 from lmhead_pass.plan import returned_plan
 
+from ..inductor import without_codegen
 from .checking import Verdict, Wrong, check
 from .grammar import KINDS, programs
 from .program import Program, forget
+from .row_wise import row_wise_programs
 from .uniform import BACKEND
 
 _BATCH = 200
@@ -95,9 +99,9 @@ class _Failure:
 class Search:
     """Batches of programs, and what they found."""
 
-    def __init__(self, border: bool = False) -> None:
+    def __init__(self, strategy: SearchStrategy[Program]) -> None:
         self.statistics = Statistics()
-        self._border = border
+        self._strategy = strategy
         self._known: list[_Failure] = []
 
     def batch(self, seed: int, size: int, go_on: Callable[[], bool]) -> None:
@@ -124,7 +128,7 @@ class Search:
             if not found:
                 self.statistics.add(program, verdict)
 
-        test = hypothesis.given(programs(border=self._border))(try_one)
+        test = hypothesis.given(self._strategy)(try_one)
         test = hypothesis.settings(
             max_examples=size,
             database=None,
@@ -168,7 +172,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="stop after this time")
     parser.add_argument("--seed", type=int, help="where to start; by default somewhere new")
     parser.add_argument("--border", action="store_true", help="compile no more than the head")
+    parser.add_argument("--row-wise", action="store_true", help="losses without a fused form")
+    parser.add_argument("--codegen", action="store_true", help="compile these with generated code")
     options = parser.parse_args()
+    strategy = row_wise_programs() if options.row_wise else programs(border=options.border)
     if options.border:
         returned_plan._WIDER = 1  # sizes are small
     seed = options.seed if options.seed is not None else int(time.time()) * 1000
@@ -179,7 +186,7 @@ def main() -> int:
     torch.set_num_threads(1)
     # It flushes the processor's caches, which takes a quarter of the time of a program.
     torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[assignment]
-    search, start = Search(options.border), time.monotonic()
+    search, start = Search(strategy), time.monotonic()
 
     def go_on() -> bool:
         done = search.statistics.programs
@@ -187,18 +194,19 @@ def main() -> int:
         return not late and not (options.programs and done >= options.programs)
 
     try:
-        while go_on():
-            search.batch(seed, _BATCH, go_on)
-            forget()
-            seed += 1
-            if seed % 2 == 0:
-                count = search.statistics
-                print(
-                    f"{count.programs} programs, {count.rewritten} with a rewrite, "
-                    f"{sum(count.failures.values())} failures, "
-                    f"{time.monotonic() - start:.0f} s",
-                    flush=True,
-                )
+        with nullcontext() if options.codegen else without_codegen():
+            while go_on():
+                search.batch(seed, _BATCH, go_on)
+                forget()
+                seed += 1
+                if seed % 2 == 0:
+                    count = search.statistics
+                    print(
+                        f"{count.programs} programs, {count.rewritten} with a rewrite, "
+                        f"{sum(count.failures.values())} failures, "
+                        f"{time.monotonic() - start:.0f} s",
+                        flush=True,
+                    )
     except KeyboardInterrupt:
         pass
     search.statistics.print(time.monotonic() - start)

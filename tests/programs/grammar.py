@@ -40,21 +40,10 @@ def programs(draw: Callable[..., Any], border: bool = False) -> Program:
 
     With a ``border``, all after the first logits is outside of what is compiled, where it can be.
     """
-    inputs = draw(_inputs())
-    writer = _Writer(draw, inputs)
+    inputs = draw(drawn_inputs())
+    writer = Writer(draw, inputs)
     writer.write()
-    lines = _with_border(writer.lines) if border else writer.lines
-    return Program(
-        source="\n".join(lines) + "\n",
-        inputs=inputs,
-        more_inputs=_larger(inputs) if draw(st.integers(0, 7)) == 7 else None,
-        gradient_of=tuple(writer.gradient_of),
-        reads_first=draw(st.booleans()),
-        returned_logits=draw(st.sampled_from(("lazy", "lazy", "detach", "keep"))),
-        batch_chunk_size=draw(st.sampled_from((None, 1, 3, 4, 7))),
-        captures_dynamic_rows=draw(st.booleans()),
-        kinds=frozenset(writer.kinds),
-    )
+    return writer.program(_with_border(writer.lines) if border else writer.lines)
 
 
 def _with_border(lines: list[str]) -> list[str]:
@@ -74,7 +63,7 @@ _LOGITS = re.compile(r"    z\d+ = ")
 
 
 @st.composite
-def _inputs(draw: Callable[..., Any]) -> Inputs:
+def drawn_inputs(draw: Callable[..., Any]) -> Inputs:
     # Sizes that are equal are easily mistaken for each other.
     batch, length = draw(st.sampled_from(((3, 5), (2, 7), (1, 6), (4, 4), (5, 3), (13, 3))))
     return Inputs(
@@ -97,7 +86,7 @@ def _larger(inputs: Inputs) -> Inputs:
 
 
 @dataclass(frozen=True)
-class _Logits:
+class Logits:
     """Logits at some point of the program, and what belongs to their rows: names or expressions."""
 
     x: str
@@ -113,7 +102,7 @@ class _Logits:
         return 1 if self.is_second else -1
 
 
-class _Writer:
+class Writer:
     """Writes one program, statement by statement."""
 
     def __init__(self, draw: Callable[..., Any], inputs: Inputs):
@@ -122,7 +111,7 @@ class _Writer:
         self._names = 0
         self._indent = 1
         self._checkpoints = 0
-        self._states: list[_Logits] = []
+        self._states: list[Logits] = []
         self._returned: list[str] = []
         self._odd = self._one((0, 0, 1, 2, 3, 5, 7))
         """How many more parts it may have that are off the plainest pattern."""
@@ -164,7 +153,7 @@ class _Writer:
         self._line(f"{name} = {text}")
         return name
 
-    def _fill(self, text: str, logits: _Logits | None = None, **more: Any) -> str:
+    def _fill(self, text: str, logits: Logits | None = None, **more: Any) -> str:
         fields: dict[str, Any] = {"ignored": self._ignored, "V": self._inputs.vocab_size}
         if logits is not None:
             fields |= {"x": logits.x, "y": logits.y, "r": logits.r, "V": logits.vocab}
@@ -207,6 +196,21 @@ class _Writer:
             self._line("return {" + ", ".join(f"{name!r}: {name}" for name in names) + "}")
         else:
             self._line("return " + ", ".join(names))
+
+    def program(self, lines: list[str]) -> Program:
+        """What is written, as it is to be run."""
+        draw, inputs = self._draw, self._inputs
+        return Program(
+            source="\n".join(lines) + "\n",
+            inputs=inputs,
+            more_inputs=_larger(inputs) if draw(st.integers(0, 7)) == 7 else None,
+            gradient_of=tuple(self.gradient_of),
+            reads_first=draw(st.booleans()),
+            returned_logits=draw(st.sampled_from(("lazy", "lazy", "detach", "keep"))),
+            batch_chunk_size=draw(st.sampled_from((None, 1, 3, 4, 7))),
+            captures_dynamic_rows=draw(st.booleans()),
+            kinds=frozenset(self.kinds),
+        )
 
     @contextmanager
     def _checkpoint(self, kind: str, *read: str) -> Iterator[list[str]]:
@@ -264,7 +268,7 @@ class _Writer:
         if self._chance(12):
             self._return(self._assign("hidden * 2", "h"), differentiable=True)
 
-    def _checkpointed_head(self) -> _Logits:
+    def _checkpointed_head(self) -> Logits:
         if not self._chance(12):
             return self._head()
         with self._checkpoint("head") as names:
@@ -274,11 +278,11 @@ class _Writer:
             names += [name for name in (logits.x, logits.y, logits.r) if name not in ARGUMENTS]
         return self._note(logits)
 
-    def _head(self, hidden: str = "hidden") -> _Logits:
+    def _head(self, hidden: str = "hidden") -> Logits:
         with self._region(10):
             return self._head_itself(hidden)
 
-    def _head_itself(self, hidden: str) -> _Logits:
+    def _head_itself(self, hidden: str) -> Logits:
         inputs = self._inputs
         odd = "ODD_" if self._is_odd(5) else ""
         shape = self._one(("HEADS", "HEADS", "HEADS_OF_FLAT_ROWS", "HEADS_VOCABULARY_SECOND"))
@@ -291,7 +295,7 @@ class _Writer:
             weight = "weight.t()"
         else:
             transposed = self._pick("TRANSPOSED")[1].format(w="weight")
-        logits = _Logits(
+        logits = Logits(
             x=self._assign(
                 self._fill(text, h=hidden, w=weight, wt=transposed, b="bias"),
             ),
@@ -310,18 +314,18 @@ class _Writer:
             )
         return self._note(logits)
 
-    def _note(self, logits: _Logits) -> _Logits:
+    def _note(self, logits: Logits) -> Logits:
         self._states.append(logits)
         return logits
 
     # Between head and loss.
 
-    def _between(self, logits: _Logits) -> _Logits:
+    def _between(self, logits: Logits) -> Logits:
         for _ in range(self._one((0, 1, 2, 3))):
             logits = self._note(self._step(logits))
         return logits
 
-    def _step(self, logits: _Logits) -> _Logits:
+    def _step(self, logits: Logits) -> Logits:
         if self._is_odd(4):
             self._read_or_write()
         if self._is_odd(4):
@@ -332,13 +336,13 @@ class _Writer:
             return replace(logits, x=self._cast(logits))
         return self._row_step(logits)
 
-    def _cast(self, logits: _Logits) -> str:
+    def _cast(self, logits: Logits) -> str:
         options = [key for key in tables.CASTS if key != "detach" or self._chance(4)]
         # Then the last dimension is not the vocabulary.
         options = [o for o in options if o != "whole_vocabulary" or not logits.is_second]
         return self._assign(self._fill(self._pick("CASTS", among=options)[1], logits))
 
-    def _odd_value(self, logits: _Logits) -> _Logits:
+    def _odd_value(self, logits: Logits) -> Logits:
         by_word = () if logits.is_second else ("ODD_VALUES_BY_WORD",)
         key, text = self._pick("ODD_VALUES", *by_word)
         changed = replace(logits, x=self._assign(self._fill(text, logits)))
@@ -349,10 +353,10 @@ class _Writer:
             changed = self._without_last_words(changed, logits.vocab)
         return changed
 
-    def _without_last_words(self, logits: _Logits, vocab: int) -> _Logits:
+    def _without_last_words(self, logits: Logits, vocab: int) -> Logits:
         return replace(logits, y=self._assign(f"{logits.y}.clamp(max={vocab - 4})", "y"))
 
-    def _row_step(self, logits: _Logits) -> _Logits:
+    def _row_step(self, logits: Logits) -> Logits:
         if logits.is_second:
             return replace(logits, x=self._assign(f"{logits.x}.permute(0, 2, 1)"), is_second=False)
         if len(logits.rows) == 1:
@@ -368,7 +372,7 @@ class _Writer:
         names = ["ODD_ROW_STEPS"] if self._is_odd(4) else ["ROW_STEPS"]
         return self._on_rows(logits, *self._pick(*names)[1])
 
-    def _some_rows(self, logits: _Logits) -> _Logits:
+    def _some_rows(self, logits: Logits) -> Logits:
         """As many as a mask has."""
         self.kinds.add("masked_rows")
         mask = self._one((f"{logits.y} != {self._ignored}", f"{logits.r} > 0.5"))
@@ -376,8 +380,8 @@ class _Writer:
         return self._on_rows(logits, text, text, lambda *_: (3,))
 
     def _on_rows(
-        self, logits: _Logits, text: str, rows_text: str, rows: Callable[..., tuple[int, ...]]
-    ) -> _Logits:
+        self, logits: Logits, text: str, rows_text: str, rows: Callable[..., tuple[int, ...]]
+    ) -> Logits:
         return replace(
             logits,
             x=self._assign(text.format(x=logits.x)),
@@ -386,7 +390,7 @@ class _Writer:
             rows=rows(*logits.rows),
         )
 
-    def _flatten(self, logits: _Logits) -> _Logits:
+    def _flatten(self, logits: Logits) -> Logits:
         _, text = self._pick("FLATTENINGS")
         rows = 1
         for size in logits.rows:
@@ -413,7 +417,7 @@ class _Writer:
         else:
             self._read(self._one(self._states))
 
-    def _measure(self, logits: _Logits) -> None:
+    def _measure(self, logits: Logits) -> None:
         """What a training step logs of the logits, without a gradient, mostly."""
         text = self._pick("MEASURES")[1]
         how = self._one(("no_grad", "no_grad", "detach", "plain"))
@@ -426,7 +430,7 @@ class _Writer:
         self._indent -= how == "no_grad"
         self._return(value, differentiable=True)
 
-    def _write_to_logits(self, logits: _Logits) -> _Logits:
+    def _write_to_logits(self, logits: Logits) -> Logits:
         names = ["LOGITS_WRITES"] + ["LOGITS_WRITES_BY_WORD"] * (not logits.is_second)
         key, text = self._pick(*names)
         written = logits
@@ -459,7 +463,7 @@ class _Writer:
             text = "with torch.no_grad():\n" + textwrap.indent(text, "    ")
         self._line(text)
 
-    def _read(self, logits: _Logits) -> None:
+    def _read(self, logits: Logits) -> None:
         # In checkpointed regions hooks crash torch 2.13, with the pass and without.
         if self._chance(10) and not self._checkpoints:
             self.kinds.add("hook")
@@ -489,10 +493,10 @@ class _Writer:
 
     # Losses.
 
-    def _has_layout_for_loss(self, logits: _Logits) -> bool:
+    def _has_layout_for_loss(self, logits: Logits) -> bool:
         return logits.is_second or bool(logits.rows)
 
-    def _loss(self, logits: _Logits) -> str:
+    def _loss(self, logits: Logits) -> str:
         if self._is_odd(4):
             self._read_or_write()
         if self._is_odd(6):
@@ -504,7 +508,7 @@ class _Writer:
             names.append(self._loss_and_more(logits))
         return names[0]
 
-    def _loss_and_more(self, logits: _Logits) -> str:
+    def _loss_and_more(self, logits: Logits) -> str:
         terms = []
         if self._chance(6):
             self._measure(logits)
@@ -517,10 +521,10 @@ class _Writer:
             self._measure(self._one(self._states) if self._states else logits)
         return terms[0] if len(terms) == 1 else self._assign(" + ".join(terms), "loss")
 
-    def _loss_beside(self, logits: _Logits) -> str:
+    def _loss_beside(self, logits: Logits) -> str:
         return self._assign(self._fill(self._pick("LOSSES_BESIDE")[1], logits), "l")
 
-    def _loss_itself(self, logits: _Logits) -> str:
+    def _loss_itself(self, logits: Logits) -> str:
         with self._region(8):
             if self._is_odd(2):
                 if logits.is_second:
@@ -530,7 +534,7 @@ class _Writer:
                 return self._reduced(self._tokens(logits), logits)
             return self._cross_entropy(self._with_classes_second(logits))
 
-    def _with_classes_second(self, logits: _Logits) -> _Logits:
+    def _with_classes_second(self, logits: Logits) -> Logits:
         if logits.is_second or len(logits.rows) == 1:
             return logits
         if len(logits.rows) == 2 and self._chance(4):
@@ -540,7 +544,7 @@ class _Writer:
             logits = self._flatten(logits)
         return self._note(logits)
 
-    def _cross_entropy(self, logits: _Logits) -> str:
+    def _cross_entropy(self, logits: Logits) -> str:
         names = ["CROSS_ENTROPIES", "NLL_LOSSES"] if self._chance(2) else ["CROSS_ENTROPIES"]
         key, text = self._pick(*names)
         if key == "cross_entropy" and not logits.is_second and self._is_odd(12):
@@ -572,7 +576,7 @@ class _Writer:
         )
         return self._reduced(loss, logits) if reduction == "none" else loss
 
-    def _tokens(self, logits: _Logits) -> str:
+    def _tokens(self, logits: Logits) -> str:
         """Per-token losses, without a loss function."""
         names = ["TOKEN_LOG_PROBABILITIES"]
         if len(logits.rows) == 1:
@@ -588,7 +592,7 @@ class _Writer:
             "-(" + self._fill(text, logits, c=self._assign(classes, "c")) + ")", "t"
         )
 
-    def _reduced(self, tokens: str, logits: _Logits) -> str:
+    def _reduced(self, tokens: str, logits: Logits) -> str:
         if self._is_odd(4):
             self._read_or_write()
         if self._chance(3):
@@ -605,7 +609,7 @@ class _Writer:
             self._measure_tokens(tokens, logits)
         return loss
 
-    def _measure_tokens(self, tokens: str, logits: _Logits) -> None:
+    def _measure_tokens(self, tokens: str, logits: Logits) -> None:
         text = self._fill(self._pick("TOKEN_MEASURES")[1], logits, t=tokens)
         self._line("with torch.no_grad():")
         self._indent += 1
@@ -619,7 +623,7 @@ class _Writer:
             key for key in tables.REDUCTIONS if not key.startswith("selected") or self._chance(3)
         ]
 
-    def _loop(self, logits: _Logits) -> str:
+    def _loop(self, logits: Logits) -> str:
         if len(logits.rows) == 2 and self._chance(2):
             _, pairs = self._pick("UNBINDING")
         else:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from lmhead_pass.op.kernels import compiled_blocks
+
 ARGUMENTS = ("hidden", "weight", "bias", "target", "scale", "row")
 
 _SCRIPT = '''\
@@ -33,6 +35,7 @@ check(Program(
     returned_logits={returned_logits!r},
     batch_chunk_size={batch_chunk_size},
     captures_dynamic_rows={captures_dynamic_rows},
+    compiles_rows={compiles_rows},
 ))
 '''
 
@@ -106,6 +109,8 @@ class Program:
     batch_chunk_size: int | None = None
     captures_dynamic_rows: bool = False
     """Whether Dynamo goes on where it does not know how many rows there are."""
+    compiles_rows: bool = False
+    """Whether Inductor compiles what is done to each row, or ATen runs it as it is."""
     kinds: frozenset[str] = frozenset()
     """Which parts of the grammar it uses."""
 
@@ -134,6 +139,7 @@ def forget() -> None:
     for name in [name for name in linecache.cache if name.startswith(("<program ", "<eval_with"))]:
         del linecache.cache[name]
     torch.fx.graph_module._loader.eval_cache.clear()
+    compiled_blocks._compiled.clear()
     FakeTensorMode.cache_clear()
 
 
