@@ -34,6 +34,10 @@ _VALUES = _functions(
     *("mul", "multiply", "div", "divide", "true_divide", "add", "sub", "subtract", "neg"),
     *("__mul__", "__rmul__", "__truediv__", "__add__", "__radd__", "__sub__", "__neg__"),
     *("tanh", "sigmoid", "log_softmax", "softmax", "log", "masked_fill", "where"),
+    *("exp", "log1p", "expm1", "abs", "square", "pow", "__pow__", "sqrt", "rsqrt", "reciprocal"),
+    *("clamp", "clip", "gelu", "softplus", "logsigmoid", "erf", "sin", "cos", "softmin"),
+    *("__rsub__", "__rtruediv__", "maximum", "minimum", "logaddexp", "xlogy", "lerp"),
+    *("cumsum", "logcumsumexp", "normalize"),
 )
 PIECES = _functions("chunk", "split", "tensor_split", "unbind")
 DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
@@ -44,7 +48,9 @@ COMPUTED = {
     Tensor.__getitem__,
     *_functions(
         *("cross_entropy", "nll_loss", "gather", "take_along_dim", "logsumexp"),
-        *("argmax", "amax", "max", "sum", "mean"),
+        *("argmax", "amax", "max", "sum", "mean", "amin", "min", "std", "var", "norm", "prod"),
+        *("kl_div", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "cosine_similarity"),
+        *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
     ),
 }
 """These have no vocabulary in their result, and the op may compute them."""

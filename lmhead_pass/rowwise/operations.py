@@ -775,8 +775,8 @@ def _names(handler: Any, *names: str) -> dict[str, Any]:
 _TABLE: dict[str, Callable[[Context, Call], Any]] = {
     # Elementwise, though torch does not say so.
     **_names(_pointwise, "_to_copy", "where", "masked_fill", "clamp", "nan_to_num", "xlogy"),
-    **_names(_pointwise, "logical_and", "logical_or", "logical_not", "isnan", "isinf", "isfinite"),
-    **_names(_copied, "clone", "contiguous", "lift_fresh_copy"),
+    **_names(_pointwise, "logical_and", "logical_or", "logical_not", "isnan", "isinf"),
+    **_names(_copied, "clone"),
     # Along a dimension that stays.
     **_names(_scan, "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax"),
     **_names(_scan, "cummin", "sort", "topk", "flip", "gather", "scatter", "scatter_add"),
@@ -789,13 +789,13 @@ _TABLE: dict[str, Callable[[Context, Call], Any]] = {
     **_names(_reduction, "any.dim", "any.dims", "all.dim", "all.dims", "argmax", "argmin"),
     **_names(_reduction, "max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode", "kthvalue"),
     **_names(_reduction, "var.correction", "std.correction", "var_mean.correction"),
-    **_names(_reduction, "std_mean.correction", "linalg_vector_norm", "norm.ScalarOpt_dim"),
-    **_names(_reduction, "count_nonzero.dim_IntList", "aminmax"),
+    **_names(_reduction, "std_mean.correction", "linalg_vector_norm"),
+    **_names(_reduction, "count_nonzero", "aminmax"),
     **_names(_reduction_of_all, "sum.default", "mean.default", "max.default", "min.default"),
     # Other shapes.
-    **_names(_same, "alias", "detach", "lift_fresh"),
-    **_names(_reshape, "view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze"),
-    **_names(_permute, "permute", "transpose", "t", "numpy_T"),
+    **_names(_same, "alias", "detach"),
+    **_names(_reshape, "view", "_unsafe_view", "unsqueeze", "squeeze"),
+    **_names(_permute, "permute", "transpose", "t"),
     **_names(_expand, "expand"),
     **_names(_slice, "slice"),
     **_names(_select, "select"),

@@ -1,7 +1,7 @@
 """Runs nodes of a graph on fake tensors again, and writes down what that is on chunks of rows."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ from .values import (
     write,
 )
 
+# A node is run once more for each input that turns out to be as wide as the logits.
+_MOST_RUNS = 32
 _NARROW = (torch.bfloat16, torch.float16)
 _WIDE_METHODS = {"half": "float", "bfloat16": "float"}
 _CREATES_NOTHING = ("requires_grad_", "retain_grad", "register_hook", "backward", "detach_")
@@ -180,11 +182,20 @@ class Tracer(DispatchMode):  # type: ignore[misc]
                 self.expressions.setdefault(id(leaf), self.read(held))
 
     def _run(self, node: Node, known: Mapping[Node, Any]) -> Any:
-        while True:
+        return self._until_known(lambda: self._run_once(node, known))
+
+    def _until_known(self, run: Callable[[], Any]) -> Any:
+        """What ``run`` gives, once all is known that it reads and that is as wide as the logits."""
+        for _ in range(_MOST_RUNS):
             try:
-                return self._run_once(node, known)
+                return run()
             except _IsWide as wide:
                 self._make_wide(wide)
+        raise Refused("too much of it is made outside and as wide as the logits")
+
+    def _called(self, function: Any, args: Any, kwargs: Any) -> Any:
+        with fake_mode_of([self._like]), self:
+            return function(*args, **kwargs)
 
     def _run_once(self, node: Node, known: Mapping[Node, Any]) -> Any:
         _check(node)
@@ -299,9 +310,8 @@ class Tracer(DispatchMode):  # type: ignore[misc]
             outer = self._outer.get(id(target))
             if has_rows or not isinstance(outer, Outer) or outer.node is not None:
                 raise Mixes(f"{name} puts rows into another tensor")
-            before = Outer(target, None, outer.call, outer.item, outer.depends)
             copy = self._fake(target)
-            self._know(copy, before)
+            self._know(copy, outer)
             self._record(plain, (copy, *args[1:]), kwargs, target)
             return
         call = _call(plain, args, kwargs, out)
@@ -407,13 +417,7 @@ class Tracer(DispatchMode):  # type: ignore[misc]
                     ),
                     call,
                 )
-                while True:
-                    try:
-                        with fake_mode_of([self._like]), self:
-                            result = function(*args, **kwargs)
-                        break
-                    except _IsWide as inner:
-                        self._make_wide(inner)
+                result = self._until_known(lambda: self._called(function, args, kwargs))
             else:
                 return None
         except Refused:
