@@ -143,14 +143,16 @@ class _Carver:
         results = self._results(nodes)
         exits = self._exits(results)
         calls = tuple(self._calls(exits))
-        place, moved = self._place(nodes, calls, results, any(exits.values()))
+        self._check_shared_memory(nodes, results)
+        sources = self._sources(calls, results)
+        place, moved = self._place(nodes, sources, results, any(exits.values()))
         return Region(
             node=next(iter(results), self.heads[0].node),
             heads=tuple(self.heads),
             root=self.root,
             dims=self.dims,
             nodes=tuple(nodes),
-            absorbed=tuple(self.tracer.absorbed),
+            absorbed=self._absorbed_alone(nodes, sources),
             calls=calls,
             results=results,
             sizes=self.sizes,
@@ -227,6 +229,16 @@ class _Carver:
                 raise Refused(f"{describe(node)}{at(node)} may write to what is made of the logits")
         if not in_inference(self.graph).isdisjoint(inside):
             raise Refused("the head is inside torch.inference_mode in the compiled function")
+
+    def _check_shared_memory(
+        self, nodes: Sequence[Node], results: Mapping[Node, Exit | Outer]
+    ) -> None:
+        """Refused if one result is written to, and another one would have changed with it."""
+        memory = [storage for node in results for storage in memory_of(node)]
+        shared = {storage for storage in memory if memory.count(storage) > 1}
+        for node in mutation.nodes_between(nodes[-1], self.graph.output_node()):
+            if not shared.isdisjoint(mutation.memory_written(node)):
+                raise Refused(f"{describe(node)}{at(node)} may write to what is made of the logits")
 
     def _results(self, nodes: Sequence[Node]) -> dict[Node, Exit | Outer]:
         inside, found = set(nodes) | set(self.tracer.absorbed), dict[Node, Exit | Outer]()
@@ -322,8 +334,12 @@ class _Carver:
     def _chunks(self, heads: Sequence[Head], space: Space, has_gradient: bool) -> Chunks:
         tokens = product(label.size for label in space.finest)
         weights = [tensor_of(head.weight) for head in heads]
-        words = sum(hint(head.vocab_size) for head in heads)
         device = tensor_of(heads[0].node).device
+        words = sum(hint(head.vocab_size) for head in heads)
+        # On a CPU the gradients of FP16 logits are in FP32, beside them: 6 bytes instead of 2.
+        if device.type == "cpu" and has_gradient:
+            halves = (head for head in heads if tensor_of(head.node).dtype == torch.float16)
+            words += sum(2 * hint(head.vocab_size) for head in halves)
         # On a GPU the logits come out of the products in FP32.
         least = torch.float32 if device.type != "cpu" else torch.bfloat16
         dtypes = [torch.promote_types(tensor_of(head.node).dtype, least) for head in heads]
@@ -339,15 +355,8 @@ class _Carver:
             needs_whole_rows=True,
         )
 
-    def _place(
-        self,
-        nodes: Sequence[Node],
-        calls: Sequence[RowCall],
-        results: Mapping[Node, Exit | Outer],
-        is_differentiated: bool,
-    ) -> tuple[Node, tuple[Node, ...]]:
-        """Where the calls come, and what moves behind them."""
-        order, inside = self.order, {*nodes, *self.tracer.absorbed}
+    def _sources(self, calls: Sequence[RowCall], results: Mapping[Node, Exit | Outer]) -> set[Node]:
+        """What is read of the rest of the graph."""
         sources = {
             source
             for call in calls
@@ -361,6 +370,25 @@ class _Carver:
                 sources.update(_nodes_of(result))
         if not sources.isdisjoint(self.dependents):
             raise Refused("what is made of all rows is put together with rows")
+        return sources
+
+    def _absorbed_alone(self, nodes: Sequence[Node], sources: set[Node]) -> tuple[Node, ...]:
+        """What nobody needs that is run in chunks instead."""
+        inside, alone = set(nodes), dict(self.tracer.absorbed)
+        for node in sorted(alone, key=self.order.__getitem__, reverse=True):
+            if node in sources or not all(u in inside or u in alone for u in node.users):
+                del alone[node]
+        return tuple(alone)
+
+    def _place(
+        self,
+        nodes: Sequence[Node],
+        sources: set[Node],
+        results: Mapping[Node, Exit | Outer],
+        is_differentiated: bool,
+    ) -> tuple[Node, tuple[Node, ...]]:
+        """Where the calls come, and what moves behind them."""
+        order, inside = self.order, {*nodes, *self.tracer.absorbed}
         read = {source: self._read_by(source, inside) for source in sources}
         since = [self._known_since(source, first) for source, (first, _) in read.items()]
         last = max(since, key=order.__getitem__)
