@@ -42,6 +42,12 @@ def dft(h: Tensor, w: Tensor, y: Tensor, h2: Tensor, w2: Tensor, z: Tensor) -> T
     return (loss * (-loss).exp().detach()).mean()
 
 
+def dft_and_std(h: Tensor, w: Tensor, y: Tensor, h2: Tensor, w2: Tensor, z: Tensor) -> Tensor:
+    logits = h @ w.t()
+    loss = F.cross_entropy(logits, y, reduction="none")
+    return (loss * (-loss).exp().detach()).mean() + 0.1 * logits.std(-1).mean()
+
+
 def entropy_bonus(h: Tensor, w: Tensor, y: Tensor, h2: Tensor, w2: Tensor, z: Tensor) -> Tensor:
     logits = h @ w.t()
     log_p = logits.log_softmax(-1)
@@ -55,7 +61,7 @@ def jensen_shannon(h: Tensor, w: Tensor, y: Tensor, h2: Tensor, w2: Tensor, z: T
     return (halves[0] + halves[1]) / 2
 
 
-LOSSES = (kl_given_teacher, kl_two_heads, focal, dft, entropy_bonus, jensen_shannon)
+LOSSES = (kl_given_teacher, kl_two_heads, focal, dft, dft_and_std, entropy_bonus, jensen_shannon)
 
 
 def compare(loss: Callable[..., Tensor], tokens: int, rounds: int) -> str:

@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("--row-wise", action="store_true", help="losses without a fused form")
     parser.add_argument("--codegen", action="store_true", help="compile these with generated code")
     options = parser.parse_args()
-    strategy = row_wise_programs() if options.row_wise else programs(border=options.border)
+    strategy = (row_wise_programs if options.row_wise else programs)(border=options.border)
     if options.border:
         returned_plan._WIDER = 1  # sizes are small
     seed = options.seed if options.seed is not None else int(time.time()) * 1000

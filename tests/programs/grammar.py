@@ -43,10 +43,10 @@ def programs(draw: Callable[..., Any], border: bool = False) -> Program:
     inputs = draw(drawn_inputs())
     writer = Writer(draw, inputs)
     writer.write()
-    return writer.program(_with_border(writer.lines) if border else writer.lines)
+    return writer.program(with_border(writer.lines) if border else writer.lines)
 
 
-def _with_border(lines: list[str]) -> list[str]:
+def with_border(lines: list[str]) -> list[str]:
     """The program with everything after its first logits outside of what is compiled."""
     head = next((n for n, line in enumerate(lines) if _LOGITS.match(line)), None)
     if head is None:

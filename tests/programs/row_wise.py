@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 
 from . import row_wise_tables as words
 from . import tables
-from .grammar import Logits, Writer, drawn_inputs
+from .grammar import Logits, Writer, drawn_inputs, with_border
 from .program import Program
 
 KINDS = frozenset(
@@ -20,14 +20,17 @@ KINDS = frozenset(
 
 
 @st.composite
-def row_wise_programs(draw: Callable[..., Any]) -> Program:
-    """Models with one head or two, whose logits go through operations on each row."""
+def row_wise_programs(draw: Callable[..., Any], border: bool = False) -> Program:
+    """Models with one head or two, whose logits go through operations on each row.
+
+    With a ``border``, all after the first logits is outside of what is compiled.
+    """
     inputs = draw(drawn_inputs())
     if inputs.transposed:
         inputs = replace(inputs, transposed=False)
     writer = _RowWiseWriter(draw, inputs)
     writer.write()
-    program = writer.program(writer.lines)
+    program = writer.program(with_border(writer.lines) if border else writer.lines)
     return replace(program, compiles_rows=draw(st.integers(0, 3)) == 3)
 
 
