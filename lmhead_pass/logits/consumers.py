@@ -78,7 +78,7 @@ def _word(
         case Stage.PROBABILITIES:
             kind = ConsumerKind.PROBABILITY
         case stage:
-            raise Refused(f"{describe(node)} reads {stage.value}")
+            raise Refused(f"{describe(node)} is taken of {stage.value}")
     use = TargetUse(target, words=words)
     return Consumer(node, logits, kind, use, factor=logits.factor, **options)
 
