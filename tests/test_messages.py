@@ -150,6 +150,37 @@ def test_each_text_has_a_test(test):
     assert f"def {name}" in (TESTS / file).read_text()
 
 
+# Only what a sum is not fused for: its losses are, row by row.
+SAID_TO_NOBODY = PACKAGE / "sums"
+
+
+def nodes() -> Iterator[tuple[Path, ast.AST]]:
+    """The syntax of the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            yield path, node
+
+
+def reasons() -> Iterator[str]:
+    """The texts of what is refused, where they are not of another refusal."""
+    for path, node in nodes():
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Refused":
+            text = node.args[0]
+            if SAID_TO_NOBODY not in path.parents:
+                yield literal(text.values[-1] if isinstance(text, ast.BoolOp) else text)
+
+
+def test_each_reason_is_in_a_section_of_troubleshooting():
+    page = " ".join((TESTS.parent / "docs/troubleshooting.md").read_text().split())
+    section = page.split("## Left alone ")[1].split(" ## Deferred")[0]
+    words = re.findall(r'"([^"]+)"', section)
+    texts = set(reasons()) - {""}
+    assert len(texts) > 80
+    assert [text for text in texts if not any(part in text for part in words)] == []
+    texts |= {literal(n) for _, n in nodes() if isinstance(n, ast.Constant | ast.JoinedStr)}
+    assert [part for part in words if not any(part in text for text in texts)] == []
+
+
 def test_failures_are_reported_to_the_repository():
     project = (TESTS.parent / "pyproject.toml").read_text()
     assert f'Issues = "{REPORT_TO}"' in project

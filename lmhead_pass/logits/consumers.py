@@ -78,20 +78,21 @@ def _word(
         case Stage.PROBABILITIES:
             kind = ConsumerKind.PROBABILITY
         case stage:
-            raise Refused(f"{describe(node)} reads {stage.value}")
+            raise Refused(f"{describe(node)} is taken of {stage.value}")
     use = TargetUse(target, words=words)
     return Consumer(node, logits, kind, use, factor=logits.factor, **options)
 
 
 def _getitem(logits: Logits, node: Node) -> Consumer | None:
-    """``logits[arange(N), target]``, and the like in more dimensions."""
+    """``logits[arange(N), target]``, ``logits[range(N), target]``, and in more dimensions."""
     call = arguments(node, lambda input, index: locals())
     shape = tensor_of(logits.node).shape
     index = call and call["index"]
     if not isinstance(index, tuple) or len(index) != len(shape):
         return None
-    values = [value_of(part) for part in index]
-    if not all(isinstance(value, torch.Tensor) for value in values):
+    if not all(
+        isinstance(part, range | list) or isinstance(value_of(part), torch.Tensor) for part in index
+    ):
         return None
     rows = tensor_of(node)
     target = index[logits.vocab_dim]
@@ -110,9 +111,12 @@ def _getitem(logits: Logits, node: Node) -> Consumer | None:
     return _word(logits, node, target, words)
 
 
-def _counts(node: Node, dim: int, sizes: list[Any]) -> bool:
-    """Whether ``node`` is 0, 1, 2 ... along dimension ``dim``, and the same along the others."""
-    chain = origin(node)
+def _counts(part: Node | range | list[Any], dim: int, sizes: list[Any]) -> bool:
+    """Whether ``part`` is 0, 1, 2 ... along dimension ``dim``, and the same along the others."""
+    place = dim - len(sizes)
+    if not isinstance(part, Node):
+        return place == -1 and isinstance(sizes[-1], int) and [*part] == [*range(sizes[-1])]
+    chain = origin(part)
     call = arguments(chain[0], lambda end, *, dtype=None, device=None, **_: locals())
     if canonical_op(chain[0]) != "arange" or call is None:
         # A slice with None gives dimensions of size 1, as unsqueeze does.
@@ -122,8 +126,7 @@ def _counts(node: Node, dim: int, sizes: list[Any]) -> bool:
         call = arguments(chain[0], lambda end, *, dtype=None, device=None, **_: locals())
         if canonical_op(chain[0]) != "arange" or call is None:
             return False
-    value = tensor_of(node)
-    place = dim - len(sizes)
+    value = tensor_of(part)
     return (
         value.dim() >= -place
         and same(value.size(place), sizes[dim])

@@ -84,7 +84,7 @@ def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
                 )
     dtype = tensor_of(flow.head.node).dtype
     if dtype not in _DTYPES:
-        raise Refused(f"the logits are {dtype}")
+        raise Refused(f"{dtype} logits have no fused form")
     if flow.returned and config.returned_logits == "keep":
         raise Refused(
             "the compiled function returns the logits, or keeps them for code outside the graph, "

@@ -354,6 +354,8 @@ def test_logits_that_decide_the_target(loss):
 
 INDEXED = {
     "rows": lambda z, y: z.view(-1, V).log_softmax(-1)[torch.arange(y.numel()), y.flatten()],
+    "range": lambda z, y: z.view(-1, V).log_softmax(-1)[range(y.numel()), y.flatten()],
+    "list": lambda z, y: z.view(-1, V).log_softmax(-1)[list(range(y.numel())), y.flatten()],
     "cut": lambda z, y: z.view(-1, V)[:, : V - 5].log_softmax(-1)[
         torch.arange(y.numel()), y.flatten()
     ],
@@ -374,6 +376,25 @@ def test_negative_indices_count_from_the_end(spelling):
     y = y % (V - 5)
     y[:, ::3], y[:, 1::4] = -30, -1
     check(function, (h, w, b, y))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        lambda y: (range(len(y) - 1, -1, -1), y),
+        lambda y: ([0, 0, 1], y),
+        lambda y: ([0, 1, 2], [5, 1, -1]),
+        lambda y: (range(2), y[:2]),
+        lambda y: ([1], y),
+    ],
+)
+def test_an_index_that_is_not_one_word_of_each_row(index):
+    def function(h, w, y):
+        return F.linear(h, w).log_softmax(-1)[index(y)].sum()
+
+    tensors = torch.randn(3, 8), torch.randn(V, 8), torch.tensor([3, -2, 7])
+    torch.testing.assert_close(rewrite(function)(*tensors), function(*tensors))
+    assert counters["lmhead_pass"] == {"refused": 1}
 
 
 def test_an_index_before_the_first_word_is_an_error():

@@ -8,21 +8,13 @@ from . import coverage, table
 transformers = pytest.importorskip("transformers")
 
 RECORDED = table.load()
-# One for each kind of head, loss or model; all others run with `-m models`.
+# What no small test has like that; all others run with `-m models`.
 BY_DEFAULT = {
     "LlamaForCausalLM": "the plain case",
     "GPT2LMHeadModel": "a graph break between head and loss",
     "Gemma2ForCausalLM": "softcap",
-    "CohereForCausalLM": "logits multiplied by a number",
-    "GraniteForCausalLM": "logits divided by a number",
-    "MixtralForCausalLM": "router losses",
-    "MambaForCausalLM": "no attention",
-    "BertForMaskedLM": "masked, with a bias",
     "XLMWithLMHeadModel": "a head that computes its own loss",
     "BartForConditionalGeneration": "encoder and decoder, with a bias of its own",
-    "T5ForConditionalGeneration": "encoder and decoder, with scaled hidden states",
-    "LlavaForConditionalGeneration": "a language model in another one",
-    "WhisperForConditionalGeneration": "speech",
     "Qwen2AudioForConditionalGeneration": "rows chosen by a mask",
 }
 

@@ -140,6 +140,7 @@ def test_the_same_way_of_use_is_traced_once(monkeypatch):
     record = fused_reader._record
     monkeypatch.setattr(fused_reader, "_record", lambda *a: traced.append(1) or record(*a))
     monkeypatch.setattr(fused_reader, "_readers", type(fused_reader._readers)())
+    monkeypatch.setattr(fused_reader, "_MOST", 4)
     compiled = rewrite(model, dynamic=True)
     for _ in range(3):
         x, y = batch()

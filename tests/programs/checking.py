@@ -92,7 +92,8 @@ class Trial:
             batch_chunk_size=self._program.batch_chunk_size,
         )
         dynamo = torch._dynamo.config.patch(
-            capture_dynamic_output_shape_ops=self._program.captures_dynamic_rows
+            capture_dynamic_output_shape_ops=self._program.captures_unknown_numbers,
+            capture_scalar_outputs=self._program.captures_unknown_numbers,
         )
         with settings, dynamo, self._blocks():
             yield
@@ -281,14 +282,13 @@ class _Measure:
     def add_noise(self, runs: int) -> None:
         """Run the program some more times, with other noise."""
         for seed in range(len(self._noisy), runs):
-            with torch.random.fork_rng():
-                noisy = run(
-                    self._program.function(),
-                    self._program,
-                    self._inputs,
-                    self._inputs.dtype,
-                    lambda seed=seed: noise(seed),
-                )
+            noisy = run(
+                self._program.function(),
+                self._program,
+                self._inputs,
+                self._inputs.dtype,
+                lambda seed=seed: noise(seed),
+            )
             if noisy.error is None:
                 self._noisy.append(noisy)
 
@@ -315,12 +315,18 @@ class _Measure:
         strayed = [self.error(value, name) for value in self.others(name)]
         strayed = [error for error in strayed if error < torch.inf]
         dtype = self.without.values[name].dtype
-        if self.exact is self.without and dtype.itemsize > self._inputs.dtype.itemsize:
-            dtype = self._inputs.dtype  # nothing was measured
+        if self.exact is self.without:  # nothing was measured
+            dtype = min(dtype, *self._computed_in, key=lambda dtype: dtype.itemsize)
         sums = torch.promote_types(dtype, torch.float32)
         eps = 2 * torch.finfo(dtype).eps + 8 * torch.finfo(sums).eps
         smallest = torch.finfo(dtype).smallest_normal
         return _FACTOR * max(strayed, default=0.0) + eps * self.scale(name) + smallest
+
+    @property
+    def _computed_in(self) -> list[torch.dtype]:
+        """The dtypes that the program names, and its inputs'."""
+        is_narrow = "bfloat16" in self._program.source
+        return [self._inputs.dtype, torch.bfloat16] if is_narrow else [self._inputs.dtype]
 
     def is_blunt(self, name: str) -> bool:
         """Whether a wrong ``name`` would pass as rounded."""

@@ -208,7 +208,7 @@ class Writer:
             reads_first=draw(st.booleans()),
             returned_logits=draw(st.sampled_from(("lazy", "lazy", "detach", "keep"))),
             batch_chunk_size=draw(st.sampled_from((None, 1, 3, 4, 7))),
-            captures_dynamic_rows=draw(st.booleans()),
+            captures_unknown_numbers=draw(st.booleans()),
             kinds=frozenset(self.kinds),
         )
 
@@ -253,9 +253,13 @@ class Writer:
 
     def _model(self) -> None:
         """Heads, losses, and what else is to be returned."""
-        losses = [self._loss(self._between(self._checkpointed_head()))]
+        losses = [
+            self._heads_of_pieces()
+            if self._is_odd(8)
+            else self._loss(self._between(self._checkpointed_head()))
+        ]
         if self._chance(5):
-            if self._chance(2):
+            if not self._states or self._chance(2):
                 logits = self._head("(hidden * 0.5)")
             else:
                 logits = self._one([s for s in self._states if self._has_layout_for_loss(s)])
@@ -263,7 +267,7 @@ class Writer:
         self._line("loss = " + " + 0.5 * ".join(losses))
         while self._is_odd(4):
             self._read_or_write()
-        if self._chance(3):
+        if self._states and self._chance(3):
             self._return_logits()
         if self._chance(12):
             self._return(self._assign("hidden * 2", "h"), differentiable=True)
@@ -290,15 +294,8 @@ class Writer:
         if shape == "HEADS" and inputs.transposed:
             among = [key for key in getattr(tables, odd + shape) if key != "module"]
         _, text = self._pick(odd + shape, among=among)
-        weight, transposed = "weight", "weight"
-        if inputs.transposed:
-            weight = "weight.t()"
-        else:
-            transposed = self._pick("TRANSPOSED")[1].format(w="weight")
         logits = Logits(
-            x=self._assign(
-                self._fill(text, h=hidden, w=weight, wt=transposed, b="bias"),
-            ),
+            x=self._assign(self._fill(text, h=hidden, **self._weights())),
             y="target",
             r="row",
             rows=(inputs.batch, inputs.length),
@@ -313,6 +310,13 @@ class Writer:
                 rows=(inputs.batch * inputs.length,),
             )
         return self._note(logits)
+
+    def _weights(self) -> dict[str, str]:
+        """The weight ``[V, H]``, as ``[H, V]``, and the bias."""
+        if self._inputs.transposed:
+            return {"w": "weight.t()", "wt": "weight", "b": "bias"}
+        transposed = self._pick("TRANSPOSED")[1].format(w="weight")
+        return {"w": "weight", "wt": transposed, "b": "bias"}
 
     def _note(self, logits: Logits) -> Logits:
         self._states.append(logits)
@@ -558,7 +562,7 @@ class Writer:
         if self._chance(5):
             options["weight"] = f"torch.linspace(0.5, 2.0, {logits.vocab}, dtype={logits.x}.dtype)"
         if self._chance(5) and not key.startswith("nll"):
-            options["label_smoothing"] = self._one((0.1, 0.5, 1.0))
+            options["label_smoothing"] = self._one((0.1, 0.5, 1.0, "number * 0.5"))
         self.kinds.update(f"option {name}" for name in options)
         words = ", ".join(
             f"{name}={value!r}" if name == "reduction" else f"{name}={value}"
@@ -630,13 +634,24 @@ class Writer:
             if len(logits.rows) == 2:
                 logits = self._note(self._flatten(logits))
             _, pairs = self._pick("LOOPS")
+        _, piece = self._pick("PIECES", among=None if self._chance(2) else ["as_is"])
+        return self._sum_of_pieces(self._fill(pairs, logits), piece, logits.y)
+
+    def _heads_of_pieces(self) -> str:
+        """One weight, by a node of its own for each piece."""
+        pairs = self._pick("HEAD_LOOPS")[1].format(h="hidden", y="target")
+        piece = self._fill(self._pick("HEAD_PIECES")[1], **self._weights())
+        return self._sum_of_pieces(pairs, f"{piece}.flatten(0, 1)", "target", "labels.flatten()")
+
+    def _sum_of_pieces(self, pairs: str, piece: str, y: str, labels: str = "labels") -> str:
         ignored = self._inputs.ignored
         ignoring = "" if ignored in (None, -100) else f", ignore_index={ignored}"
         self._names += 1
         total = f"loss{self._names}"
         self._line(f"{total} = 0.0")
-        self._line(f"for part, labels in {self._fill(pairs, logits)}:")
-        _, piece = self._pick("PIECES", among=None if self._chance(2) else ["as_is"])
+        self._line(f"for part, labels in {pairs}:")
+        if labels != "labels":
+            self._line(f"    labels = {labels}")
         _, call = self._pick("PIECE_LOSSES", among=None if self._chance(2) else ["sum"])
         self._line(f"    {total} = {total} + {call.format(p=f'({piece})', ignoring=ignoring)}")
-        return self._assign(f"{total} / {logits.y}.numel()", "loss")
+        return self._assign(f"{total} / {y}.numel()", "loss")

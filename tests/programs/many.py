@@ -1,6 +1,7 @@
 """Programs in large numbers, the same every time."""
 
 import functools
+from collections.abc import Iterator
 
 import hypothesis
 
@@ -11,14 +12,20 @@ from .uniform import BACKEND
 COUNT, SEED = 200, 1
 
 
-@functools.cache
-def many_programs(count: int = 15 * COUNT) -> list[Program]:
+def many_programs(count: int = 15 * COUNT) -> Iterator[Program]:
     """Those of ``test_two_hundred_programs``, and more of them: the first so many."""
+    for start in range(0, count, COUNT):
+        yield from _programs(SEED + start // COUNT)[: count - start]
+
+
+@functools.cache
+def _programs(seed: int) -> list[Program]:
+    """``COUNT`` of them."""
     found: list[Program] = []
 
-    @hypothesis.seed(SEED)
+    @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=count,
+        max_examples=COUNT,
         database=None,
         deadline=None,
         backend=BACKEND,

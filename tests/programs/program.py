@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lmhead_pass.op.kernels import compiled_blocks
 
-ARGUMENTS = ("hidden", "weight", "bias", "target", "scale", "row")
+ARGUMENTS = ("hidden", "weight", "bias", "target", "scale", "row", "number")
 
 _SCRIPT = '''\
 """{why}"""
@@ -34,7 +34,7 @@ check(Program(
     reads_first={reads_first},
     returned_logits={returned_logits!r},
     batch_chunk_size={batch_chunk_size},
-    captures_dynamic_rows={captures_dynamic_rows},
+    captures_unknown_numbers={captures_unknown_numbers},
     compiles_rows={compiles_rows},
 ))
 '''
@@ -80,7 +80,9 @@ class Inputs:
         for name in ("weight", "bias"):
             tensors[name] = nn.Parameter(tensors[name].detach(), name in self.requires_grad)
         tensors["target"] = self._target(rows, random)
-        return {name: tensors[name] for name in ARGUMENTS}
+        number = 0.5 + torch.rand((), generator=random, dtype=torch.float64).item()
+        arguments = {**tensors, "number": number}
+        return {name: arguments[name] for name in ARGUMENTS}
 
     def _target(self, rows: tuple[int, int], random: torch.Generator) -> Tensor:
         target = torch.randint(self.vocab_size, rows, generator=random)
@@ -91,10 +93,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Program:
-    """The source of ``program(hidden, weight, bias, target, scale, row, head)``, and how to run it.
+    """The source of ``program(*ARGUMENTS, head)``, and how to run it.
 
     hidden is ``[B, S, H]``, weight ``[V, H]``, bias ``[V]``, target ``[B, S]``, scale ``[]`` and
-    row ``[B, S]``; head is an ``nn.Linear`` of this weight and bias.
+    row ``[B, S]``; number is a float, another one in each call; head is an ``nn.Linear`` of this
+    weight and bias.
     """
 
     source: str
@@ -107,8 +110,8 @@ class Program:
     """Whether what is returned is read before the backward, or after it."""
     returned_logits: str = "lazy"
     batch_chunk_size: int | None = None
-    captures_dynamic_rows: bool = False
-    """Whether Dynamo goes on where it does not know how many rows there are."""
+    captures_unknown_numbers: bool = False
+    """Whether Dynamo goes on where it does not know how many rows there are, or an item's value."""
     compiles_rows: bool = False
     """Whether Inductor compiles what is done to each row, or ATen runs it as it is."""
     kinds: frozenset[str] = frozenset()

@@ -17,6 +17,8 @@ from lmhead_pass.graph_pass import the_pass
 from .mistakes import Rewritten
 from .program import ARGUMENTS, Inputs, Program
 
+_TENSORS = [name for name in ARGUMENTS if name != "number"]
+
 
 @dataclass
 class Outcome:
@@ -113,7 +115,8 @@ def run(
     arguments = inputs.make(dtype)
     stage = "forward"
     try:
-        with _modes_as_ever(), around():
+        with _modes_as_ever(), torch.random.fork_rng(devices=()), around():
+            torch.manual_seed(inputs.seed)
             result = function(*arguments.values(), _linear(arguments, inputs))
             returned, spec = tree_flatten(result)
             outcome.structure = str(spec)
@@ -129,7 +132,7 @@ def run(
                 _note_returned(outcome, returned)
     except Exception as error:
         outcome.error, outcome.message = f"{type(error).__name__} in {stage}", str(error)
-    for name in ARGUMENTS:
+    for name in _TENSORS:
         outcome.values[f"{name} afterwards"] = arguments[name].detach().clone()
         grad = arguments[name].grad
         outcome.values[f"gradient of {name}"] = None if grad is None else grad.clone()

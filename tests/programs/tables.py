@@ -69,6 +69,10 @@ PREPARATIONS = {
     "target_written": "target[:, -1] = 1",
     "target_where": "target = torch.where(row > 0.5, target, {ignored})",
     "views_of_inputs": "hidden = hidden.view_as(hidden)\nweight = weight[:]",
+    "hidden_dropped": "hidden = hidden * (torch.rand(hidden.shape, dtype=torch.float64) > 0.3)",
+    "target_drawn": (
+        "target = torch.where(torch.rand(row.shape, dtype=torch.float64) > 0.3, target, 1)"
+    ),
 }
 TIED = {
     "tied_embedding": "hidden = hidden + F.embedding(target % {V}, weight)",
@@ -140,6 +144,12 @@ ODD_VALUES = {
     "temperature": "{x} / scale",
     "temperature_multiplied": "scale * {x}",
     "temperature_item": "{x} * scale.detach()",
+    "temperature_number": "{x} / number",
+    "multiplied_by_number": "number * {x}",
+    "temperature_read": "{x} / scale.item()",
+    "temperature_drawn": "{x} * (0.5 + torch.rand((), dtype=torch.float64)).to({x}.dtype)",
+    "softcap_by_number": "number * torch.tanh({x} / number)",
+    "dropped": "{x} * (torch.rand({x}.shape, dtype=torch.float64) > 0.3)",
     "temperature_float": "({x} / scale.float()).to({x}.dtype)",
     "temperature_of_rows": "{x} / {r}.unsqueeze({v})",
     "temperature_new": "{x} / torch.tensor(0.7, dtype={x}.dtype)",
@@ -338,6 +348,8 @@ LABELS = {
     "clamped_low": "{y}.clamp(min=0)",
     "where_row": "torch.where({r} > 0.6, {y}, {ignored})",
     "cloned": "{y}.clone()",
+    "drawn": "torch.randint_like({y}, {V})",
+    "where_drawn": "torch.where(torch.rand({y}.shape, dtype=torch.float64) > 0.5, {y}, {ignored})",
 }
 
 READERS = {
@@ -346,6 +358,7 @@ READERS = {
     "norm": "{x}.norm()",
     "size": "torch.ones({x}.size(0)).sum()",
     "zeros_like": "torch.zeros_like({x}).sum()",
+    "drawn": "torch.rand(3, dtype=torch.float64).sum()",
 }
 READERS_BY_WORD = {
     "accuracy": "({x}.argmax(-1) == {y}).float().mean()",
@@ -403,6 +416,7 @@ LOSSES_BESIDE = {
     "z_loss_weighted": "1e-2 * ({x}.logsumexp({v}) * {r}.detach()).square().mean()",
     "z_loss_filled": "1e-2 * {x}.logsumexp({v}).masked_fill({y} == {ignored}, 0.0).pow(2).sum()",
     "z_loss_of_one_row": "1e-2 * (-{x}.logsumexp({v}).reshape(-1)[:1]).square().sum()",
+    "z_loss_by_number": "0.1 * number * {x}.logsumexp({v}).square().mean()",
 }
 
 CROSS_ENTROPIES = {
@@ -459,6 +473,8 @@ TOKEN_LOG_PROBABILITIES = {
 }
 FLAT_TOKEN_LOG_PROBABILITIES = {
     "arange": "F.log_softmax({x}, -1)[torch.arange({x}.size(0)), {c}]",
+    "arange_from_the_end": "F.log_softmax({x}, -1)[torch.arange({x}.size(0)), {c} - {V}]",
+    "arange_mixed": "F.log_softmax({x}, -1)[range({x}.size(0)), {c} - {V} * ({c} % 2)]",
 }
 # The loss of the per-token losses {t}.
 REDUCTIONS = {
@@ -553,6 +569,8 @@ TOKEN_STEPS = {
     "put": "torch.zeros_like({t}).add_({t})",
     "expanded": "{t}.unsqueeze(0).expand(2, *{t}.shape)[1]",
     "half": "{t}.bfloat16()",
+    "times_number": "{t} * number",
+    "times_drawn": "{t} * torch.rand({t}.shape, dtype=torch.float64).to({t}.dtype)",
 }
 # What a training step logs of them, without a gradient.
 TOKEN_MEASURES = {
@@ -573,6 +591,8 @@ FACTORS = {
     "stacked": "loss = torch.stack([loss, loss.detach()]).mean()",
     "total": "total = torch.zeros((), dtype=loss.dtype)\ntotal += loss\nloss = total * 0.5",
     "tanh": "loss = torch.tanh(loss / 8) * 8",
+    "number": "loss = loss * number",
+    "read": "loss = loss / scale.item()",
 }
 LOOPS = {
     "split": "zip({x}.split(2), {y}.split(2))",
@@ -601,6 +621,19 @@ PIECE_LOSSES = {
     ),
 }
 UNBINDING = {"unbind": "zip({x}.unbind(0), {y}.unbind(0))", "iterated": "zip({x}, {y})"}
+# A head for each piece of the hidden states.
+HEAD_LOOPS = {
+    "split": "zip({h}.split(2), {y}.split(2))",
+    "chunk": "zip({h}.chunk(3), {y}.chunk(3))",
+    "slices": "(({h}[i : i + 1], {y}[i : i + 1]) for i in range({h}.size(0)))",
+}
+HEAD_PIECES = {
+    "linear": "F.linear(part, {w})",
+    "matmul": "part @ {wt}",
+    "cast": "F.linear(part.float(), {w}.float())",
+    "weight_scaled": "F.linear(part, {w} * 0.5)",
+    "bias": "F.linear(part, {w}, {b})",
+}
 
 REGIONS = {
     "autocast": "with torch.autocast('cpu', torch.bfloat16):",
