@@ -56,8 +56,10 @@ def _define(name: str, extra: str, kernel: Any, fake_kernel: Any) -> None:
 def _fake_outputs(problem: RowProblem) -> list[Tensor]:
     """Of the part's results for one row, with as many rows as there are."""
     rows = problem.hidden[0].size(0)
-    one = [weight.new_empty((1, weight.size(0)), dtype=problem.accumulate_dtype)
-           for weight in problem.weight]  # fmt: skip
+    one = [
+        weight.new_empty((1, weight.size(0)), dtype=torch.promote_types(dtype, torch.float32))
+        for weight, dtype in zip(problem.weight, problem.part.products, strict=True)
+    ]
     for tensor, given in zip(problem.by_row, problem.part.by_row, strict=True):
         one.append(_fake_wide(tensor, (1, *tensor.shape[given.lead :])))
     one += [_fake_wide(tensor, tensor.shape) for tensor in problem.constants]

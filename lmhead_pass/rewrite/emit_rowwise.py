@@ -10,8 +10,16 @@ import torch
 from torch.fx import Graph, Node
 
 from ..compat.aten_trace import tree_map
-from ..compat.graphs import SET_GRAD_ENABLED
-from ..graph import Emitter, Refused, gradients_are_recorded, same, tensor_of, value_of
+from ..compat.graphs import EXAMPLE_VALUE, SET_GRAD_ENABLED
+from ..graph import (
+    Emitter,
+    Refused,
+    gradients_are_recorded,
+    memory_of,
+    same,
+    tensor_of,
+    value_of,
+)
 from ..logits import Head
 from ..op import RowInput
 from ..rowwise import ConstantLeaf, Dim, Exit, Label, Outer, Region, RowCall, RowLeaf, Space, finest
@@ -29,8 +37,21 @@ def emit_region(graph: Graph, region: Region) -> tuple[dict[Node, Node], list[li
     numbers = [_emit_call(emit, region, call, made) for call in region.calls]
     emit.records = True
     values = {node: _result(emit, node, result, made) for node, result in region.results.items()}
+    _keep_memory_apart(emit, values)
     _move(emit, region)
     return values | region.sizes, numbers
+
+
+def _keep_memory_apart(emit: Emitter, values: dict[Node, Node]) -> None:
+    """Let what stands for different nodes be in different memory, as known by their fake values."""
+    seen = set[int]()
+    for node, found in values.items():
+        if not seen.isdisjoint(memory_of(found)):
+            values[node] = found = emit("clone", found)
+        seen |= memory_of(found)
+        if found in emit.nodes:
+            # Its other names are views of the node's value.
+            found.meta[EXAMPLE_VALUE] = tensor_of(node)
 
 
 def _move(emit: Emitter, region: Region) -> None:

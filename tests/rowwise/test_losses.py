@@ -171,3 +171,100 @@ def test_log_says_what_it_is(caplog):
     (line,) = caplog.messages
     assert "chunked: " in line
     assert " operations on each row" in line
+
+
+def same_twice(h, w):
+    z = F.linear(h, w)
+    a, b = z.sin().mean(-1), z.sin().mean(-1)
+    a.mul_(2)
+    return a.sum() + b.square().sum()
+
+
+def through_a_view(h, w):
+    a = F.linear(h, w).sin().mean(-1)
+    a.reshape(-1)[:1].mul_(2)
+    return a.sum()
+
+
+def without_its_gradient(h, w):
+    a = F.linear(h, w).sin().mean(-1)
+    a.detach().mul_(0.5)
+    return a.sum()
+
+
+def behind_another(h, w):
+    a = F.linear(h, w).flatten(0, 1).sin().mean(-1)
+    b = a * 2
+    a[:3].mul_(2)
+    return a.sum() + b.sum()
+
+
+@pytest.mark.parametrize("function", [same_twice, through_a_view, behind_another])
+def test_results_that_are_written_to(function):
+    """Found by generated programs: what stands for one result is in no memory of another's."""
+    h, w, *_ = inputs()
+    with lmhead_pass.config.patch(batch_chunk_size=5):
+        ours = gradients(rewrite(function), (h, w))
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    torch.testing.assert_close(ours, gradients(function, (h, w)))
+
+
+def test_a_write_through_what_is_detached():
+    h, w, *_ = inputs()
+    ours = gradients(rewrite(without_its_gradient), (h, w))
+    torch.testing.assert_close(ours, gradients(without_its_gradient, (h, w)))
+
+
+def test_inputs_that_are_written_to_between_two_losses():
+    """Found by generated programs: the call stands where both have what they read."""
+    h, w, y, *_ = inputs()
+
+    def function(h, w, y):
+        y, z = y.clone(), F.linear(h, w)
+        spread = z.std(-1).mean()
+        y[:, 0] = 3
+        return spread + F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+    ours = gradients(rewrite(function), (h, w, y))
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    torch.testing.assert_close(ours, gradients(function, (h, w, y)))
+
+
+def test_what_is_logged_between_two_losses_has_no_gradient():
+    h, w, y, *_ = inputs()
+
+    def function(h, w, y):
+        z = F.linear(h, w)
+        spread = z.std(-1)
+        with torch.no_grad():
+            largest = spread.amax()
+        words = y.clone()
+        return spread.mean() + F.cross_entropy(z.flatten(0, 1), words.flatten()), largest
+
+    _, largest = rewrite(function)(h, w, y)
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    assert not largest.requires_grad
+    torch.testing.assert_close(largest, function(h, w, y)[1])
+
+
+def test_a_teacher_that_is_also_needed_whole():
+    h, w, *_, z = inputs()
+
+    def function(h, w, z):
+        teacher = z.softmax(-1) + 0.5
+        return F.cosine_similarity(F.linear(h, w), teacher, dim=-1).sum()
+
+    torch.testing.assert_close(
+        gradients(rewrite(function), (h, w, z)), gradients(function, (h, w, z))
+    )
+
+
+def test_rows_of_rows():
+    h, w, *_ = inputs()
+
+    def function(h, w):
+        return F.linear(h, w).flatten(0, 1)[1:][::2].std(-1).sum()
+
+    ours = gradients(rewrite(function), (h, w))
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    torch.testing.assert_close(ours, gradients(function, (h, w)))
