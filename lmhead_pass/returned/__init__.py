@@ -4,8 +4,8 @@
 ``lazy_logits`` the tensor that the caller gets: it stands for a ``Cell`` (``cells``), a value that
 is computed when it is read. ``history`` is what autograd sees of it, ``lazy_gradient`` what comes
 back. ``steps`` says which functions are written down, ``likes`` what they return, without values,
-and ``metadata`` what reads no values; ``rows_alone`` reads a few rows; ``reading`` looks after late
-readings, and tells of all.
+and ``metadata`` and ``by_form`` what reads no values; ``rows_alone`` reads a few rows; ``reading``
+looks after late readings, and tells of all.
 Importing this registers the ops.
 """
 

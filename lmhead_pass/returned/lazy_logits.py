@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from ..compat import lazy_tensors as compat
-from ..compat.compiling import is_compiling, never_compiled
+from ..compat.compiling import is_compiling, is_inside_of_checkpoint, never_compiled
 from . import reading
+from .by_form import run_by_form
 from .cells import Call, Cell
 from .history import Become, Consume, Derive, Gate, Head, Values
 from .likes import likes_of
 from .metadata import METADATA
 from .recipe import Recipe
-from .rows_alone import run_on_rows_alone
+from .rows_alone import run_apart, run_on_rows_alone
 from .steps import COMPUTED, DETACHING, PIECES, VIEWS, is_in_place, is_written_down
 
 
@@ -90,7 +91,7 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         if is_in_place(func) or kwargs.get("out") is not None:
             return _write(func, args, kwargs)
-        for attempt in (_without_reading, _on_rows_alone):
+        for attempt in (_by_form, _without_reading, _on_rows_alone, _on_values_alone):
             result = attempt(func, args, kwargs, logits)
             if result is not NotImplemented:
                 return result
@@ -171,6 +172,18 @@ def _touch(logits: LazyLogits) -> None:
     cell.owner = weakref.ref(logits)
 
 
+def _by_form(func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]) -> Any:
+    if compat.is_inside_of_modes():
+        return NotImplemented
+
+    def form_of(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, LazyLogits):
+            return tensor
+        return tensor._cell.form(tensor.device)
+
+    return run_by_form(func, args, kwargs, form_of)
+
+
 def _without_reading(
     func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]
 ) -> Any:
@@ -196,13 +209,15 @@ def _without_reading(
     likes = likes_of(func, given, named, logits[0].device)
     if likes is None:
         return NotImplemented
+    (root,) = roots
+    assert root is not None
+    if is_inside_of_checkpoint() and root.value is None:
+        root.is_used_again = True
     is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
     if is_written_down(func, likes, cells):
         return _write_down(func, args, kwargs, logits, likes, others)
     if func not in COMPUTED or not isinstance(likes, Tensor):
         return NotImplemented
-    (root,) = roots
-    assert root is not None
     if any(cell.value is not None for cell in cells):
         return NotImplemented
     call = _call(func, args, kwargs, logits[0].device.type)
@@ -297,6 +312,19 @@ def _on_rows_alone(
     return run_on_rows_alone(func, given, named, cell)
 
 
+def _on_values_alone(
+    func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]
+) -> Any:
+    """The result of ``func``, if the logits have to stay unread and nobody can tell."""
+    if not any(tensor._cell.is_to_stay_unread for tensor in logits):
+        return NotImplemented
+    values = {}
+    for tensor in logits:
+        reading.tell(func, tensor._cell)
+        values[id(tensor)] = _with_history(tensor, tensor._cell.look())
+    return run_apart(func, args, kwargs, values)
+
+
 def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call ``func`` with the values of the lazy logits among its arguments."""
     lazy = _lazy_in((args, kwargs))
@@ -318,13 +346,16 @@ def _read(func: Callable[..., Any], cell: Cell) -> None:
 
 def _values(logits: LazyLogits) -> Tensor:
     """The values, with their gradient where it is recorded."""
-    value = logits._cell.read()
+    return _with_history(logits, logits._cell.read())
+
+
+def _with_history(logits: LazyLogits, value: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return value
     # What is traced stays in the modes that trace it.
     modes = contextlib.nullcontext() if is_compiling() else compat.outside_of_modes()
     with modes, compat.without_torch_function():
-        return Values.apply(logits) if logits.requires_grad else value  # type: ignore[no-untyped-call]
+        return Values.apply(logits, value) if logits.requires_grad else value  # type: ignore[no-untyped-call]
 
 
 def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
