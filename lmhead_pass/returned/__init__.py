@@ -12,7 +12,18 @@ Importing this registers the ops.
 from . import return_op
 from .cells import Call, Cell
 from .lazy_logits import LazyLogits
+from .likes import likes_of
 from .reading import user_stack
 from .recipe import Recipe, Step, StepKind
 
-__all__ = ["Call", "Cell", "LazyLogits", "Recipe", "Step", "StepKind", "return_op", "user_stack"]
+__all__ = [
+    "Call",
+    "Cell",
+    "LazyLogits",
+    "Recipe",
+    "Step",
+    "StepKind",
+    "likes_of",
+    "return_op",
+    "user_stack",
+]

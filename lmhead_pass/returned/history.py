@@ -272,6 +272,22 @@ class Become(torch.autograd.Function):
         return None, gradient
 
 
+class Lose(torch.autograd.Function):
+    """Takes a lazy tensor its history: autograd has none for one of several views (``unbind``) once
+    their memory was written to."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, why: str) -> Tensor:
+        ctx.mark_dirty(logits)
+        ctx.why = why
+        return logits
+
+    @staticmethod
+    @never_compiled
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        raise RuntimeError(ctx.why)
+
+
 class Gate(torch.autograd.Function):
     """The history of logits that were just returned, before anybody has touched them.
 

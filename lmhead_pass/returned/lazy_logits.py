@@ -22,12 +22,20 @@ from ..compat.compiling import is_compiling, is_inside_of_checkpoint, never_comp
 from . import reading
 from .by_form import run_by_form
 from .cells import Call, Cell
-from .history import Become, Consume, Derive, Gate, Head, Values
+from .history import Become, Consume, Derive, Gate, Head, Lose, Values
 from .likes import likes_of
 from .metadata import METADATA
 from .recipe import Recipe
 from .rows_alone import run_apart, run_on_rows_alone
-from .steps import COMPUTED, DETACHING, PIECES, VIEWS, is_in_place, is_written_down
+from .steps import (
+    COMPUTED,
+    DETACHING,
+    PIECES,
+    VIEWS,
+    WRITTEN_DOWN,
+    is_in_place,
+    is_written_down,
+)
 
 
 class LazyLogits(Tensor):
@@ -136,12 +144,10 @@ class LazyLogits(Tensor):
 _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
-def _reader_of(call: Call, root: Cell) -> Callable[..., Tensor] | None:
+def _reader_of(call: Call, root: Cell) -> Any:
     """What computes a call whose result has no vocabulary; None if only the logits' values do."""
     # The matcher that reads graphs, which nothing here is to wait for.
-    reader: Callable[..., Tensor] | None
-    reader = importlib.import_module("lmhead_pass.outside").reader_of(call, root)
-    return reader
+    return importlib.import_module("lmhead_pass.outside").reader_of(call, root)
 
 
 def _lazy_in(arguments: Any) -> list[LazyLogits]:
@@ -205,38 +211,44 @@ def _without_reading(
         or compat.is_inside_of_modes()
     ):
         return NotImplemented
-    given, named = _with_cells(args, kwargs)
-    likes = likes_of(func, given, named, logits[0].device)
-    if likes is None:
-        return NotImplemented
     (root,) = roots
     assert root is not None
     if is_inside_of_checkpoint() and root.value is None:
         root.is_used_again = True
-    is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
-    if is_written_down(func, likes, cells):
-        return _write_down(func, args, kwargs, logits, likes, others)
-    if func not in COMPUTED or not isinstance(likes, Tensor):
+    if func not in COMPUTED or func in WRITTEN_DOWN:
+        given, named = _with_cells(args, kwargs)
+        likes = likes_of(func, given, named, logits[0].device)
+        if likes is None:
+            return NotImplemented
+        if is_written_down(func, likes, cells):
+            return _write_down(func, args, kwargs, logits, likes, others)
+    if func not in COMPUTED or any(cell.value is not None for cell in cells):
         return NotImplemented
-    if any(cell.value is not None for cell in cells):
-        return NotImplemented
+    return _compute(func, args, kwargs, logits, root)
+
+
+def _compute(
+    func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits], root: Cell
+) -> Any:
+    """The result of ``func``, which has no vocabulary, by the op; NotImplemented if it cannot."""
     call = _call(func, args, kwargs, logits[0].device.type)
-    compute = _reader_of(call, root)
-    if compute is None:
+    reader = _reader_of(call, root)
+    if reader is None:
         return NotImplemented
     assert isinstance(root.source, Recipe)
     root.source.check_unchanged()
-    if not is_recorded or not likes.is_floating_point():
+    is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
+    if not is_recorded or not reader.like.is_floating_point():
         with torch.no_grad():
-            return compute(*(tensor.detach() for tensor in root.source.tensors)).detach()
+            return reader.run(*(tensor.detach() for tensor in root.source.tensors)).detach()
     # A gradient ends at logits that are detached from what they are made of.
-    has_way_back = not any(cell.is_detached for cell in cells)
+    has_way_back = not any(tensor._cell.is_detached for tensor in logits)
     inputs = tuple(
         tensor.detach().requires_grad_(has_way_back and is_wanted)
         for tensor, is_wanted in zip(root.source.tensors, root.source.wanted, strict=True)
     )
     given = [_tensor_of(cell, logits) for cell in call.cells]
-    return Consume.apply(lambda: compute(*inputs), call, inputs, *given)  # type: ignore[no-untyped-call]
+    return Consume.apply(lambda: reader.run(*inputs), call, inputs, *given)  # type: ignore[no-untyped-call]
 
 
 def _tensor_of(cell: Cell, logits: Sequence[LazyLogits]) -> LazyLogits:
@@ -383,7 +395,12 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     with compat.without_torch_function():
         for logits, value in values:
             if value.requires_grad:
-                Become.apply(logits, value)  # type: ignore[no-untyped-call]
+                try:
+                    Become.apply(logits, value)  # type: ignore[no-untyped-call]
+                except RuntimeError as error:
+                    if logits is written:
+                        raise
+                    Lose.apply(logits, str(error))  # type: ignore[no-untyped-call]
     owners = {id(value): logits for logits, value in values}
     return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 

@@ -468,8 +468,8 @@ class _Writer:
         self._line(text)
 
     def _read(self, logits: _Logits) -> None:
-        # In checkpointed regions hooks crash torch 2.13, with the pass and without.
-        if self._chance(10) and not self._checkpoints:
+        # There and in checkpointed regions hooks crash torch 2.13, with the pass and without.
+        if self._chance(10) and not self._checkpoints and self._outside != "compiled":
             self.kinds.add("hook")
             self._line(
                 f"if {logits.x}.requires_grad:\n"
