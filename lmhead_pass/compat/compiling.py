@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
 from torch.fx import Graph
+from torch.utils.checkpoint import checkpoint
 
 from .graphs import is_transformed
 from .lazy_tensors import keeps_graph
@@ -50,6 +51,13 @@ def are_saved_tensors_hooked() -> bool:
     """Whether hooks see what autograd saves (``torch.autograd.graph.saved_tensors_hooks``)."""
     hooks = find("torch._C._autograd._top_saved_tensors_default_hooks", _HELD_TWICE)
     return hooks is None or hooks(False) is not None
+
+
+def is_inside_of_checkpoint() -> bool:
+    """Whether a checkpoint that runs its region again in the backward is around this."""
+    top = find("torch._C._autograd._top_saved_tensors_default_hooks", _HELD_TWICE)
+    hooks = None if top is None else top(False)
+    return hooks is not None and hooks[0].__module__ == checkpoint.__module__
 
 
 def attempt() -> tuple[object, int] | None:

@@ -8,6 +8,7 @@ and little else.
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +20,22 @@ from .. import config
 from ..compat import lazy_tensors as compat
 from ..compat.compiling import forgotten_by_reset
 from ..compat.settings import settings_of
-from ..returned import Call, Cell, Recipe, user_stack
+from ..returned import Call, Cell, Recipe, likes_of, user_stack
 from ..rewrite import MemoryBudgetTooSmall, rewrite_graph
 from .recording import Recorder
 
 log = logging.getLogger("lmhead_pass")
 
-Reader = Callable[..., Tensor]
+
+@dataclass(frozen=True)
+class Reader:
+    """What computes a call on lazy logits without them."""
+
+    run: Callable[..., Tensor]
+    """Takes the tensors of a recipe, and the others that the call was given."""
+    like: Tensor
+    """Has the size and dtype of the result, and is on the meta device."""
+
 
 _MOST = 64
 _readers: OrderedDict[Any, Reader | None] = OrderedDict()
@@ -34,9 +44,9 @@ go where Dynamo forgets what it has compiled."""
 
 
 def reader_of(call: Call, root: Cell) -> Reader | None:
-    """A function of the tensors of the root's recipe that computes ``call``; None if the op cannot.
+    """What computes ``call`` from the tensors of the root's recipe; None if the op cannot.
 
-    Those that call it may be leaves: it has gradients where they require some.
+    These may be leaves: the result has a gradient where they require some.
     """
     recipe = root.source
     assert isinstance(recipe, Recipe)
@@ -53,8 +63,8 @@ def reader_of(call: Call, root: Cell) -> Reader | None:
     reader = _readers[key]
     if reader is None:
         return None
-    others = way.others
-    return lambda *tensors: reader(*tensors, *others)
+    run, others = reader.run, way.others
+    return Reader(lambda *tensors: run(*tensors, *others), reader.like)
 
 
 class _Way:
@@ -107,6 +117,9 @@ def _world(recipe: Recipe) -> tuple[Any, ...]:
 def _rewritten(call: Call, root: Cell, others: list[Tensor]) -> Reader | None:
     recipe = root.source
     assert isinstance(recipe, Recipe)
+    like = likes_of(call.function, call.args, call.kwargs, recipe.hidden.device)
+    if not isinstance(like, Tensor):
+        return None
     mode = compat.new_fake_mode()
     try:
         with compat.outside_of_modes():
@@ -130,7 +143,7 @@ def _rewritten(call: Call, root: Cell, others: list[Tensor]) -> Reader | None:
         )
         return None
     module.recompile()
-    return lambda *tensors: module(*tensors)[0]
+    return Reader(lambda *tensors: module(*tensors)[0], like)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

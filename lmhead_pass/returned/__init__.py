@@ -4,15 +4,26 @@
 ``lazy_logits`` the tensor that the caller gets: it stands for a ``Cell`` (``cells``), a value that
 is computed when it is read. ``history`` is what autograd sees of it, ``lazy_gradient`` what comes
 back. ``steps`` says which functions are written down, ``likes`` what they return, without values,
-and ``metadata`` what reads no values; ``rows_alone`` reads a few rows; ``reading`` looks after late
-readings, and tells of all.
+and ``metadata`` and ``by_form`` what reads no values; ``rows_alone`` reads a few rows; ``reading``
+looks after late readings, and tells of all.
 Importing this registers the ops.
 """
 
 from . import return_op
 from .cells import Call, Cell
 from .lazy_logits import LazyLogits
+from .likes import likes_of
 from .reading import user_stack
 from .recipe import Recipe, Step, StepKind
 
-__all__ = ["Call", "Cell", "LazyLogits", "Recipe", "Step", "StepKind", "return_op", "user_stack"]
+__all__ = [
+    "Call",
+    "Cell",
+    "LazyLogits",
+    "Recipe",
+    "Step",
+    "StepKind",
+    "likes_of",
+    "return_op",
+    "user_stack",
+]

@@ -42,7 +42,7 @@ class Call:
         """Of each cell the gradient, from that of the result; None where it is not wanted."""
         with torch.enable_grad(), compat.autocast_as(self.autocast):
             leaves = {
-                cell: cell.read().detach().requires_grad_(is_wanted)
+                cell: cell.look().detach().requires_grad_(is_wanted)
                 for cell, is_wanted in zip(self.cells, wanted, strict=True)
             }
             result = self.run(leaves)
@@ -71,7 +71,10 @@ class Cell:
         self.is_detached = False
         """Whether a gradient ends on the way from here to the hidden states and the weight."""
         self.alone: Tensor | None = None
-        """The value in memory of its own, until it is read (``rows_alone``)."""
+        """The value in memory of its own, until it is read (``look``, ``rows_alone``)."""
+        self.is_used_again = False
+        """Whether a checkpointed region has used these logits unread: it runs once more in the
+        backward, and would save other tensors if it found values."""
         self.numbers_alone = 0
         """How many numbers of what was made of this were computed so."""
         self._is_root = isinstance(source, Recipe)
@@ -116,6 +119,27 @@ class Cell:
                     cell._compute()
         assert self.value is not None
         return self.value
+
+    @property
+    def is_to_stay_unread(self) -> bool:
+        """Whether a checkpointed region that has used this is to find it unread again."""
+        root = self.root
+        return self.value is None and root is not None and root.is_used_again
+
+    def look(self) -> Tensor:
+        """The value, for those that neither write to it nor keep its memory."""
+        if not self.is_to_stay_unread:
+            return self.read()
+        if self.alone is None:
+            with compat.outside_of_modes(), torch.inference_mode(False), torch.no_grad():
+                if isinstance(self.source, Recipe):
+                    self.alone = self.source.compute()
+                else:
+                    assert self.source is not None
+                    values = {cell: cell.look() for cell in self.source.cells}
+                    with compat.autocast_as(self.source.autocast):
+                        self.alone = self.source.run(values).detach()
+        return self.alone
 
     def _unread_sources(self) -> "list[Cell]":
         if isinstance(self.source, Call):

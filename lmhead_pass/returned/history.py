@@ -223,8 +223,9 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, of the logits' values."""
     values = [
-        Values.apply(tensor) if tensor.requires_grad else tensor._cell.read()  # type: ignore[no-untyped-call]
+        Values.apply(tensor, value) if tensor.requires_grad else value  # type: ignore[no-untyped-call]
         for tensor in logits
+        for value in [tensor._cell.look()]
     ]
     with compat.autocast_as(call.autocast):
         result = call.run(dict(zip(call.cells, values, strict=True)))
@@ -248,14 +249,13 @@ class Values(torch.autograd.Function):
     """The values of lazy logits, as a plain tensor with their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Any) -> Tensor:
-        value: Tensor = logits._cell.read().detach()
-        return value
+    def forward(ctx: Any, logits: Any, values: Tensor) -> Tensor:
+        return values.detach()
 
     @staticmethod
     @never_compiled
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 class Become(torch.autograd.Function):
@@ -270,6 +270,22 @@ class Become(torch.autograd.Function):
     @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         return None, gradient
+
+
+class Lose(torch.autograd.Function):
+    """Takes a lazy tensor its history: autograd has none for one of several views (``unbind``) once
+    their memory was written to."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, why: str) -> Tensor:
+        ctx.mark_dirty(logits)
+        ctx.why = why
+        return logits
+
+    @staticmethod
+    @never_compiled
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        raise RuntimeError(ctx.why)
 
 
 class Gate(torch.autograd.Function):

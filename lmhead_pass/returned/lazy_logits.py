@@ -18,15 +18,24 @@ import torch
 from torch import Tensor
 
 from ..compat import lazy_tensors as compat
-from ..compat.compiling import is_compiling, never_compiled
+from ..compat.compiling import is_compiling, is_inside_of_checkpoint, never_compiled
 from . import reading
+from .by_form import run_by_form
 from .cells import Call, Cell
-from .history import Become, Consume, Derive, Gate, Head, Values
+from .history import Become, Consume, Derive, Gate, Head, Lose, Values
 from .likes import likes_of
 from .metadata import METADATA
 from .recipe import Recipe
-from .rows_alone import run_on_rows_alone
-from .steps import COMPUTED, DETACHING, PIECES, VIEWS, is_in_place, is_written_down
+from .rows_alone import run_apart, run_on_rows_alone
+from .steps import (
+    COMPUTED,
+    DETACHING,
+    PIECES,
+    VIEWS,
+    WRITTEN_DOWN,
+    is_in_place,
+    is_written_down,
+)
 
 
 class LazyLogits(Tensor):
@@ -90,7 +99,7 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         if is_in_place(func) or kwargs.get("out") is not None:
             return _write(func, args, kwargs)
-        for attempt in (_without_reading, _on_rows_alone):
+        for attempt in (_by_form, _without_reading, _on_rows_alone, _on_values_alone):
             result = attempt(func, args, kwargs, logits)
             if result is not NotImplemented:
                 return result
@@ -135,12 +144,10 @@ class LazyLogits(Tensor):
 _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
-def _reader_of(call: Call, root: Cell) -> Callable[..., Tensor] | None:
+def _reader_of(call: Call, root: Cell) -> Any:
     """What computes a call whose result has no vocabulary; None if only the logits' values do."""
     # The matcher that reads graphs, which nothing here is to wait for.
-    reader: Callable[..., Tensor] | None
-    reader = importlib.import_module("lmhead_pass.outside").reader_of(call, root)
-    return reader
+    return importlib.import_module("lmhead_pass.outside").reader_of(call, root)
 
 
 def _lazy_in(arguments: Any) -> list[LazyLogits]:
@@ -171,6 +178,18 @@ def _touch(logits: LazyLogits) -> None:
     cell.owner = weakref.ref(logits)
 
 
+def _by_form(func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]) -> Any:
+    if compat.is_inside_of_modes():
+        return NotImplemented
+
+    def form_of(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, LazyLogits):
+            return tensor
+        return tensor._cell.form(tensor.device)
+
+    return run_by_form(func, args, kwargs, form_of)
+
+
 def _without_reading(
     func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]
 ) -> Any:
@@ -192,36 +211,44 @@ def _without_reading(
         or compat.is_inside_of_modes()
     ):
         return NotImplemented
-    given, named = _with_cells(args, kwargs)
-    likes = likes_of(func, given, named, logits[0].device)
-    if likes is None:
-        return NotImplemented
-    is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
-    if is_written_down(func, likes, cells):
-        return _write_down(func, args, kwargs, logits, likes, others)
-    if func not in COMPUTED or not isinstance(likes, Tensor):
-        return NotImplemented
     (root,) = roots
     assert root is not None
-    if any(cell.value is not None for cell in cells):
+    if is_inside_of_checkpoint() and root.value is None:
+        root.is_used_again = True
+    if func not in COMPUTED or func in WRITTEN_DOWN:
+        given, named = _with_cells(args, kwargs)
+        likes = likes_of(func, given, named, logits[0].device)
+        if likes is None:
+            return NotImplemented
+        if is_written_down(func, likes, cells):
+            return _write_down(func, args, kwargs, logits, likes, others)
+    if func not in COMPUTED or any(cell.value is not None for cell in cells):
         return NotImplemented
+    return _compute(func, args, kwargs, logits, root)
+
+
+def _compute(
+    func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits], root: Cell
+) -> Any:
+    """The result of ``func``, which has no vocabulary, by the op; NotImplemented if it cannot."""
     call = _call(func, args, kwargs, logits[0].device.type)
-    compute = _reader_of(call, root)
-    if compute is None:
+    reader = _reader_of(call, root)
+    if reader is None:
         return NotImplemented
     assert isinstance(root.source, Recipe)
     root.source.check_unchanged()
-    if not is_recorded or not likes.is_floating_point():
+    is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
+    if not is_recorded or not reader.like.is_floating_point():
         with torch.no_grad():
-            return compute(*(tensor.detach() for tensor in root.source.tensors)).detach()
+            return reader.run(*(tensor.detach() for tensor in root.source.tensors)).detach()
     # A gradient ends at logits that are detached from what they are made of.
-    has_way_back = not any(cell.is_detached for cell in cells)
+    has_way_back = not any(tensor._cell.is_detached for tensor in logits)
     inputs = tuple(
         tensor.detach().requires_grad_(has_way_back and is_wanted)
         for tensor, is_wanted in zip(root.source.tensors, root.source.wanted, strict=True)
     )
     given = [_tensor_of(cell, logits) for cell in call.cells]
-    return Consume.apply(lambda: compute(*inputs), call, inputs, *given)  # type: ignore[no-untyped-call]
+    return Consume.apply(lambda: reader.run(*inputs), call, inputs, *given)  # type: ignore[no-untyped-call]
 
 
 def _tensor_of(cell: Cell, logits: Sequence[LazyLogits]) -> LazyLogits:
@@ -297,6 +324,19 @@ def _on_rows_alone(
     return run_on_rows_alone(func, given, named, cell)
 
 
+def _on_values_alone(
+    func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]
+) -> Any:
+    """The result of ``func``, if the logits have to stay unread and nobody can tell."""
+    if not any(tensor._cell.is_to_stay_unread for tensor in logits):
+        return NotImplemented
+    values = {}
+    for tensor in logits:
+        reading.tell(func, tensor._cell)
+        values[id(tensor)] = _with_history(tensor, tensor._cell.look())
+    return run_apart(func, args, kwargs, values)
+
+
 def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call ``func`` with the values of the lazy logits among its arguments."""
     lazy = _lazy_in((args, kwargs))
@@ -318,13 +358,16 @@ def _read(func: Callable[..., Any], cell: Cell) -> None:
 
 def _values(logits: LazyLogits) -> Tensor:
     """The values, with their gradient where it is recorded."""
-    value = logits._cell.read()
+    return _with_history(logits, logits._cell.read())
+
+
+def _with_history(logits: LazyLogits, value: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return value
     # What is traced stays in the modes that trace it.
     modes = contextlib.nullcontext() if is_compiling() else compat.outside_of_modes()
     with modes, compat.without_torch_function():
-        return Values.apply(logits) if logits.requires_grad else value  # type: ignore[no-untyped-call]
+        return Values.apply(logits, value) if logits.requires_grad else value  # type: ignore[no-untyped-call]
 
 
 def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -352,7 +395,12 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     with compat.without_torch_function():
         for logits, value in values:
             if value.requires_grad:
-                Become.apply(logits, value)  # type: ignore[no-untyped-call]
+                try:
+                    Become.apply(logits, value)  # type: ignore[no-untyped-call]
+                except RuntimeError as error:
+                    if logits is written:
+                        raise
+                    Lose.apply(logits, str(error))  # type: ignore[no-untyped-call]
     owners = {id(value): logits for logits, value in values}
     return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 

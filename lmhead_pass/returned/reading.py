@@ -31,11 +31,30 @@ def watch(cell: Cell) -> None:
     _unread.add(cell)
 
 
-def _keep_what_a_step_changes(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """Before an optimizer changes a head, unread logits keep a copy of it, or their values.
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """``torch.optim.Optimizer.step`` calls this, of whatever form, with its arguments.
 
-    ``torch.optim.Optimizer.step`` calls this, of whatever form.
+    A closure among them runs the model, and the head is changed after it.
     """
+    _keep_what_a_step_changes(optimizer)
+    if not any(callable(leaf) for leaf in (*args[1:], *kwargs.values())):
+        return None
+
+    def then_keep(leaf: Any) -> Any:
+        def closure() -> Any:
+            result = leaf()
+            _keep_what_a_step_changes(optimizer)
+            return result
+
+        return closure if callable(leaf) else leaf
+
+    (itself, *others) = args
+    named = {name: then_keep(leaf) for name, leaf in kwargs.items()}
+    return (itself, *map(then_keep, others)), named
+
+
+def _keep_what_a_step_changes(optimizer: Any) -> None:
+    """Before an optimizer changes a head, unread logits keep a copy of it, or their values."""
     cells = [cell for cell in _unread if cell.value is None]
     if not cells:
         return
@@ -67,7 +86,7 @@ def _watch_optimizers() -> None:
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     # Where a step is compiled, it is called as it is.
-    register_optimizer_step_pre_hook(never_compiled(_keep_what_a_step_changes))
+    register_optimizer_step_pre_hook(never_compiled(_before_step))
 
 
 def tell(func: Callable[..., Any], cell: Cell) -> None:

@@ -1,6 +1,6 @@
 """A few rows of unread logits, computed without the others: the last one, to generate from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +22,22 @@ def run_on_rows_alone(func: Callable[..., Any], args: Any, kwargs: Any, cell: Ce
     rows = _rows_of(cell)
     if rows is None:
         return NotImplemented
-    version, memory = compat.version_of(rows), compat.memory_of(rows)
-    args, kwargs = compat.tree_map(
-        lambda leaf: rows if isinstance(leaf, Cell) else leaf, (args, kwargs)
-    )
+    return run_apart(func, args, kwargs, {id(cell): rows})
+
+
+def run_apart(
+    func: Callable[..., Any], args: Any, kwargs: Any, values: Mapping[int, Tensor]
+) -> Any:
+    """The result of ``func`` for values in place of what has these ids, in memory of their own.
+
+    NotImplemented if it may keep their memory or write to it.
+    """
+    versions = [compat.version_of(value) for value in values.values()]
+    memory = {compat.memory_of(value) for value in values.values()}
+    args, kwargs = compat.tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
     result = func(*args, **kwargs)
-    is_apart = compat.version_of(rows) == version and all(
-        isinstance(leaf, Tensor) and compat.memory_of(leaf) != memory
+    is_apart = versions == [compat.version_of(value) for value in values.values()] and all(
+        isinstance(leaf, Tensor) and compat.memory_of(leaf) not in memory
         for leaf in compat.tree_leaves(result)
     )
     return result if is_apart else NotImplemented

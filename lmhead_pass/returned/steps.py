@@ -54,7 +54,7 @@ COMPUTED = {
     ),
 }
 """These have no vocabulary in their result, and the op may compute them."""
-_WRITTEN_DOWN = VIEWS | _CASTS | _VALUES
+WRITTEN_DOWN = VIEWS | _CASTS | _VALUES
 # Of so many words at least one remains in what is written down.
 _FEWER = 16
 
@@ -63,7 +63,7 @@ def is_written_down(func: Callable[..., Any], likes: Any, cells: Sequence[Cell])
     """Whether ``likes``, what ``func`` makes of ``cells``, still has the vocabulary."""
     if func in PIECES:
         return isinstance(likes, tuple | list)
-    if func not in _WRITTEN_DOWN or not isinstance(likes, Tensor):
+    if func not in WRITTEN_DOWN or not isinstance(likes, Tensor):
         return False
     return likes.is_floating_point() and (
         func not in (Tensor.__getitem__, torch.select, Tensor.select)

@@ -466,6 +466,16 @@ def hooks_of_saved_tensors():
     assert not compiling.are_saved_tensors_hooked()
     with torch.autograd.graph.save_on_cpu():
         assert compiling.are_saved_tensors_hooked()
+        assert not compiling.is_inside_of_checkpoint()
+
+    def region(x):
+        seen.append(compiling.is_inside_of_checkpoint())
+        return x.sin()
+
+    seen = [compiling.is_inside_of_checkpoint()]
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(region, x, use_reentrant=False).sum().backward()
+    assert seen == [False, True, True]
 
 
 def seen_in_a_backward(look, go_backward):

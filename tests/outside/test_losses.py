@@ -204,6 +204,24 @@ def test_a_loss_in_a_checkpoint():
     torch.testing.assert_close(results, eager)
 
 
+@pytest.mark.parametrize("is_inside", [False, True], ids=["after", "inside"])
+def test_logits_are_read_beside_a_loss_in_a_checkpoint(is_inside):
+    """Found by generated programs: in the backward the region has to find them unread again."""
+
+    def region(logits, y):
+        loss = shifted(logits, y)
+        return loss, logits.double()[:, 1:].sin().sum() if is_inside else loss
+
+    def loss(logits, y):
+        loss, more = checkpoint(region, logits, y, use_reentrant=False)
+        return loss + more + logits.sin().sum()
+
+    model, inputs = Model(), batch()
+    _, eager = run(model, model, loss, inputs)
+    _, results = run(model, rewrite(model), loss, inputs)
+    torch.testing.assert_close(results, eager, rtol=1e-5, atol=1e-4)
+
+
 def test_hidden_states_that_are_an_input_may_be_written_to():
     head, (x, y) = nn.Linear(H, V), batch()
     x.requires_grad_()

@@ -1,6 +1,5 @@
 """The hypothesis strategy that writes programs."""
 
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import hypothesis.strategies as st
 import torch
 
 from . import tables
+from .border import places, with_border
 from .program import ARGUMENTS, Inputs, Program
 
 KINDS = frozenset(
@@ -31,6 +31,7 @@ _GRADIENTS = (
     ("hidden", "scale"),
     (),
 )
+BORDERS = ("eager", "eager", "eager", "eager_no_grad", "compiled", "compiled")
 _DTYPES = (torch.float32, torch.float64, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -38,28 +39,12 @@ _DTYPES = (torch.float32, torch.float64, torch.float64, torch.bfloat16, torch.fl
 def programs(draw: Callable[..., Any], border: bool = False) -> Program:
     """Models around the pattern: some that the pass understands, most a little off it.
 
-    With a ``border``, all after the first logits is outside of what is compiled, where it can be.
+    With a ``border``, a part from some line after the first logits on is outside of what is
+    compiled, and goes on with them: more losses, measures, a backward in between.
     """
-    inputs = draw(drawn_inputs())
-    writer = Writer(draw, inputs)
+    writer = Writer(draw, draw(drawn_inputs()), draw(st.sampled_from(BORDERS)) if border else None)
     writer.write()
-    return writer.program(with_border(writer.lines) if border else writer.lines)
-
-
-def with_border(lines: list[str]) -> list[str]:
-    """The program with everything after its first logits outside of what is compiled."""
-    head = next((n for n, line in enumerate(lines) if _LOGITS.match(line)), None)
-    if head is None:
-        return lines
-    known = dict.fromkeys([*ARGUMENTS, "head"])
-    known |= dict.fromkeys(m[1] for line in lines[: head + 1] if (m := _ASSIGNED.match(line)))
-    names = ", ".join(known)
-    inside = [*lines[: head + 1], f"    return outside({names})"]
-    return [*inside, "@uncompiled", f"def outside({names}):", *lines[head + 1 :]]
-
-
-_ASSIGNED = re.compile(r"    (\w+) = ")
-_LOGITS = re.compile(r"    z\d+ = ")
+    return writer.program()
 
 
 @st.composite
@@ -105,9 +90,10 @@ class Logits:
 class Writer:
     """Writes one program, statement by statement."""
 
-    def __init__(self, draw: Callable[..., Any], inputs: Inputs):
+    def __init__(self, draw: Callable[..., Any], inputs: Inputs, outside: str | None = None):
         self._draw = draw
         self._inputs = inputs
+        self._outside = outside
         self._names = 0
         self._indent = 1
         self._checkpoints = 0
@@ -191,15 +177,20 @@ class Writer:
         if self._chance(4):
             for _ in range(self._one((1, 1, 2, 3))):
                 self._line(self._pick("FACTORS")[1])
+        if self._outside is not None:
+            self._go_on()
         names = ["loss", *self._returned]
         if self._chance(4):
             self._line("return {" + ", ".join(f"{name!r}: {name}" for name in names) + "}")
         else:
             self._line("return " + ", ".join(names))
 
-    def program(self, lines: list[str]) -> Program:
+    def program(self) -> Program:
         """What is written, as it is to be run."""
-        draw, inputs = self._draw, self._inputs
+        draw, inputs, lines = self._draw, self._inputs, self.lines
+        if self._outside is not None and (among := places(lines)):
+            place = among[0] if draw(st.booleans()) else draw(st.sampled_from(among))
+            lines = with_border(lines, place, self._outside)
         return Program(
             source="\n".join(lines) + "\n",
             inputs=inputs,
@@ -211,6 +202,21 @@ class Writer:
             captures_unknown_numbers=draw(st.booleans()),
             kinds=frozenset(self.kinds),
         )
+
+    def _go_on(self) -> None:
+        """What callers do with what a model has returned."""
+        states = list(self._states)
+        for _ in range(self._one((0, 1, 1, 2)) if states else 0):
+            match self._one(("loss", "loss", "measure", "read", "backward")):
+                case "loss":
+                    self._return(self._loss(self._between(self._one(states))), differentiable=True)
+                case "measure":
+                    self._measure(self._one(states))
+                case "read":
+                    self._read(self._one(states))
+                case "backward" if self._outside == "eager":
+                    self._line("if loss.requires_grad:")
+                    self._line("    loss.sum().backward(retain_graph=True)")
 
     @contextmanager
     def _checkpoint(self, kind: str, *read: str) -> Iterator[list[str]]:
@@ -468,8 +474,8 @@ class Writer:
         self._line(text)
 
     def _read(self, logits: Logits) -> None:
-        # In checkpointed regions hooks crash torch 2.13, with the pass and without.
-        if self._chance(10) and not self._checkpoints:
+        # There and in checkpointed regions hooks crash torch 2.13, with the pass and without.
+        if self._chance(10) and not self._checkpoints and self._outside != "compiled":
             self.kinds.add("hook")
             self._line(
                 f"if {logits.x}.requires_grad:\n"

@@ -125,7 +125,9 @@ class Program:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return _SCRIPT.format(why=why, **fields)
 
-    def function(self, exact: bool = False) -> Callable[..., Any]:
+    def function(
+        self, exact: bool = False, checkpoint: Callable[..., Any] = checkpoint
+    ) -> Callable[..., Any]:
         """The program as a function; ``exact``: with every cast to FP64, and no autocast."""
         source = _in_double(self.source) if exact else self.source
         name = f"<program {hash(source):x}>"

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 
 from . import row_wise_tables as words
 from . import tables
-from .grammar import Logits, Writer, drawn_inputs, with_border
+from .grammar import BORDERS, Logits, Writer, drawn_inputs
 from .program import Program
 
 KINDS = frozenset(
@@ -28,9 +28,9 @@ def row_wise_programs(draw: Callable[..., Any], border: bool = False) -> Program
     inputs = draw(drawn_inputs())
     if inputs.transposed:
         inputs = replace(inputs, transposed=False)
-    writer = _RowWiseWriter(draw, inputs)
+    writer = _RowWiseWriter(draw, inputs, draw(st.sampled_from(BORDERS)) if border else None)
     writer.write()
-    program = writer.program(with_border(writer.lines) if border else writer.lines)
+    program = writer.program()
     return replace(program, compiles_rows=draw(st.integers(0, 3)) == 3)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch._dynamo.exc import SkipFrame
 from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -55,6 +56,8 @@ class Captured:
         old = {node.name for node in module.graph.nodes}
         try:
             _rewrite(module)
+        except SkipFrame:
+            raise  # what takes a loss of returned logits is left to eager
         except Exception as error:
             self.failure = error
             raise

@@ -299,3 +299,17 @@ def test_a_leaf_made_of_logits_is_not_written(model, make):
             leaf.add_(1)
         with pytest.raises(RuntimeError, match="a view of a leaf Variable that requires grad is"):
             leaf[0].add_(1)
+
+
+def test_a_write_to_logits_of_which_a_piece_is_held(returned):
+    """Found by generated programs: autograd has no history for such a piece any more."""
+    results = []
+    for logits in returned():
+        piece = logits.unbind(0)[0]
+        total = piece.logsumexp(-1).sum() + logits[0].logsumexp(-1).sum()
+        logits.mul_(2)
+        with pytest.raises(RuntimeError, match="view"):
+            piece.sum().backward()
+        results.append(logits.detach() + 0)
+        assert total.requires_grad
+    torch.testing.assert_close(*results)

@@ -49,6 +49,37 @@ DERIVED = {
 }
 
 
+BY_FORM = {
+    "new_zeros": lambda x: x.new_zeros(3),
+    "new_full": lambda x: x.new_full((2,), -100.0),
+    "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
+    "zeros_like": lambda x: torch.zeros_like(x[0]),
+    "full_like": lambda x: torch.full_like(x.double().mT, 0.5),
+    "to": lambda x: torch.arange(3).to(x.double()),
+    "type_as": lambda x: torch.arange(3).type_as(x),
+    "expand_as": lambda x: torch.ones(VOCAB).expand_as(x),
+    "view_as": lambda x: torch.ones(x[:1].numel()).view_as(x[:1]),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_what_takes_their_form_alone_leaves_them_unread(returned, mode):
+    """Found by generated programs: ``.to(logits)`` of another tensor raised a TypeError."""
+    with mode():
+        logits, plain = returned()
+        for function in BY_FORM.values():
+            assert_same(function(logits), function(plain))
+    assert is_unread(logits)
+
+
+def test_a_cast_to_the_form_of_others_stays_unread(returned):
+    logits, plain = returned()
+    other = torch.ones(1, dtype=torch.float64)
+    cast, same = logits.to(other), logits.to(logits)
+    assert is_unread(cast) and is_unread(same)
+    assert_same(cast + 0, plain.to(other) + 0)
+
+
 @pytest.mark.parametrize("derive", DERIVED.values(), ids=DERIVED)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 def test_views_and_casts_stay_unread(returned, derive, mode):
