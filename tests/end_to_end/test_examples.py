@@ -21,7 +21,7 @@ SAYS = {
     "train_gpt.py": ["rewritten: cross_entropy"],
     "loss_outside.py": ["deferred: linear", "rewritten: cross_entropy", "rewritten: argmax"],
     "dpo_logprobs.py": ["rewritten: gather", "logits computed again in the backward"],
-    "distillation.py": [": cross_entropy", "kl_div"],
+    "distillation.py": ["rewritten: kl_div", ", with cross_entropy", "chunked: "],
     "huggingface_trainer.py": ["deferred: linear", "rewritten: gather", "eval_accuracy"],
     "lightning_module.py": ["rewritten: cross_entropy"],
 }
