@@ -790,7 +790,7 @@ _TABLE: dict[str, Callable[[Context, Call], Any]] = {
     **_names(_reduction, "max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode", "kthvalue"),
     **_names(_reduction, "var.correction", "std.correction", "var_mean.correction"),
     **_names(_reduction, "std_mean.correction", "linalg_vector_norm"),
-    **_names(_reduction, "count_nonzero", "aminmax"),
+    **_names(_reduction, "count_nonzero"),
     **_names(_reduction_of_all, "sum.default", "mean.default", "max.default", "min.default"),
     # Other shapes.
     **_names(_same, "alias", "detach"),

@@ -38,6 +38,11 @@ from .values import ConstantLeaf, Exit, Expression, HeadLeaf, Outer, RowLeaf
 
 # What has at most this share of a vocabulary has none.
 _SHARE = 4
+# These pass no gradient on, not even one of 0.
+_DISCRETE = {
+    *("detach", "gt", "ge", "lt", "le", "eq", "ne", "isnan", "isinf", "argmax", "argmin"),
+    *("logical_and", "logical_or", "logical_not", "any", "all", "count_nonzero", "full_like"),
+}
 _PRODUCTS = ("linear", "matmul", "product", "addmm", "einsum", "conv1d")
 
 
@@ -521,10 +526,14 @@ def _with_gradient(ends: Iterable[Expression]) -> set[Expression]:
     found, pending = set[Expression](), list(ends)
     while pending:
         one = pending.pop()
-        if one not in found and one.op != "aten.detach.default":
+        if one not in found and not _ends_gradients(one):
             found.add(one)
             pending += _inputs_of(one)
     return found
+
+
+def _ends_gradients(one: Expression) -> bool:
+    return isinstance(one.op, str) and not _DISCRETE.isdisjoint(one.op.split(".")[1:2])
 
 
 def _heads_of(expression: Expression) -> Iterator[int]:

@@ -268,3 +268,15 @@ def test_rows_of_rows():
     ours = gradients(rewrite(function), (h, w))
     assert counters["lmhead_pass"] == {"rewritten": 1}
     torch.testing.assert_close(ours, gradients(function, (h, w)))
+
+
+def test_what_is_only_compared_has_no_gradient():
+    h, w, *_ = inputs()
+    bias = torch.randn(V, requires_grad=True)
+
+    def function(h, w, bias):
+        return torch.where(bias > 0.2, F.linear(h, w), -1.0).sum(-1).mean()
+
+    loss = rewrite(function)(h, w, bias)
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    assert torch.autograd.grad(loss, (h, bias), allow_unused=True)[1] is None
