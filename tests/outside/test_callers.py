@@ -174,7 +174,7 @@ def test_generate():
     )
     model = transformers.LlamaForCausalLM(config).eval()
     tokens = torch.randint(1, V, (2, 5))
-    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(tokens, **options, return_dict_in_generate=True, output_logits=True)
     model.forward = rewrite(model.forward)
     ours = model.generate(tokens, **options, return_dict_in_generate=True, output_logits=True)

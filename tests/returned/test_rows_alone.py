@@ -46,7 +46,6 @@ READERS = {
 }
 ALL = {
     "words": lambda z: z[..., :7].clone(),
-    "one word": lambda z: z[..., 3].clone(),
     "most rows": lambda z: z[:, 1:].clone(),
     "half and half": lambda z: torch.cat([z[:, :6].clone(), z[:, 6:].clone(), z[:, :6].clone()]),
     "softmax over rows": lambda z: z.softmax(1)[:, -1].clone(),
