@@ -10,6 +10,7 @@ from .fuzz import Statistics
 from .grammar import KINDS, programs
 from .many import COUNT, SEED, many_programs
 from .program import forget
+from .row_wise import row_wise_programs
 from .uniform import BACKEND
 
 
@@ -19,7 +20,7 @@ def _on_one_thread(one_thread):
     forget()
 
 
-def check_programs(count, border):
+def check_programs(count, strategy):
     """With the pass and without, all that the caller sees is the same but for rounding."""
     statistics = Statistics()
 
@@ -33,7 +34,7 @@ def check_programs(count, border):
         suppress_health_check=list(hypothesis.HealthCheck),
         report_multiple_bugs=False,
     )
-    @hypothesis.given(programs(border=border))
+    @hypothesis.given(strategy)
     def right(program):
         statistics.add(program, check(program))
 
@@ -44,7 +45,7 @@ def check_programs(count, border):
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_hundred_programs():
-    statistics = check_programs(COUNT, border=False)
+    statistics = check_programs(COUNT, programs())
     assert statistics.rewritten > 0.3 * COUNT
     assert sum(statistics.raised.values()) < 0.15 * COUNT
     assert statistics.blunt < 0.05 * COUNT
@@ -53,7 +54,12 @@ def test_two_hundred_programs():
 @pytest.mark.filterwarnings("ignore")
 def test_programs_whose_losses_are_outside(monkeypatch):
     monkeypatch.setattr(returned_plan, "_WIDER", 1)  # sizes are small
-    assert check_programs(15, border=True).rewritten >= 3
+    assert check_programs(15, programs(border=True)).rewritten >= 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_programs_that_treat_rows_apart():
+    assert check_programs(25, row_wise_programs()).rewritten >= 5
 
 
 def test_every_part_of_the_grammar_occurs():
