@@ -325,6 +325,8 @@ class _Carver:
         of_call = [self.heads[number] for number in heads]
         ends = [exit.expression for exit, has_gradient in exits.items() if has_gradient]
         reached = _with_gradient(ends)
+        if ends and reached.isdisjoint(given[: len(heads)]):
+            raise Refused("what is made of the logits has a gradient, but one of 0")
         return RowCall(
             heads=tuple(of_call),
             space=space,

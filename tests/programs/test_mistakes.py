@@ -91,6 +91,7 @@ def is_wrong(trial: Trial, name: str) -> bool:
 MISTAKES = IN_THE_OP | IN_THE_GRAPH
 # Those that take the search by far the longest.
 SELDOM_FOUND = {
+    "with_any_part_of_the_vocabulary",
     "with_one_upstream_gradient_for_all_rows",
     "with_places_mixed_up",
     "with_the_values_of_other_rows",
