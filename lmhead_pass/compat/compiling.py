@@ -96,6 +96,8 @@ def graph_of_function() -> Graph | None:
         translator = current()
     except AttributeError:  # Nothing is compiled, or Dynamo has no part in it (AOTInductor).
         return None
+    if translator is None:  # what torch 2.11 says instead
+        return None
     graph: Graph = translator.output.graph
     return graph
 
