@@ -3,6 +3,7 @@
 import torch
 from torch.fx import Node
 
+from ..compat.graphs import is_torch_op
 from .bodies import bodies_of
 
 # Functions of torch.nn.functional that draw, and whose names no operator of ATen has.
@@ -25,6 +26,7 @@ def draws(node: Node) -> bool:
     operator = getattr(torch.ops.aten, name, None)
     return name in _DRAWING or (
         operator is not None
+        and is_torch_op(operator)  # and no method of the namespace itself, as __eq__ is
         and any(
             torch.Tag.nondeterministic_seeded in getattr(operator, overload).tags
             for overload in operator.overloads()
