@@ -30,8 +30,8 @@ from ..logits import Head
 from ..op import Chunks, Output, RowInput, RowPart, Step, Value, plan_chunks
 from ..plan import run_the_same_behind
 from ..sums import sums
+from .call import Mixes
 from .layout import Dim, Label, Space
-from .operations import Mixes
 from .tracer import NeedsHead, Tracer
 from .types import Region, RowCall
 from .values import ConstantLeaf, Exit, Expression, HeadLeaf, Outer, RowLeaf

@@ -25,8 +25,9 @@ from ..graph import (
 )
 from ..logits import Head
 from ..op import RowCount
+from .call import Call, Mixes, New, Quotient, Summed, describe_call
 from .layout import Dim, Space, finest, labels_in, reshaped
-from .operations import Call, Mixes, New, Quotient, Summed, describe_call, rowwise
+from .operations import rowwise
 from .values import (
     Cell,
     ConstantLeaf,
@@ -51,7 +52,7 @@ _CREATES_NOTHING = ("requires_grad_", "retain_grad", "register_hook", "backward"
 
 
 class Tracer(DispatchMode):  # type: ignore[misc]
-    """What ``operations.Context`` is. Floating-point numbers are FP32, or FP64 where the model's
+    """What ``call.Context`` is. Floating-point numbers are FP32, or FP64 where the model's
     are."""
 
     def __init__(
