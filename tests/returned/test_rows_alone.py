@@ -79,6 +79,13 @@ def test_what_reads_all(read):
 
 
 @torch.no_grad()
+def test_one_word_of_each_row_is_computed_in_chunks():
+    unread, plain = returning(lambda z: z)
+    torch.testing.assert_close(unread[..., 3].clone(), plain[..., 3])
+    assert is_unread(unread)
+
+
+@torch.no_grad()
 def test_one_row_per_sequence_is_held():
     head, x = nn.Linear(16, 8192), torch.randn(4, 64, 16)
     compiled = rewrite(head)
