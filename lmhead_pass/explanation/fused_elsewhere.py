@@ -1,7 +1,6 @@
 """Heads whose loss a library computes in a call of its own: there are no logits to avoid."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -65,6 +64,7 @@ def _is_whole_numbers(tensor: torch.Tensor) -> bool:
 
 
 def _results(node: Node) -> list[torch.Tensor]:
-    value: Any = value_of(node)
-    values = value if isinstance(value, tuple | list) else (value,)
+    """What the call returns to its users: torch 2.11 adds what its backward needs."""
+    is_one = isinstance(value_of(node), torch.Tensor)
+    values = [value_of(n) for n in ((node,) if is_one else node.users)]
     return [each for each in values if isinstance(each, torch.Tensor)]

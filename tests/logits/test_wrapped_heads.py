@@ -116,6 +116,8 @@ def hooked_logits(register):
     return hooked(change)
 
 
+# Dynamo cuts the graph for it in the hook: is a module of torch compiled by itself then?
+RUNS_HEAD_IN_EAGER = torch.__version__ < "2.13"
 HEADS = {
     "adapter": (Adapter, 1),
     "scaled_adapter": (ScaledAdapter, 1),
@@ -134,7 +136,7 @@ HEADS = {
     "backward_hook": (lambda: hooked_backward("register_full_backward_hook"), 0),
     "backward_pre_hook": (lambda: hooked_backward("register_full_backward_pre_hook"), 0),
     "hook_of_logits": (lambda: hooked_logits(lambda z: z.register_hook(lambda g: g * 2)), 0),
-    "retain_grad": (lambda: hooked_logits(lambda z: z.retain_grad()), 1),
+    "retain_grad": (lambda: hooked_logits(lambda z: z.retain_grad()), int(not RUNS_HEAD_IN_EAGER)),
     "sequence": (lambda: nn.Sequential(nn.LayerNorm(H), nn.Linear(H, V)), 1),
 }
 
@@ -161,7 +163,7 @@ def test_loss_and_gradients(name):
     loss = rewrite(step)(head, hidden, target)
     found = dict(counters["lmhead_pass"])
     # Where a module is compiled by itself, so is its head.
-    assert found.pop("deferred", 0) == (name == "retain_grad")
+    assert found.pop("deferred", 0) == (name == "retain_grad" and not RUNS_HEAD_IN_EAGER)
     assert found == {"rewritten" if rewritten else "refused": 1}
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, leaves(head)), gradients)
