@@ -93,7 +93,7 @@ class _Way:
             if isinstance(leaf.source, Recipe):
                 return "logits"
             assert isinstance(leaf.source, Call)
-            return self.describe(leaf.source)
+            return leaf.is_detached, self.describe(leaf.source)
         if isinstance(leaf, Tensor):
             self.others.append(leaf)
             return _looks(leaf)
@@ -172,7 +172,8 @@ def _record(call: Call, root: Cell, fakes: list[Tensor], mode: Any) -> GraphModu
         if isinstance(leaf, Cell):
             if leaf not in known:
                 assert isinstance(leaf.source, Call)
-                known[leaf] = run(leaf.source)
+                value = run(leaf.source)
+                known[leaf] = value.detach() if leaf.is_detached and value.requires_grad else value
             return known[leaf]
         return next(others) if isinstance(leaf, Tensor) else leaf
 

@@ -58,7 +58,13 @@ class Cell:
     is made of it afterwards is computed at once.
     """
 
-    def __init__(self, source: Recipe | Call | None, like: Tensor, value: Tensor | None = None):
+    def __init__(
+        self,
+        source: Recipe | Call | None,
+        like: Tensor,
+        value: Tensor | None = None,
+        is_detached: bool = False,
+    ):
         """``like`` has the size, strides and dtype of the value, and is on the meta device."""
         self.source = source
         self.like = like
@@ -68,8 +74,9 @@ class Cell:
         """The tensor that stands for this, as long as somebody holds it."""
         self.versions = source.versions if isinstance(source, Recipe) else []
         """Of what they are computed from, when they were returned."""
-        self.is_detached = False
-        """Whether a gradient ends on the way from here to the hidden states and the weight."""
+        self.is_detached = is_detached
+        """Whether no gradient goes from here to the hidden states and the weight: a call without
+        one made it (``detach``, under no_grad), or all that it was made of is detached."""
         self.alone: Tensor | None = None
         """The value in memory of its own, until it is read (``look``, ``rows_alone``)."""
         self.is_used_again = False
@@ -87,7 +94,7 @@ class Cell:
             cells = source.cells
             roots = {cell.root for cell in cells}
             self._root = roots.pop() if len(roots) == 1 else None
-            self.is_detached = any(cell.is_detached for cell in cells)
+            self.is_detached = is_detached or all(cell.is_detached for cell in cells)
             for cell in cells:
                 cell._made.append(weakref.ref(self))
             if any(cell.value is not None for cell in cells):

@@ -142,9 +142,11 @@ def _lazily(
 ) -> list[Tensor | None]:
     """The gradients of what ``call`` reads, from the ``terms`` of that of its result."""
     results: list[Tensor | None] = []
+    # A leaf that was made of detached logits needs a gradient, and hands nothing on.
+    way_back = [i for i, cell in enumerate(call.cells) if needed[i] and not cell.is_detached]
     for number, (like, device) in enumerate(likes):
-        change, is_first = _change(call, needed, number), number == needed.index(True)
-        handed_on = [through(term, change, is_first) for term in terms]
+        change, is_way_back = _change(call, needed, number), way_back[:1] == [number]
+        handed_on = [through(term, change, is_way_back) for term in terms]
         results.append(LazyGradient(like, device, handed_on) if needed[number] else None)
     return results
 

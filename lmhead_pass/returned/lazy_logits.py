@@ -112,8 +112,10 @@ class LazyLogits(Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             # Autograd, which runs before this, gives the result its history.
             (logits,) = args
-            call = _call(Tensor.detach, args, {}, logits.device.type)
-            return cls(Cell(call, logits._cell.like), logits.device)
+            is_detached = func is torch.ops.aten.detach.default
+            same, more = (Tensor.detach, ()) if is_detached else (Tensor.view, (logits.shape,))
+            call = _call(same, (logits, *more), {}, logits.device.type)
+            return cls(Cell(call, logits._cell.like, is_detached=is_detached), logits.device)
         return _on_values(func, args, kwargs or {})
 
     # As inputs of another compiled function, torch.compile flattens lazy logits to their values.
@@ -242,7 +244,7 @@ def _compute(
         with torch.no_grad():
             return reader.run(*(tensor.detach() for tensor in root.source.tensors)).detach()
     # A gradient ends at logits that are detached from what they are made of.
-    has_way_back = not any(tensor._cell.is_detached for tensor in logits)
+    has_way_back = not all(tensor._cell.is_detached for tensor in logits)
     inputs = tuple(
         tensor.detach().requires_grad_(has_way_back and is_wanted)
         for tensor, is_wanted in zip(root.source.tensors, root.source.wanted, strict=True)
@@ -299,12 +301,11 @@ def _made(
 ) -> Tensor:
     device = logits[0].device
     call = _call(func, args, kwargs, device.type, item)
-    cell = Cell(call, like)
-    if func in DETACHING:
-        cell.is_detached = True
     given = [_tensor_of(source, logits) for source in call.cells]
     is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    if func in DETACHING or not is_recorded:
+    is_detached = func in DETACHING or not is_recorded
+    cell = Cell(call, like, is_detached=is_detached)
+    if is_detached:
         return LazyLogits(cell, device)
     made: Tensor = Derive.apply(lambda: LazyLogits(cell, device), call, *given)  # type: ignore[no-untyped-call]
     return made

@@ -14,13 +14,15 @@ TRAIN = """
     torch.__version__ = torch.torch_version.TorchVersion("2.16.0.dev20270101+cpu")
     import lmhead_pass
     import lmhead_pass.config
+    from tests.inductor import without_codegen
     from torch._dynamo.utils import counters
 
     def function(hidden, weight):
         return F.cross_entropy(hidden @ weight.t(), torch.arange(8))
 
     inputs = torch.randn(8, 16), torch.randn(5000, 16, requires_grad=True)
-    gradient, = torch.autograd.grad(torch.compile(function)(*inputs), inputs[1])
+    with without_codegen():
+        gradient, = torch.autograd.grad(torch.compile(function)(*inputs), inputs[1])
     expected, = torch.autograd.grad(function(*inputs), inputs[1])
     torch.testing.assert_close(gradient, expected)
     print(counters["lmhead_pass"]["rewritten"])

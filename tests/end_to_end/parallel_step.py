@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._inductor.compile_fx  # once, for every process that is forked
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
