@@ -45,10 +45,10 @@ def _replace(edit: GraphEdit, numbers: list[Node], reduction: LinearReduction) -
         return False
     if not can_be_made_behind(last, reduction) or not run_the_same_behind(last, (call, *moved)):
         return False
+    # The gradient is put behind the sum: who holds the memory by another name would lack it.
+    after_call = mutation.nodes_between(call, graph.output_node())
     if mutation.has_other_names(reduction.sum) and any(
-        mutation.writers(
-            mutation.nodes_between(reduction.sum, graph.output_node()), of=[reduction.sum]
-        )
+        mutation.writers(after_call, of=[reduction.sum])
     ):
         return False
     if any(node.op == "call_method" and node.target == "backward" for node in graph.nodes):

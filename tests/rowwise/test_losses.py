@@ -299,3 +299,28 @@ def test_what_is_only_compared_has_no_gradient():
     loss = rewrite(function)(h, w, bias)
     assert counters["lmhead_pass"] == {"rewritten": 1}
     assert torch.autograd.grad(loss, (h, bias), allow_unused=True)[1] is None
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        lambda loss: (1 - loss).mul_(0.75) * 2,
+        lambda loss: [loss := 1 - loss, loss.mul_(0.75), loss * 2][-1],
+        lambda loss: [loss := loss * 3, loss.mul_(0.75)][0],
+        lambda loss: [loss := loss * 3, loss.view(1).mul_(0.75), loss * 2][-1],
+        lambda loss: [loss := loss * 3, view := loss.view(1), loss.mul_(0.75), view.sum()][-1],
+        lambda loss: [loss := loss * 3, loss.add_(loss.mul_(0.75)), loss * 2][-1],
+    ],
+    ids=["read", "read_by_its_name", "returned_by_its_name", "by_a_view", "a_view", "twice"],
+)
+def test_a_sum_of_two_heads_that_is_written_to(tail):
+    """Both gradients reach what is read of the memory afterwards, by whatever name."""
+
+    def function(h, w, y, h2, w2, z):
+        return tail(F.linear(h, w).std(-1).mean() + F.linear(h2, w2).std(-1).mean())
+
+    tensors = inputs()
+    ours = gradients(rewrite(function), tensors)
+    assert counters["lmhead_pass"] == {"rewritten": 2}
+    for one, other in zip(ours, gradients(function, tensors), strict=True):
+        torch.testing.assert_close(one, other)
