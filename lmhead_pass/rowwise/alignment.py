@@ -49,8 +49,8 @@ def aligned(
         ):
             raise Mixes("rows are put together with what has another number of rows")
         own = tuple(
-            None if dim is None or same(size, 1) else dim
-            for dim, size in zip(wanted, tensor.shape, strict=True)
+            None if dim is None or (same(size, 1) and not same(whole, 1)) else dim
+            for dim, size, whole in zip(wanted, tensor.shape, sizes[offset:], strict=True)
         )
         if all(dim is None for dim in own):
             kept = tuple(

@@ -72,3 +72,16 @@ def test_measures_that_a_gradient_reaches(name):
         return forms.flat(z, y) + test_consumers.REACHED[name](z, y).sum()
 
     check(function, forms.inputs())
+
+
+def test_a_piece_of_one_row():
+    """Its index is one of its row, not the same for all rows."""
+
+    def function(h, w, b, y):
+        logits = F.linear(h, w, b).flatten(0, 1)
+        assert logits.size(0) % 2 == 1
+        pairs = zip(logits.split(2), y.flatten().split(2), strict=True)
+        losses = [z.log_softmax(1).square().gather(1, words[:, None]).mean() for z, words in pairs]
+        return sum(losses) + logits.std(-1).mean()
+
+    check(function, forms.inputs())
