@@ -42,7 +42,7 @@ class Call:
         """Of each cell the gradient, from that of the result; None where it is not wanted."""
         with torch.enable_grad(), compat.autocast_as(self.autocast):
             leaves = {
-                cell: cell.look().detach().requires_grad_(is_wanted)
+                cell: cell.look_back().detach().requires_grad_(is_wanted)
                 for cell, is_wanted in zip(self.cells, wanted, strict=True)
             }
             result = self.run(leaves)
@@ -82,6 +82,10 @@ class Cell:
         self.is_used_again = False
         """Whether a checkpointed region has used these logits unread: it runs once more in the
         backward, and would save other tensors if it found values."""
+        self.is_differentiated = False
+        """Whether the gradient of a call that was given this needs the value it had then."""
+        self._original: Tensor | None = None
+        self._version = 0
         self.numbers_alone = 0
         """How many numbers of what was made of this were computed so."""
         self._is_root = isinstance(source, Recipe)
@@ -148,6 +152,36 @@ class Cell:
                         self.alone = self.source.run(values).detach()
         return self.alone
 
+    def look_back(self) -> Tensor:
+        """The value that calls were given before somebody wrote to it."""
+        if self._original is not None:
+            return self._original
+        value = self.look()
+        is_read = self.is_differentiated and self.value is not None
+        if is_read and compat.version_of(value) != self._version:
+            raise RuntimeError(
+                "lmhead_pass: one of the variables needed for gradient computation has been "
+                "modified by an inplace operation: logits that a compiled model returned."
+            )
+        return value
+
+    def keep_original(self) -> None:
+        """Somebody is about to write to the value, which has been read: gradients need it as it is.
+
+        So they may need that of what shares its memory.
+        """
+        first = self
+        while first.is_view:
+            assert isinstance(first.source, Call)
+            (first,) = first.source.cells
+        pending = [first]
+        while pending:
+            cell = pending.pop()
+            if cell.is_differentiated and cell._original is None and cell.value is not None:
+                with compat.outside_of_modes(), torch.inference_mode(False), torch.no_grad():
+                    cell._original = cell.value.clone()
+            pending += [made for made in cell.made if made.is_view]
+
     def _unread_sources(self) -> "list[Cell]":
         if isinstance(self.source, Call):
             unread = [cell for cell in self.source.cells if cell.value is None]
@@ -165,6 +199,8 @@ class Cell:
                     return  # once the others are read
                 with compat.autocast_as(self.source.autocast):
                     self.value = self.source.run(values).detach()  # type: ignore[arg-type]
+        if self.value is not None:
+            self._version = compat.version_of(self.value)
         for cell in self.made:
             cell._compute()
         self._is_settled, self.alone = True, None

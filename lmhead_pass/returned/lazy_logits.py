@@ -30,6 +30,7 @@ from .rows_alone import run_apart, run_on_rows_alone
 from .steps import (
     COMPUTED,
     DETACHING,
+    ELEMENTWISE,
     PIECES,
     VIEWS,
     WRITTEN_DOWN,
@@ -307,6 +308,9 @@ def _made(
     cell = Cell(call, like, is_detached=is_detached)
     if is_detached:
         return LazyLogits(cell, device)
+    if func not in VIEWS | PIECES | ELEMENTWISE:
+        for source in call.cells:
+            source.is_differentiated = True
     made: Tensor = Derive.apply(lambda: LazyLogits(cell, device), call, *given)  # type: ignore[no-untyped-call]
     return made
 
@@ -377,6 +381,9 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     All that shares its memory gets the history of what is in it afterwards.
     """
     written = kwargs["out"] if kwargs.get("out") is not None else args[0]
+    if isinstance(written, LazyLogits):
+        _read(func, written._cell)
+        written._cell.keep_original()
     if not isinstance(written, LazyLogits) or not torch.is_grad_enabled():
         return _on_values(func, args, kwargs)
     for logits in _lazy_in((args, kwargs)):
