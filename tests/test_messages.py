@@ -66,6 +66,8 @@ TABLE = [
      "with lmhead_pass.disabled()", "rowwise/test_losses.py::test_second_derivative_is_an_error"),
     ("op/torch_ops", "lmhead_pass: linear_cross_entropy has no second derivative",
      "with lmhead_pass.disabled()", "op/test_op.py::test_double_backward_is_refused"),
+    ("returned/cells", "lmhead_pass: one of the variables needed", "or set {}",
+     "outside/test_writes.py::test_a_write_by_a_name_that_is_not_known"),
     ("returned/history", "lmhead_pass: a gradient would flow into logits", "or set {}",
      "returned/test_gradients.py::"
      "test_a_custom_function_of_what_was_returned_refuses_a_gradient"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..compat import lazy_tensors as compat
-from .recipe import Recipe
+from .recipe import SETTING, Recipe
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ class Cell:
         if is_read and compat.version_of(value) != self._version:
             raise RuntimeError(
                 "lmhead_pass: one of the variables needed for gradient computation has been "
-                "modified by an inplace operation: logits that a compiled model returned."
+                "modified by an inplace operation: logits that a compiled model returned. Write to "
+                f"a clone of them, or set {SETTING}."
             )
         return value
 
