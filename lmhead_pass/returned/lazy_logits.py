@@ -381,10 +381,11 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     All that shares its memory gets the history of what is in it afterwards.
     """
     written = kwargs["out"] if kwargs.get("out") is not None else args[0]
-    if isinstance(written, LazyLogits):
-        _read(func, written._cell)
-        written._cell.keep_original()
-    if not isinstance(written, LazyLogits) or not torch.is_grad_enabled():
+    if not isinstance(written, LazyLogits):
+        return _on_values(func, args, kwargs)
+    _read(func, written._cell)
+    written._cell.keep_original()
+    if not torch.is_grad_enabled():
         return _on_values(func, args, kwargs)
     for logits in _lazy_in((args, kwargs)):
         _read(func, logits._cell)

@@ -116,7 +116,7 @@ def hooked_logits(register):
     return hooked(change)
 
 
-# Dynamo cuts the graph for it in the hook: is a module of torch compiled by itself then?
+# Where a hook cuts the graph, it runs the head itself in eager.
 RUNS_HEAD_IN_EAGER = torch.__version__ < "2.13"
 HEADS = {
     "adapter": (Adapter, 1),
