@@ -31,18 +31,14 @@ from ..op import Chunks, Output, RowInput, RowPart, Step, Value, plan_chunks
 from ..plan import run_the_same_behind
 from ..sums import sums
 from .call import Mixes
+from .expressions import collect, exits_of, heads_of, is_head, nodes_of, with_gradient
 from .layout import Dim, Label, Space
 from .tracer import NeedsHead, Tracer
 from .types import Region, RowCall
-from .values import ConstantLeaf, Exit, Expression, HeadLeaf, Outer, RowLeaf
+from .values import ConstantLeaf, Exit, Expression, Outer, RowLeaf
 
 # What has at most this share of a vocabulary has none.
 _SHARE = 4
-# These pass no gradient on, not even one of 0.
-_DISCRETE = {
-    *("detach", "gt", "ge", "lt", "le", "eq", "ne", "isnan", "isinf", "argmax", "argmin"),
-    *("logical_and", "logical_or", "logical_not", "any", "all", "count_nonzero", "full_like"),
-}
 _PRODUCTS = ("linear", "matmul", "product", "addmm", "einsum", "conv1d")
 
 
@@ -271,14 +267,14 @@ class _Carver:
         for node, result in results.items():
             value = tensor_of(node)
             has_gradient = value.requires_grad and node in on_the_way
-            for exit in _exits_of(result):
+            for exit in exits_of(result):
                 found[exit] = found.get(exit, False) or has_gradient
         return found
 
     def _calls(self, exits: Mapping[Exit, bool]) -> Iterator[RowCall]:
         groups: list[tuple[Space, set[int], list[Exit]]] = []
         for exit in exits:
-            space, heads = exit.traced.space, set(_heads_of(exit.expression))
+            space, heads = exit.traced.space, set(heads_of(exit.expression))
             heads = heads or {0}
             joined = [g for g in groups if g[0] is space and g[1] & heads]
             merged: tuple[Space, set[int], list[Exit]] = (space, heads, [exit])
@@ -292,11 +288,11 @@ class _Carver:
     def _call(self, space: Space, heads: Sequence[int], exits: Mapping[Exit, bool]) -> RowCall:
         steps: dict[Expression, None] = {}
         for exit in exits:
-            _collect(exit.expression, steps)
+            collect(exit.expression, steps)
         by_row = [one for one in steps if isinstance(one.op, RowLeaf)]
         constants = [one for one in steps if isinstance(one.op, ConstantLeaf)]
         given = [
-            *(next((one for one in steps if _is_head(one, number)), number) for number in heads),
+            *(next((one for one in steps if is_head(one, number)), number) for number in heads),
             *(*by_row, *constants),
         ]
         numbers: dict[Any, int] = {one: number for number, one in enumerate(given)}
@@ -324,7 +320,7 @@ class _Carver:
         )
         of_call = [self.heads[number] for number in heads]
         ends = [exit.expression for exit, has_gradient in exits.items() if has_gradient]
-        reached = _with_gradient(ends)
+        reached = with_gradient(ends)
         if ends and reached.isdisjoint(given[: len(heads)]):
             raise Refused("what is made of the logits has a gradient, but one of 0")
         return RowCall(
@@ -368,13 +364,13 @@ class _Carver:
             source
             for call in calls
             for leaf in (*(one.op.outer for one in call.by_row), *(c.outer for c in call.constants))
-            for source in _nodes_of(leaf)
+            for source in nodes_of(leaf)
         }
         for head in self.heads:
             sources |= {head.hidden, head.weight}
         for result in results.values():
             if isinstance(result, Outer):
-                sources.update(_nodes_of(result))
+                sources.update(nodes_of(result))
         if not sources.isdisjoint(self.dependents):
             raise Refused("what is made of all rows is put together with rows")
         return sources
@@ -483,71 +479,6 @@ def _same_size(graph: Graph, node: Node) -> Node:
         if isinstance(value, int | torch.SymInt) and same(value, wanted):
             return other
     raise Refused(f"{describe(node)}{at(node)} reads a size of the logits")
-
-
-def _exits_of(result: Any) -> Iterator[Exit]:
-    if isinstance(result, Exit):
-        yield result
-    elif isinstance(result, Outer) and result.call is not None:
-        for leaf in tree_leaves(result.call[1:]):
-            yield from _exits_of(leaf)
-
-
-def _nodes_of(outer: Any) -> Iterator[Node]:
-    """The nodes that ``outer`` is made of."""
-    if isinstance(outer, Outer):
-        if outer.node is not None:
-            yield outer.node
-        else:
-            for leaf in tree_leaves(outer.call[1:] if outer.call is not None else ()):
-                yield from _nodes_of(leaf)
-
-
-def _inputs_of(expression: Expression) -> Iterator[Expression]:
-    for leaf in tree_leaves((expression.args, expression.kwargs)):
-        if isinstance(leaf, Expression):
-            yield leaf
-
-
-def _collect(expression: Expression, found: dict[Expression, None]) -> None:
-    """Put what ``expression`` is computed of into ``found``, and then itself."""
-    pending = [(expression, False)]
-    while pending:
-        one, is_ready = pending.pop()
-        if one in found:
-            continue
-        if is_ready:
-            found[one] = None
-            continue
-        pending.append((one, True))
-        pending += [(source, False) for source in _inputs_of(one)]
-
-
-def _with_gradient(ends: Iterable[Expression]) -> set[Expression]:
-    """What a gradient of ``ends`` may reach."""
-    found, pending = set[Expression](), list(ends)
-    while pending:
-        one = pending.pop()
-        if one not in found and not _ends_gradients(one):
-            found.add(one)
-            pending += _inputs_of(one)
-    return found
-
-
-def _ends_gradients(one: Expression) -> bool:
-    return isinstance(one.op, str) and not _DISCRETE.isdisjoint(one.op.split(".")[1:2])
-
-
-def _heads_of(expression: Expression) -> Iterator[int]:
-    found: dict[Expression, None] = {}
-    _collect(expression, found)
-    for one in found:
-        if isinstance(one.op, HeadLeaf):
-            yield one.op.number
-
-
-def _is_head(expression: Expression, number: int) -> bool:
-    return isinstance(expression.op, HeadLeaf) and expression.op.number == number
 
 
 def _numbered(argument: Any, numbers: Mapping[Any, int]) -> Any:
