@@ -14,7 +14,7 @@ from .call_fusion import (
     run_the_same_behind,
 )
 from .matcher import check_derivatives, find, unread_heads
-from .returned_plan import is_whole, leaves_its_hidden_states, recipe_of
+from .returned_plan import is_frozen_view, is_whole, may_return_more, recipe_of
 from .types import Match, Rewrite
 from .unreached import has_no_head, way_up
 
@@ -25,9 +25,10 @@ __all__ = [
     "check_derivatives",
     "find",
     "has_no_head",
+    "is_frozen_view",
     "is_whole",
     "leaves_gradients_to_backward",
-    "leaves_its_hidden_states",
+    "may_return_more",
     "plan_fused_calls",
     "recipe_of",
     "run_the_same_behind",

@@ -123,23 +123,24 @@ def check_together(returned: Sequence[Logits]) -> None:
                 )
 
 
-def leaves_its_hidden_states(logits: Logits) -> bool:
-    """Whether the hidden states leave the graph, too, so that a gradient finds its way back.
+def may_return_more() -> bool:
+    """Whether the graph may return what the logits are made of, too, so that a gradient finds its
+    way back.
 
     Without it, it is refused: parts into which DDP cuts a graph have to return what they did.
     """
-    return tensor_of(logits.node).requires_grad and not is_part_of_ddp()
+    return not is_part_of_ddp()
 
 
 def _for_later(logits: Logits) -> Logits:
-    """``logits`` with an input of the graph as the head's weight; Refused if there is none."""
+    """``logits`` with the weight that is to be kept for them; Refused if there is none."""
     if not is_whole(logits.head.node.graph):
         raise Refused(
             "the logits leave a part of the graph (gradient checkpointing, say) and not the "
             "compiled function itself. Return the loss alone"
         )
     recipe_of(logits)
-    weight, is_transposed = _input_weight(logits)
+    weight, is_transposed = _kept_weight(logits)
     head = replace(logits.head, weight=weight, weight_is_transposed=is_transposed)
     return replace(logits, head=head)
 
@@ -199,24 +200,45 @@ def recipe_of(logits: Logits) -> tuple[Node | None, list[str]]:
     return bias, [step.encode() for step in steps]
 
 
-def _input_weight(logits: Logits) -> tuple[Node, bool]:
-    """The graph's input that is the head's weight, and whether it is ``[H, V]``."""
+def _kept_weight(logits: Logits) -> tuple[Node, bool]:
+    """What to keep as the head's weight, and whether it is ``[H, V]``.
+
+    That is an input of the graph (or a view of one, if a gradient ends there), or what the graph
+    computes of some if it is smaller than the logits.
+    """
     head = logits.head
     node, is_transposed = head.weight, head.weight_is_transposed
-    while node.op == "call_function" or node.op == "call_method":
+    while node.op in ("call_function", "call_method") and not is_frozen_view(node):
         source = node.args[0] if node.args else None
-        if canonical_op(node) == "permute" and isinstance(source, Node):
-            before, after = tensor_of(source), tensor_of(node)
-            if before.dim() == 2 and after.stride() == before.stride()[::-1]:
-                node, is_transposed = source, not is_transposed
+        if isinstance(source, Node) and _is_differentiable(source) == _is_differentiable(node):
+            if canonical_op(node) == "permute":
+                before, after = tensor_of(source), tensor_of(node)
+                if before.dim() == 2 and after.stride() == before.stride()[::-1]:
+                    node, is_transposed = source, not is_transposed
+                    continue
+            # The products' dtype is known: what is cast to it before can be cast to it afterwards.
+            if canonical_op(node) == "cast" and tensor_of(node).dtype == tensor_of(head.node).dtype:
+                node = source
                 continue
-        # The products' dtype is known: what is cast to it before can be cast to it afterwards.
-        if canonical_op(node) == "cast" and tensor_of(node).dtype == tensor_of(head.node).dtype:
-            node = source
-            continue
+        if hint(tensor_of(head.weight).numel()) < hint(tensor_of(logits.node).numel()):
+            return head.weight, head.weight_is_transposed
         raise Refused(
             f"the logits are returned, and the head's weight is computed in the graph (by "
-            f"{describe(node)}): to compute them afterwards, it would have to be kept. "
-            f"{_INSTEAD}"
+            f"{describe(node)}): to compute them afterwards, it would have to be kept, and it is "
+            f"no smaller than they are. {_INSTEAD}"
         )
     return node, is_transposed
+
+
+def is_frozen_view(node: Node) -> bool:
+    """Whether ``node`` is in the memory of an input of the graph, and requires no gradient."""
+    memory = memory_of(node)
+    return not _is_differentiable(node) and any(
+        not memory.isdisjoint(memory_of(source))
+        for source in node.graph.nodes
+        if source.op in ("placeholder", "get_attr")
+    )
+
+
+def _is_differentiable(node: Node) -> bool:
+    return getattr(value_of(node), "requires_grad", False)

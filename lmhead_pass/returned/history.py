@@ -27,10 +27,10 @@ class Head(torch.autograd.Function):
     def forward(
         ctx: Any, make: Callable[[], Tensor], recipe: Recipe, is_late: bool, *inputs: Tensor
     ) -> Tensor:
-        """``inputs`` may lack the way back to what the hidden states were made of, and have an
-        empty tensor after all then. ``is_late`` says that they have changed since."""
+        """``inputs`` may lack the way back to what they were made of, and have an empty tensor
+        after all then. ``is_late`` says that they have changed since."""
         ctx.recipe, ctx.is_late = recipe, is_late
-        ctx.is_cut_off = recipe.hidden_requires_grad and not inputs[0].requires_grad
+        ctx.is_cut_off = recipe.lacks_history
         ctx.save_for_backward(*inputs[: len(recipe.tensors)])
         return make()
 

@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ class LazyLogits(Tensor):
     def from_recipe(cls, recipe: Recipe) -> Tensor:
         """The logits of a compiled function that has just run."""
         # What is made of the logits and detached keeps nothing of the model's graph.
-        cell = Cell(replace(recipe, hidden=recipe.hidden.detach()), recipe.like())
+        cell = Cell(recipe.without_history(), recipe.like())
         reading.watch(cell)
         device = recipe.hidden.device
         if not recipe.requires_grad:
@@ -163,8 +162,9 @@ def _touch(logits: LazyLogits) -> None:
     if recipe is None:
         return
     logits._untouched = None
-    inputs = list(recipe.tensors)
-    if recipe.hidden_requires_grad and not inputs[0].requires_grad:
+    pairs = zip(recipe.tensors, recipe.wanted, strict=True)
+    inputs = [tensor if is_wanted else tensor.detach() for tensor, is_wanted in pairs]
+    if recipe.lacks_history:
         inputs.append(torch.empty(0, requires_grad=True))
     with (
         compat.outside_of_modes(),

@@ -11,7 +11,7 @@ change goes unseen, or that values change places unseen, takes a coincidence of 
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -119,9 +119,9 @@ class Recipe:
     """Of the logits in the model; empty if it has dynamic sizes."""
     requires_grad: bool
     """Whether a gradient would flow into the logits, were they computed in the model."""
-    hidden_requires_grad: bool
-    """Whether it would flow to the hidden states. They are a result of the compiled function then,
-    which has its history once the function has returned."""
+    wanted: tuple[bool, ...]
+    """Of each of ``tensors``, whether a gradient would flow to it. What the compiled function
+    computes itself has its history only once that function has returned."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -134,11 +134,18 @@ class Recipe:
         return [(id(tensor), version_of(tensor)) for tensor in self.tensors[1:]]
 
     @property
-    def wanted(self) -> list[bool]:
-        """Of which of these a gradient is wanted."""
-        if not self.requires_grad:
-            return [False] * len(self.tensors)
-        return [self.hidden_requires_grad, *(tensor.requires_grad for tensor in self.tensors[1:])]
+    def lacks_history(self) -> bool:
+        """Whether a gradient would not find its way back."""
+        pairs = zip(self.tensors, self.wanted, strict=True)
+        return any(is_wanted and not tensor.requires_grad for tensor, is_wanted in pairs)
+
+    def without_history(self) -> "Recipe":
+        """The same, which keeps nothing of the graph of the compiled function that makes it."""
+        # What that computes itself may have no history yet, and will have it.
+        is_parameter = [tensor.is_leaf and tensor.requires_grad for tensor in self.tensors]
+        pairs = zip(self.tensors, is_parameter, strict=True)
+        hidden, weight, *bias = (t if is_one else t.detach() for t, is_one in pairs)
+        return replace(self, hidden=hidden, weight=weight, bias=bias[0] if bias else None)
 
     def like(self) -> Tensor:
         """A tensor with the logits' size, strides and dtype, on the meta device."""

@@ -2,15 +2,15 @@
 
     return_lazily(
         hidden, weight, weight_is_transposed, bias, steps, vocab_dim, strides, requires_grad,
-        hidden_requires_grad, *, report
+        wanted, *, report
     )
 
 takes the fields of a ``Recipe``, except for the fingerprint, which it computes, and what a graph's
 first run tells where the graph comes from a cache (``log.py``). It has no kernel:
 when a graph is traced, all these tensors become outputs of the graph, and AOTAutograd's runtime
-makes lazy logits of them after each run. Hidden states that require a gradient have to be a result
-of the graph themselves, too: autograd gives the very tensor that the lazy logits hold its history
-then.
+makes lazy logits of them after each run. What the graph computes of these and requires a gradient
+(hidden states, mostly) has to be a result of the graph itself, too: autograd gives the very tensor
+that the lazy logits hold its history then.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from .recipe import Recipe, fingerprint
 _TENSORS = ("hidden", "weight", "bias", "fingerprint")
 _OPTIONS = (
     *("weight_is_transposed", "steps", "vocab_dim", "strides", "requires_grad"),
-    "hidden_requires_grad",
+    "wanted",
 )
 
 
@@ -87,7 +87,7 @@ def _return_lazily(
     vocab_dim: int,
     strides: list[int],
     requires_grad: bool,
-    hidden_requires_grad: bool,
+    wanted: list[bool],
     *,
     report: str = "",
 ) -> Tensor:
@@ -102,7 +102,7 @@ def _return_lazily(
         vocab_dim=vocab_dim,
         strides=tuple(strides),
         requires_grad=requires_grad,
-        hidden_requires_grad=hidden_requires_grad,
+        wanted=tuple(wanted),
     )
     return _logits(recipe, report)
 
@@ -117,7 +117,7 @@ def _logits(recipe: Recipe, report: str) -> Tensor:
 
 define(
     "return_lazily(Tensor hidden, Tensor weight, bool weight_is_transposed, Tensor? bias, "
-    "str[] steps, int vocab_dim, int[] strides, bool requires_grad, bool hidden_requires_grad, "
+    "str[] steps, int vocab_dim, int[] strides, bool requires_grad, bool[] wanted, "
     "*, str report='') "
     "-> Tensor",
     _return_lazily,

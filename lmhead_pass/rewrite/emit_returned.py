@@ -5,35 +5,40 @@ from torch.fx import Graph, Node
 
 from ..graph import Emitter, memory_of, tensor_of, value_of
 from ..logits import Logits
-from ..plan import leaves_its_hidden_states, recipe_of
+from ..plan import is_frozen_view, may_return_more, recipe_of
 from .emit_inputs import emit_hidden
 
 
-def emit_lazily(graph: Graph, logits: Logits) -> tuple[Node, Node | None]:
+def emit_lazily(graph: Graph, logits: Logits) -> tuple[Node, list[Node]]:
     """Insert, at the end of the graph, what stands for ``logits`` until they are read.
 
-    Also returns what the graph is to return beside it, so that a gradient finds its way back: the
-    hidden states, if they require one.
+    Also returns what the graph is to return beside it, so that a gradient finds its way back: of
+    hidden states, weight and bias those that the graph computes and that require one.
     """
     emit = Emitter(graph, graph.output_node())
-    hidden = emit_hidden(emit, logits, logits.steps)
-    if _is_seen_elsewhere(hidden):
-        hidden = emit("clone", hidden)
     head, value = logits.head, tensor_of(logits.node)
     bias, recipe = recipe_of(logits)
+    hidden = emit_hidden(emit, logits, logits.steps)
+    hidden = emit("clone", hidden) if _is_input(hidden) else _not_seen_elsewhere(emit, hidden)
+    parameters = [head.weight] if bias is None else [head.weight, bias]
+    kept = [p if is_frozen_view(p) else _not_seen_elsewhere(emit, p) for p in parameters]
     is_static = all(isinstance(size, int) for size in (*value.shape, *value.stride()))
     strides = list(value.stride()) if is_static else []
-    is_wanted = value.requires_grad and _requires_gradient(logits)
+    is_wanted = [_requires_gradient(logits), *(tensor_of(p).requires_grad for p in parameters)]
+    if not value.requires_grad:
+        is_wanted = [False] * len(is_wanted)
     with graph.inserting_before(emit.place):
         node = graph.call_function(
             torch.ops.lmhead_pass.return_lazily.default,
             (
-                *(hidden, head.weight, head.weight_is_transposed, bias, recipe),
+                *(hidden, kept[0], head.weight_is_transposed, *(kept[1:] or [None]), recipe),
                 *(logits.vocab_dim, strides, value.requires_grad, is_wanted),
             ),
         )
     node.meta.update(logits.node.meta)
-    return node, hidden if is_wanted and leaves_its_hidden_states(logits) else None
+    tensors = [tensor for tensor, wanted in zip((hidden, *kept), is_wanted, strict=True) if wanted]
+    beside = [tensor for tensor in tensors if not _is_input(tensor)]
+    return node, beside if may_return_more() else []
 
 
 def _requires_gradient(logits: Logits) -> bool:
@@ -41,12 +46,17 @@ def _requires_gradient(logits: Logits) -> bool:
     return any(getattr(value_of(node), "requires_grad", False) for node in read)
 
 
-def _is_seen_elsewhere(hidden: Node) -> bool:
-    """Whether ``hidden`` is a view, an input or a result of the graph: others may write to it, and
-    autograd gives it the history of what it is a view of."""
-    if hidden.op in ("placeholder", "get_attr"):
-        return True
-    memory = memory_of(hidden)
-    return any(
-        node is not hidden and not memory.isdisjoint(memory_of(node)) for node in hidden.graph.nodes
-    ) or any(user.op == "output" for user in hidden.users)
+def _is_input(node: Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
+
+
+def _not_seen_elsewhere(emit: Emitter, node: Node) -> Node:
+    """``node``, copied if the graph computes it as a view or shows it elsewhere: others may write
+    to it then, and autograd gives it the history of what it is a view of."""
+    if _is_input(node):
+        return node
+    memory = memory_of(node)
+    is_seen = any(
+        other is not node and not memory.isdisjoint(memory_of(other)) for other in node.graph.nodes
+    ) or any(user.op == "output" for user in node.users)
+    return emit("clone", node) if is_seen else node

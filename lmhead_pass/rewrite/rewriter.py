@@ -246,8 +246,7 @@ def _replace_head(edit: GraphEdit, rewrite: Rewrite) -> None:
         )
     for logits in rewrite.returned:
         edit.returned[logits.node], beside = emit_lazily(edit.graph, logits)
-        if beside is not None:
-            edit.beside.append(beside)
+        edit.beside += beside
     for node, use in rewrite.metadata_uses.items():
         edit.replaced[node] = emit_metadata_use(edit.graph, node, use)
         edit.erased.add(node)
