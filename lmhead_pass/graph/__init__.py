@@ -10,7 +10,7 @@ raises ``Refused``.
 from ..compat.graphs import ENTER_AUTOCAST
 from . import mutation
 from .canonical_ops import arguments, canonical_op, describe, is_in_place, is_pieces
-from .emitter import Emitter, size_of
+from .emitter import Emitter, move_before, size_of
 from .gradients import passing
 from .randomness import draws
 from .refusal import Refusal, Refused
@@ -59,6 +59,7 @@ __all__ = [
     "is_plain",
     "is_symbol",
     "memory_of",
+    "move_before",
     "mutation",
     "number_of",
     "passing",

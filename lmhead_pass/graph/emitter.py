@@ -1,13 +1,13 @@
-"""Inserts nodes into a graph."""
+"""Inserts nodes into a graph, and moves those that are there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from ..compat.graphs import EXAMPLE_VALUE, UNBACKED_BINDINGS, fake_mode_of
-from .tensors import tensor_of, value_of
+from ..compat.graphs import EXAMPLE_VALUE, SET_GRAD_ENABLED, UNBACKED_BINDINGS, fake_mode_of
+from .tensors import gradients_are_recorded, tensor_of, value_of
 
 
 class Emitter:
@@ -51,3 +51,15 @@ def size_of(emit: Emitter, tensor: Node, dim: int) -> Any:
     """Return a size of ``tensor``: a number, or a new node if the size is dynamic."""
     size = tensor_of(tensor).size(dim)
     return size if isinstance(size, int) else emit("size", tensor, dim)
+
+
+def move_before(place: Node, nodes: Iterable[Node]) -> None:
+    """Move ``nodes`` before ``place``, each with the gradient mode it runs in."""
+    is_recorded = gradients_are_recorded(place)
+    for node, was_recorded in [(node, gradients_are_recorded(node)) for node in nodes]:
+        with node.graph.inserting_before(place):
+            if was_recorded != is_recorded:
+                node.graph.call_function(SET_GRAD_ENABLED, (was_recorded,))
+            place.prepend(node)
+            if was_recorded != is_recorded:
+                node.graph.call_function(SET_GRAD_ENABLED, (is_recorded,))

@@ -10,7 +10,16 @@ softmax (``softmaxes``). Whoever takes single numbers out of each row is a consu
 from .dataflow import Flow, follow_logits
 from .heads import is_head, large_heads, read_head
 from .losses import class_count, is_loss
-from .row_steps import Index, Permute, Piece, Reshape, RowStep, ScaleRows, row_order
+from .row_steps import (
+    Index,
+    Permute,
+    Piece,
+    Reshape,
+    RowStep,
+    ScaleRows,
+    row_order,
+    take_different_rows,
+)
 from .softmaxes import summed_dims
 from .types import (
     NOTHING_IGNORED,
@@ -75,4 +84,5 @@ __all__ = [
     "read_head",
     "row_order",
     "summed_dims",
+    "take_different_rows",
 ]

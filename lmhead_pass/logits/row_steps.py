@@ -82,3 +82,30 @@ def row_order(steps: tuple[RowStep, ...]) -> tuple[RowStep, ...]:
     while steps and isinstance(steps[-1], Reshape):
         steps = steps[:-1]
     return steps
+
+
+def take_different_rows(first: tuple[RowStep, ...], second: tuple[RowStep, ...]) -> bool:
+    """Whether no row can be among those of both, whatever the sizes are."""
+    differ = next(((a, b) for a, b in zip(first, second, strict=False) if a != b), None)
+    match differ:
+        case Index(a), Index(b) if all(isinstance(part, int | slice) for part in (*a, *b)):
+            pairs = zip((*a, *b), (*b, *a), strict=True)
+            return len(a) == len(b) and any(_ends_before(*pair) for pair in pairs)
+        case Piece() as a, Piece() as b:
+            return replace(a, number=b.number) == b
+        case _:
+            return False
+
+
+def _ends_before(part: int | slice, other: int | slice) -> bool:
+    """Whether ``part`` of a dimension ends before ``other`` starts. Both count from one end."""
+    _, stop = _bounds(part)
+    start, _ = _bounds(other)
+    both = isinstance(stop, int) and isinstance(start, int) and (stop < 0) == (start < 0)
+    return both and stop <= start
+
+
+def _bounds(part: int | slice) -> tuple[Any, Any]:
+    if isinstance(part, slice):
+        return 0 if part.start is None else part.start, part.stop
+    return part, part + 1 if part != -1 else None

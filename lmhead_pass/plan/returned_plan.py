@@ -35,6 +35,7 @@ from ..logits import (
     Sigmoid,
     Stage,
     Tanh,
+    take_different_rows,
 )
 from ..returned import Step, StepKind
 
@@ -70,14 +71,6 @@ def check_returned(logits: Logits) -> Logits:
             f"the logits are returned, and {describe(writer)} may change the head's input, weight "
             f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
         )
-    results = [result for result in _results(logits.node.graph) if result is not logits.node]
-    for result in results:
-        alike = [other for other in results if memory_of(other) & memory_of(result)]
-        if len(alike) > 1 and _are_views_alone(alike):
-            raise Refused(
-                "the logits are returned, and other results are views of the same memory, which "
-                f"torch.compile takes with no tensors that are computed later. {_INSTEAD}"
-            )
     return logits
 
 
@@ -113,10 +106,22 @@ def is_worth_deferring(flow: Flow) -> bool:
 
 
 def check_together(returned: Sequence[Logits]) -> None:
-    """Refused if logits that leave the graph share memory, and are not the same."""
+    """Refused if logits that leave the graph share numbers and are not the same, or if what leaves
+    it beside them does so."""
+    nodes = [logits.node for logits in returned]
+    results = [r for node in nodes[:1] for r in _results(node.graph) if r not in nodes]
+    for result in results:
+        alike = [other for other in results if memory_of(other) & memory_of(result)]
+        if len(alike) > 1 and _are_views_alone(alike):
+            raise Refused(
+                "the logits are returned, and other results are views of the same memory, which "
+                f"torch.compile takes with no tensors that are computed later. {_INSTEAD}"
+            )
     for number, logits in enumerate(returned):
         for other in returned[:number]:
-            if logits.node is not other.node and memory_of(logits.node) & memory_of(other.node):
+            if logits.node is other.node or take_different_rows(logits.steps, other.steps):
+                continue
+            if memory_of(logits.node) & memory_of(other.node):
                 raise Refused(
                     f"{describe(logits.node)} and {describe(other.node)} are returned, two views "
                     f"of the same logits. {_INSTEAD}"

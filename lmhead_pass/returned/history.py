@@ -31,15 +31,15 @@ class Head(torch.autograd.Function):
         after all then. ``is_late`` says that they have changed since."""
         ctx.recipe, ctx.is_late = recipe, is_late
         ctx.is_cut_off = recipe.lacks_history
-        ctx.save_for_backward(*inputs[: len(recipe.tensors)])
+        ctx.save_for_backward(*_read_by_gradients(recipe, ctx.needs_input_grad[3:], inputs))
         return make()
 
     @staticmethod
     @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3 : 3 + len(inputs)]
-        extra = (None,) * (len(ctx.needs_input_grad) - 3 - len(inputs))
+        count = len(ctx.recipe.tensors)
+        needed = ctx.needs_input_grad[3 : 3 + count]
+        extra = (None,) * (len(ctx.needs_input_grad) - 3 - count)
         terms = terms_of(gradient)
         if ctx.is_cut_off:
             _refuse(
@@ -57,7 +57,7 @@ class Head(torch.autograd.Function):
                     "modified by an inplace operation, and their gradient needs it as it was. Call "
                     f"backward() before optimizer.step(), or set {SETTING}."
                 )
-            results = _gradients(ctx.recipe, inputs, needed, sum(plain[1:], plain[0]))
+            results = _gradients(ctx.recipe, ctx.saved_tensors, needed, sum(plain[1:], plain[0]))
         for term in terms:
             if term.sources is not None and (part := term.sources()):
                 pairs = zip(results, part, strict=True)
@@ -75,11 +75,21 @@ def _refuse(terms: Sequence[Term], why: str) -> None:
         )
 
 
+def _read_by_gradients(
+    recipe: Recipe, needed: Sequence[bool], inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """What of hidden states, weight and bias may not be written to before the backward."""
+    hidden, weight, *bias = inputs[: len(recipe.tensors)]
+    if not recipe.is_linear:
+        return [hidden, weight, *bias]
+    return [hidden if needed[1] else None, weight if needed[0] else None, *(None for _ in bias)]
+
+
 def _gradients(
-    recipe: Recipe, inputs: Sequence[Tensor], needed: Sequence[bool], gradient: Tensor
+    recipe: Recipe, inputs: Sequence[Any], needed: Sequence[bool], gradient: Tensor
 ) -> Sources:
-    """Of hidden states, weight and bias, from that of the logits."""
-    if recipe.is_linear and not torch.is_grad_enabled():
+    """Of hidden states, weight and bias, from that of the logits. ``inputs`` are those saved."""
+    if recipe.is_linear:
         return _linear_gradients(recipe, inputs, needed, gradient)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -95,24 +105,27 @@ def _gradients(
 
 
 def _linear_gradients(
-    recipe: Recipe, inputs: Sequence[Tensor], needed: Sequence[bool], gradient: Tensor
+    recipe: Recipe, inputs: Sequence[Any], needed: Sequence[bool], gradient: Tensor
 ) -> Sources:
     """The same without the logits, where they are ``hidden @ weight.T + bias``."""
-    hidden, weight, *bias = inputs
+    hidden, weight, *_ = inputs
     dtype = recipe.product_dtype
-    matrix = (weight.t() if recipe.weight_is_transposed else weight).flatten(1).to(dtype)
     by_rows = gradient.movedim(recipe.vocab_dim, -1)
     flat = by_rows.reshape(-1, by_rows.size(-1)).to(dtype)
-    results: list[Tensor | None] = [None] * len(inputs)
+    results: list[Tensor] = []
     if needed[0]:
-        results[0] = (flat @ matrix).view(hidden.shape).to(hidden.dtype)
+        matrix = (weight.t() if recipe.weight_is_transposed else weight).flatten(1).to(dtype)
+        results.append(flat @ matrix)
     if needed[1]:
         rows = hidden.reshape(-1, hidden.size(-1)).to(dtype)
-        of_weight = rows.t() @ flat if recipe.weight_is_transposed else flat.t() @ rows
-        results[1] = of_weight.view(weight.shape).to(weight.dtype)
-    if bias and needed[2]:
-        results[2] = flat.sum(0).view(bias[0].shape).to(bias[0].dtype)
-    return tuple(results)
+        results.append(rows.t() @ flat if recipe.weight_is_transposed else flat.t() @ rows)
+    if any(needed[2:]):
+        results.append(flat.sum(0))
+    given = iter(results)
+    return tuple(
+        next(given).view(tensor.shape).to(tensor.dtype) if is_needed else None
+        for tensor, is_needed in zip(recipe.tensors, needed, strict=True)
+    )
 
 
 class Derive(torch.autograd.Function):
@@ -171,10 +184,10 @@ class Consume(torch.autograd.Function):
         """``inputs`` are hidden states, weight and bias as leaves, those that get a gradient."""
         ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
         ctx.inputs, ctx.compute = inputs, compute
-        ctx.versions = [compat.version_of(tensor) for tensor in inputs if tensor is not None]
         if is_piece(call):
             # Gradients that are computed now would wait for the backward, one for each piece.
             with torch.no_grad():
+                ctx.versions = _versions(inputs)
                 ctx.result = None
                 return compute().detach()
         with torch.enable_grad():
@@ -192,8 +205,8 @@ class Consume(torch.autograd.Function):
             raise RuntimeError(
                 "Trying to backward through the graph a second time. Specify retain_graph=True"
             )
-        versions = [compat.version_of(tensor) for tensor in ctx.inputs if tensor is not None]
-        if ctx.versions != versions:
+        # What has been computed has saved what it still needs.
+        if ctx.result is None and ctx.versions != _versions(ctx.inputs):
             raise RuntimeError(
                 "lmhead_pass: one of the variables needed for gradient computation has been "
                 "modified by an inplace operation: hidden states or head of returned logits. Call "
@@ -218,6 +231,10 @@ class Consume(torch.autograd.Function):
             ctx.compute = ctx.result = None
         terms = [Term(lambda: gradient, sources)]
         return None, None, None, *_lazily(ctx.call, ctx.likes, needed, terms)
+
+
+def _versions(inputs: Inputs) -> list[int]:
+    return [compat.version_of(tensor) for tensor in inputs if tensor is not None]
 
 
 def _differentiable(

@@ -1,15 +1,14 @@
 """Inserts the calls of the op, and what stands for each consumer afterwards."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
 
 import torch
 from torch.fx import Graph, Node
 
-from ..compat.graphs import SET_GRAD_ENABLED
-from ..graph import Emitter, gradients_are_recorded, size_of, tensor_of
+from ..graph import Emitter, move_before, size_of, tensor_of
 from ..logits import NOTHING_IGNORED, TargetUse, row_order
 from ..plan import FusedCall, Match
 from .emit_coefficients import Coefficients, concatenated, emit_coefficients
@@ -19,8 +18,7 @@ from .emit_results import emit_result, measures_of
 
 def emit_call(graph: Graph, match: Match) -> tuple[dict[Node, Node], list[Node]]:
     """Insert the call that serves ``match``: what replaces which node, and all new nodes."""
-    for node in match.moved:
-        match.place.prepend(node)
+    move_before(match.place, match.moved)
     emit = Emitter(graph, match.place)
     rows = _emit_rows(emit, match)
     hidden, target = _emit_flat(emit, rows), _emit_target(emit, match, rows)
@@ -67,7 +65,7 @@ def emit_fused_call(graph: Graph, fused: FusedCall) -> tuple[dict[Node, Node], N
         alone = replace(match, reduction="none")
         for consumer in match.consumers:
             values[consumer.node] = emit_result(emit, alone, consumer, of_match, piece)
-    _move_behind(emit, fused.moved)
+    move_before(emit.place, fused.moved)
     for node, (seen, twin) in fused.likes.items():
         before = Emitter(graph, node)
         values[node] = _emit_like(before, node, seen, twin)
@@ -85,19 +83,6 @@ def _emit_like(emit: Emitter, node: Node, seen: Node, twin: Node) -> Node:
         options["memory_format"] = torch.contiguous_format
         stand_in = emit(torch.empty_like, twin, **options)
     return emit_again(emit, node, seen, stand_in)
-
-
-def _move_behind(emit: Emitter, nodes: Iterable[Node]) -> None:
-    """Move ``nodes`` behind what ``emit`` has inserted; gradients are recorded there."""
-    recorded = {node: gradients_are_recorded(node) for node in nodes}
-    for node in nodes:
-        if recorded[node]:
-            emit.place.prepend(node)
-            continue
-        with emit.graph.inserting_before(emit.place):
-            emit.graph.call_function(SET_GRAD_ENABLED, (False,))
-            emit.place.prepend(node)
-            emit.graph.call_function(SET_GRAD_ENABLED, (True,))
 
 
 def emit_root(graph: Graph, root: Node, results: Sequence[Node]) -> Node:

@@ -10,12 +10,12 @@ import torch
 from torch.fx import Graph, Node
 
 from ..compat.aten_trace import tree_map
-from ..compat.graphs import EXAMPLE_VALUE, SET_GRAD_ENABLED
+from ..compat.graphs import EXAMPLE_VALUE
 from ..graph import (
     Emitter,
     Refused,
-    gradients_are_recorded,
     memory_of,
+    move_before,
     same,
     tensor_of,
     value_of,
@@ -38,7 +38,7 @@ def emit_region(graph: Graph, region: Region) -> tuple[dict[Node, Node], list[li
     emit.records = True
     values = {node: _result(emit, node, result, made) for node, result in region.results.items()}
     _keep_memory_apart(emit, values)
-    _move(emit, region)
+    move_before(region.place, region.moved)
     return values | region.sizes, numbers
 
 
@@ -52,17 +52,6 @@ def _keep_memory_apart(emit: Emitter, values: dict[Node, Node]) -> None:
         if found in emit.nodes:
             # Its other names are views of the node's value.
             found.meta[EXAMPLE_VALUE] = tensor_of(node)
-
-
-def _move(emit: Emitter, region: Region) -> None:
-    """Put behind the calls what reads their results and stands before them."""
-    for node in region.moved:
-        is_quiet = gradients_are_recorded(region.place) and not gradients_are_recorded(node)
-        if is_quiet:
-            emit(SET_GRAD_ENABLED, False)
-        region.place.prepend(node)
-        if is_quiet:
-            emit(SET_GRAD_ENABLED, True)
 
 
 def _emit_call(emit: Emitter, region: Region, call: RowCall, made: dict[Any, Node]) -> list[Node]:

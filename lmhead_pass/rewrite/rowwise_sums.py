@@ -15,6 +15,7 @@ from ..graph import (
     Emitter,
     canonical_op,
     gradients_are_recorded,
+    move_before,
     mutation,
     size_of,
     tensor_of,
@@ -104,11 +105,7 @@ def _emit(
         edit.replaced[item] = emit(operator.getitem, results, 1 + item.args[1])
         edit.erased.add(item)
     edit.erased.add(call)
-    place = emit.nodes[-1]
-    for node in moved:
-        if node not in edit.erased:
-            place.append(node)
-            place = node
+    move_before(emit.place, [node for node in moved if node not in edit.erased])
     behind = Emitter(graph, reduction.sum.next)
     edit.replaced[reduction.sum] = behind(
         torch.ops.lmhead_pass.with_gradient_of.default, reduction.sum, total

@@ -28,15 +28,18 @@ from .running import Captured, Outcome, noise, run
 # As many as are needed: most programs do not stray further than without noise.
 _NOISE_RUNS = (0, 3, 24)
 _FACTOR = 3
-# Errors about the logits themselves, which are not there any more.
+# Errors about the logits themselves, which are not there any more, or are compiled by Inductor.
 _LOST = (
+    "expected scalar type",
     "modified by an inplace operation",
     "has been modified inplace",
     "Inplace update to inference tensor outside",
     "Inference tensors cannot be saved for backward",
 )
-# Nothing announces writes to a head outside of what is compiled: a late reading raises.
+# Nothing announces writes to a head outside of what is compiled: a late reading raises, and so does
+# the backward of a loss that is computed again in it.
 _WATCHED = "the head's"
+_WRITTEN = "modified by an inplace operation"
 
 
 class Wrong(AssertionError):
@@ -180,6 +183,8 @@ class _Call:
         if _WATCHED in with_pass.message and has_border(program.source):
             return  # logits that are read too late
         if with_pass.error != without.error:
+            if with_pass.error and _WRITTEN in with_pass.message and has_border(program.source):
+                return
             # A head that is not there any more does not mind that its input is written to.
             if with_pass.error is not None or not any(text in without.message for text in _LOST):
                 raise Wrong(
@@ -245,7 +250,9 @@ def _check_form(with_pass: Outcome, without: Outcome, program: Program) -> None:
             and int(name.split()[1]) not in program.gradient_of
             and not got
         )
-        if got != expected and not may_be_detached:
+        # As returned-logits.md says of views.
+        is_under_no_grad = "@torch.no_grad()" in program.source and expected and not got
+        if got != expected and not may_be_detached and not is_under_no_grad:
             raise Wrong(f"{name} requires_grad", f"{got}, not {expected}")
     for name, expected in without.values.items():
         if _form(with_pass.values[name]) != _form(expected):

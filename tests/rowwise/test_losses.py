@@ -266,6 +266,22 @@ def test_what_is_logged_between_two_losses_has_no_gradient():
     torch.testing.assert_close(largest, function(h, w, y)[1])
 
 
+def test_what_is_made_of_a_loss_under_no_grad_stays_there():
+    """It is moved behind a call that stands further down."""
+
+    def function(h, w, y, h2, w2, z):
+        logits = F.linear(h, w)
+        of_words = torch.stack([row.logsumexp(-1) for row in logits])
+        loss = of_words - logits.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        loss = torch.stack(list(loss))
+        with torch.no_grad():
+            known = loss.mean()
+        weights = (y != 0).sum(-1).clamp(min=1)
+        return ((loss * (y != 0)).sum(-1) / weights).mean() * known
+
+    check(function, inputs(), torch.float32)
+
+
 def test_a_teacher_that_is_also_needed_whole():
     h, w, *_, z = inputs()
 
