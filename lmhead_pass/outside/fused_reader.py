@@ -122,17 +122,16 @@ def _rewritten(call: Call, root: Cell, others: list[Tensor]) -> Reader | None:
         return None
     mode = compat.new_fake_mode()
     try:
-        with compat.outside_of_modes():
+        # Hooks around it count what is saved (a checkpoint's), and this is done once.
+        with compat.outside_of_modes(), saved_tensors_hooks(_as_it_is, _as_it_is):
             wanted = [*recipe.wanted, *(False for _ in others)]
             tensors = zip((*recipe.tensors, *others), wanted, strict=True)
             fakes = [
                 mode.from_tensor(t.detach()).requires_grad_(is_wanted) for t, is_wanted in tensors
             ]
-            with saved_tensors_hooks(_as_it_is, _as_it_is):
-                # Those around it count what is saved (a checkpoint), and this is done once.
-                module = _record(call, root, fakes, mode)
-        if not rewrite_graph(module.graph, of_loss_alone=False):
-            return None
+            module = _record(call, root, fakes, mode)
+            if not rewrite_graph(module.graph, of_loss_alone=False):
+                return None
     except MemoryBudgetTooSmall:
         raise
     except Exception as error:

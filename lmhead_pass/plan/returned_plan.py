@@ -17,6 +17,8 @@ from ..graph import (
     canonical_op,
     describe,
     hint,
+    in_inference,
+    is_cut_off,
     memory_of,
     mutation,
     tensor_of,
@@ -56,6 +58,11 @@ def check_returned(logits: Logits) -> Logits:
                 "(lmhead_pass.explain names it), or set it to 'lazy'"
             )
         return logits
+    if tensor_of(logits.head.node).requires_grad and _has_no_history(logits.node):
+        raise Refused(
+            f"the logits are returned, and {describe(logits.node)} makes a view of them under "
+            f"no_grad, through which no gradient gets back. {_INSTEAD}"
+        )
     if lacking := why_not_lazy():
         raise Refused(f"the logits are returned, and this torch has no {lacking}. {_INSTEAD}")
     if is_part_of_ddp() and not _are_returned_from_a_part(logits.node):
@@ -72,6 +79,10 @@ def check_returned(logits: Logits) -> Logits:
             f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
         )
     return logits
+
+
+def _has_no_history(node: Node) -> bool:
+    return is_cut_off(node) or node in in_inference(node.graph)
 
 
 def _results(graph: Graph) -> list[Node]:

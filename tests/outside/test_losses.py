@@ -194,11 +194,16 @@ def test_a_loss_of_logits_with_masked_words():
     torch.testing.assert_close(results, eager)
 
 
-def test_a_loss_in_a_checkpoint():
+def scaled_by_row(logits, y):
+    return shifted(logits / torch.linspace(1, 2, logits.size(1))[:, None], y)
+
+
+@pytest.mark.parametrize("loss", [shifted, scaled_by_row], ids=lambda f: f.__name__)
+def test_a_loss_in_a_checkpoint(loss):
     """What is done for the first use of its kind is not counted as saved."""
     model, inputs = Model(), batch()
-    checkpointed = partial(checkpoint, shifted, use_reentrant=False)
-    _, eager = run(model, model, shifted, inputs)
+    checkpointed = partial(checkpoint, loss, use_reentrant=False)
+    _, eager = run(model, model, loss, inputs)
     logits, results = run(model, rewrite(model), checkpointed, inputs)
     assert is_unread(logits)
     torch.testing.assert_close(results, eager)

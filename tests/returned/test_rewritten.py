@@ -137,7 +137,15 @@ def returns_two_views(hidden, weight, y):
     return F.cross_entropy(logits, y), (logits, logits[:2])
 
 
+def returns_a_view_without_gradient(hidden, weight, y):
+    logits = F.linear(hidden, weight)
+    with torch.no_grad():
+        view = logits.view(-1, VOCAB)
+    return F.cross_entropy(logits, y), view
+
+
 LEFT_ALONE = {
+    "view under no_grad": (returns_a_view_without_gradient, "makes a view of them under no_grad"),
     "weight computed": (scaled_weight, "weight is computed in the graph.*'detach'"),
     "bias subtracted": (subtracted_bias, "returned after a second bias"),
     "weight rounded": (rounded_weight, "computed in the graph .by bfloat16"),
