@@ -9,10 +9,10 @@ from .grammar import programs
 from .program import Program
 from .uniform import BACKEND
 
-COUNT, SEED = 200, 7
+COUNT, SEED = 200, 2
 
 
-def many_programs(count: int = 20 * COUNT) -> Iterator[Program]:
+def many_programs(count: int = 25 * COUNT) -> Iterator[Program]:
     """Those of ``test_two_hundred_programs``, and more of them: the first so many."""
     for start in range(0, count, COUNT):
         yield from _programs(SEED + start // COUNT)[: count - start]

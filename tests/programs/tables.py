@@ -558,7 +558,7 @@ REDUCTIONS = {
 TOKEN_WRITES = {
     "masked_in_place": "{t}.mul_({y} != {ignored})",
     "divided_in_place": "{t} /= 2",
-    "filled_in_place": "{t}.masked_fill_({y} == {ignored}, 0.0)",
+    "filled_in_place": "{t}.masked_fill_({r} > 0.5, 0.0)",
     "set_by_mask": "{t}[{y} == {ignored}] = 0.0",
     "set_first": "{t}[..., 0] = 0.5",
     "view_written": "{t}.reshape(-1)[:1].mul_(2)",
@@ -567,7 +567,7 @@ TOKEN_WRITES = {
 }
 # Other per-token losses of the same shape.
 TOKEN_STEPS = {
-    "masked_fill": "{t}.masked_fill({y} == {ignored}, 0.0)",
+    "masked_fill": "{t}.masked_fill({r} > 0.5, 0.0)",
     "where": "torch.where({r} > 0.5, {t}, 0.1 * {t})",
     "cat": "torch.cat([{t}[..., :1], {t}[..., 1:]], -1)",
     "stack": "torch.stack(list({t}))",
