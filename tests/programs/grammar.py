@@ -475,7 +475,8 @@ class Writer:
 
     def _read(self, logits: Logits) -> None:
         # There and in checkpointed regions hooks crash torch 2.13, with the pass and without.
-        if self._chance(10) and not self._checkpoints and self._outside != "compiled":
+        is_safe = not self._checkpoints and self._outside not in ("compiled", "eager_no_grad")
+        if self._chance(10) and is_safe:
             self.kinds.add("hook")
             self._line(
                 f"if {logits.x}.requires_grad:\n"
