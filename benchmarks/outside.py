@@ -54,10 +54,20 @@ def pieces(model: Callable[..., Tensor], inputs: Inputs, reduction: str = "mean"
     return torch.stack(losses).sum()
 
 
+def distilled(model: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+    """The head is its own teacher: with half the hidden states, and under no_grad."""
+    logits = model(*inputs)
+    with torch.no_grad():
+        teacher = model(inputs.hidden / 2, *inputs[1:])
+    student, wanted = (logits / 2).log_softmax(-1), (teacher / 2).log_softmax(-1)
+    return F.kl_div(student, wanted, reduction="batchmean", log_target=True)
+
+
 LOSSES: dict[str, tuple[Callable, Loss]] = {
     "shifted": (logits_alone, shifted),
     "gathered": (logits_alone, gathered),
     "second": (with_loss, second),
+    "distilled": (logits_alone, distilled),
     **{
         f"16 pieces, {reduction}": (
             logits_alone,

@@ -7,7 +7,7 @@ and little else.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Reader:
     """What computes a call on lazy logits without them."""
 
     run: Callable[..., Tensor]
-    """Takes the tensors of a recipe, and the others that the call was given."""
+    """Takes the tensors of all recipes, and the others that the call was given."""
     like: Tensor
     """Has the size and dtype of the result, and is on the meta device."""
 
@@ -43,20 +43,18 @@ _readers: OrderedDict[Any, Reader | None] = OrderedDict()
 go where Dynamo forgets what it has compiled."""
 
 
-def reader_of(call: Call, root: Cell) -> Reader | None:
-    """What computes ``call`` from the tensors of the root's recipe; None if the op cannot.
+def reader_of(call: Call, roots: Sequence[Cell]) -> Reader | None:
+    """What computes ``call`` from the tensors of the roots' recipes; None if the op cannot.
 
-    These may be leaves: the result has a gradient where they require some.
+    Those of a root that a gradient goes back to may be leaves.
     """
-    recipe = root.source
-    assert isinstance(recipe, Recipe)
     if reader_of not in (known := forgotten_by_reset()):
         known[reader_of] = []
         _readers.clear()
-    way = _Way()
-    key = (way.describe(call), *_world(recipe))
+    way = _Way(roots)
+    key = (way.describe(call), *_world(call, roots))
     if key not in _readers:
-        _readers[key] = _rewritten(call, root, way.others)
+        _readers[key] = _rewritten(call, roots, way.others)
         if len(_readers) > _MOST:
             _readers.popitem(last=False)
     _readers.move_to_end(key)
@@ -70,8 +68,9 @@ def reader_of(call: Call, root: Cell) -> Reader | None:
 class _Way:
     """A way of use: what was called on the logits, and the other tensors that it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, roots: Sequence[Cell]) -> None:
         self.others: list[Tensor] = []
+        self._roots = roots
         self._numbers: dict[Cell, int] = {}
 
     def describe(self, call: Call) -> Any:
@@ -91,7 +90,7 @@ class _Way:
                 return self._numbers[leaf]
             self._numbers[leaf] = len(self._numbers)
             if isinstance(leaf.source, Recipe):
-                return "logits"
+                return "logits", self._roots.index(leaf)
             assert isinstance(leaf.source, Call)
             return leaf.is_detached, self.describe(leaf.source)
         if isinstance(leaf, Tensor):
@@ -104,32 +103,49 @@ def _looks(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _world(recipe: Recipe) -> tuple[Any, ...]:
+def _world(call: Call, roots: Sequence[Cell]) -> tuple[Any, ...]:
     """What else a rewritten graph depends on."""
-    return (
-        *(_looks(tensor) for tensor in recipe.tensors),
-        *recipe.wanted,
-        *(recipe.weight_is_transposed, recipe.steps, recipe.vocab_dim, recipe.strides),
-        *(torch.is_grad_enabled(), repr(sorted(settings_of(config).items()))),
+    recipes = (
+        (
+            tuple(_looks(tensor) for tensor in recipe.tensors),
+            wanted,
+            *(recipe.weight_is_transposed, recipe.steps, recipe.vocab_dim, recipe.strides),
+        )
+        for recipe, wanted in zip(*_recipes(call, roots), strict=True)
     )
+    return (*recipes, torch.is_grad_enabled(), repr(sorted(settings_of(config).items())))
 
 
-def _rewritten(call: Call, root: Cell, others: list[Tensor]) -> Reader | None:
-    recipe = root.source
-    assert isinstance(recipe, Recipe)
-    like = likes_of(call.function, call.args, call.kwargs, recipe.hidden.device)
+def _recipes(call: Call, roots: Sequence[Cell]) -> tuple[list[Recipe], list[tuple[bool, ...]]]:
+    """The recipe of each root, and of which of its tensors ``call`` has a gradient."""
+    recipes = [root.source for root in roots if isinstance(root.source, Recipe)]
+    back = set[Cell]().union(*(cell.ways_back for cell in call.cells))
+    wanted = [
+        recipe.wanted if root in back else (False,) * len(recipe.wanted)
+        for root, recipe in zip(roots, recipes, strict=True)
+    ]
+    return recipes, wanted
+
+
+def _rewritten(call: Call, roots: Sequence[Cell], others: list[Tensor]) -> Reader | None:
+    recipes, wanted = _recipes(call, roots)
+    device = recipes[0].hidden.device
+    like = likes_of(call.function, call.args, call.kwargs, device)
     if not isinstance(like, Tensor):
         return None
     mode = compat.new_fake_mode()
     try:
         # Hooks around it count what is saved (a checkpoint's), and this is done once.
         with compat.outside_of_modes(), saved_tensors_hooks(_as_it_is, _as_it_is):
-            wanted = [*recipe.wanted, *(False for _ in others)]
-            tensors = zip((*recipe.tensors, *others), wanted, strict=True)
-            fakes = [
-                mode.from_tensor(t.detach()).requires_grad_(is_wanted) for t, is_wanted in tensors
+            heads = [
+                [
+                    mode.from_tensor(t.detach()).requires_grad_(is_wanted)
+                    for t, is_wanted in zip(recipe.tensors, of_recipe, strict=True)
+                ]
+                for recipe, of_recipe in zip(recipes, wanted, strict=True)
             ]
-            module = _record(call, root, fakes, mode)
+            fakes = [mode.from_tensor(tensor.detach()) for tensor in others]
+            module = _record(call, dict(zip(roots, heads, strict=True)), fakes, mode)
             if not rewrite_graph(module.graph, of_loss_alone=False):
                 return None
     except MemoryBudgetTooSmall:
@@ -149,15 +165,14 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _record(call: Call, root: Cell, fakes: list[Tensor], mode: Any) -> GraphModule:
-    """The graph of ``call``, from the tensors of the root's recipe and the other ones."""
-    recipe = root.source
-    assert isinstance(recipe, Recipe)
+def _record(
+    call: Call, heads: dict[Cell, list[Tensor]], fakes: list[Tensor], mode: Any
+) -> GraphModule:
+    """The graph of ``call``, from the tensors of the roots' recipes and the other ones."""
     recorder = Recorder(user_stack())
-    for number, fake in enumerate(fakes):
+    for number, fake in enumerate([fake for head in (*heads.values(), fakes) for fake in head]):
         recorder.input(f"input_{number}", fake)
-    given = len(recipe.tensors)
-    others = iter(fakes[given:])
+    others = iter(fakes)
     known: dict[Cell, Tensor] = {}
 
     def run(one: Call) -> Tensor:
@@ -177,6 +192,8 @@ def _record(call: Call, root: Cell, fakes: list[Tensor], mode: Any) -> GraphModu
         return next(others) if isinstance(leaf, Tensor) else leaf
 
     with mode, recorder:
-        known[root] = recipe.apply(*fakes[:given])
+        for root, head in heads.items():
+            assert isinstance(root.source, Recipe)
+            known[root] = root.source.apply(*head)
         result = run(call)
     return recorder.module(result)

@@ -89,25 +89,36 @@ class Cell:
         self.numbers_alone = 0
         """How many numbers of what was made of this were computed so."""
         self._is_root = isinstance(source, Recipe)
-        self._root: Cell | None = None  # never itself: memory waits for no garbage collector
+        # Never itself: memory waits for no garbage collector.
+        self._roots: tuple[Cell, ...] = ()
+        self._ways_back: set[Cell] = set()
         self._made: list[weakref.ref[Cell]] = []
         self._form: Tensor | None = None
         self._is_settled = value is not None
         """Whether the value is computed, and those of all that was made of it before."""
         if isinstance(source, Call):
             cells = source.cells
-            roots = {cell.root for cell in cells}
-            self._root = roots.pop() if len(roots) == 1 else None
+            if all(cell.roots for cell in cells):
+                self._roots = tuple(dict.fromkeys(root for cell in cells for root in cell.roots))
             self.is_detached = is_detached or all(cell.is_detached for cell in cells)
+            if not self.is_detached:
+                self._ways_back.update(*(cell.ways_back for cell in cells))
             for cell in cells:
                 cell._made.append(weakref.ref(self))
             if any(cell.value is not None for cell in cells):
                 self.read()
 
     @property
-    def root(self) -> "Cell | None":
-        """The logits as the model returned them, if all comes from the same."""
-        return self if self._is_root else self._root
+    def roots(self) -> "tuple[Cell, ...]":
+        """The logits as models returned them of which this is made; empty if not of these alone."""
+        return (self,) if self._is_root else self._roots
+
+    @property
+    def ways_back(self) -> "set[Cell]":
+        """Those of ``roots`` to which a gradient goes from here."""
+        if isinstance(self.source, Recipe) and self.source.requires_grad:
+            return {self}
+        return self._ways_back
 
     @property
     def is_late(self) -> bool:
@@ -134,8 +145,7 @@ class Cell:
     @property
     def is_to_stay_unread(self) -> bool:
         """Whether a checkpointed region that has used this is to find it unread again."""
-        root = self.root
-        return self.value is None and root is not None and root.is_used_again
+        return self.value is None and any(root.is_used_again for root in self.roots)
 
     def look(self) -> Tensor:
         """The value, for those that neither write to it nor keep its memory."""
@@ -211,7 +221,7 @@ class Cell:
     @property
     def is_unread(self) -> bool:
         """Whether the value is still to be computed from a head."""
-        return self.value is None and self.root is not None
+        return self.value is None and bool(self.roots)
 
     def form(self, device: torch.device) -> Tensor:
         """A tensor of the value's form, without a value: the same until the value is read."""

@@ -179,15 +179,21 @@ class Consume(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, compute: Callable[..., Tensor], call: Call, inputs: Inputs, *logits: Tensor
+        ctx: Any,
+        compute: Callable[..., Tensor],
+        call: Call,
+        inputs: Inputs,
+        others: Inputs,
+        *logits: Tensor,
     ) -> Tensor:
-        """``inputs`` are hidden states, weight and bias as leaves, those that get a gradient."""
+        """``compute`` reads ``inputs``, hidden states, weight and bias as leaves, which get a
+        gradient, and those of ``others``, which get none."""
         ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
-        ctx.inputs, ctx.compute = inputs, compute
+        ctx.inputs, ctx.others, ctx.compute = inputs, others, compute
         if is_piece(call):
             # Gradients that are computed now would wait for the backward, one for each piece.
             with torch.no_grad():
-                ctx.versions = _versions(inputs)
+                ctx.versions = _versions(inputs + others)
                 ctx.result = None
                 return compute().detach()
         with torch.enable_grad():
@@ -198,15 +204,15 @@ class Consume(torch.autograd.Function):
     @staticmethod
     @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():
-            return None, None, None, *_differentiable(ctx.call, ctx.logits, gradient, needed)
+            return None, None, None, None, *_differentiable(ctx.call, ctx.logits, gradient, needed)
         if ctx.compute is None:
             raise RuntimeError(
                 "Trying to backward through the graph a second time. Specify retain_graph=True"
             )
         # What has been computed has saved what it still needs.
-        if ctx.result is None and ctx.versions != _versions(ctx.inputs):
+        if ctx.result is None and ctx.versions != _versions(ctx.inputs + ctx.others):
             raise RuntimeError(
                 "lmhead_pass: one of the variables needed for gradient computation has been "
                 "modified by an inplace operation: hidden states or head of returned logits. Call "
@@ -230,7 +236,7 @@ class Consume(torch.autograd.Function):
         if not keep:
             ctx.compute = ctx.result = None
         terms = [Term(lambda: gradient, sources)]
-        return None, None, None, *_lazily(ctx.call, ctx.likes, needed, terms)
+        return None, None, None, None, *_lazily(ctx.call, ctx.likes, needed, terms)
 
 
 def _versions(inputs: Inputs) -> list[int]:
@@ -256,8 +262,7 @@ def _differentiable(
 def is_piece(call: Call) -> bool:
     """Whether ``call`` reads no more than half of the logits that the model returned."""
     read = max(cell.like.numel() for cell in call.cells)
-    (root, *_) = (cell.root for cell in call.cells)
-    return root is not None and 2 * read <= root.like.numel()
+    return all(2 * read <= root.like.numel() for cell in call.cells for root in cell.roots)
 
 
 def _likes(logits: Sequence[Any]) -> list[tuple[Tensor, torch.device]]:

@@ -146,10 +146,10 @@ class LazyLogits(Tensor):
 _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
-def _reader_of(call: Call, root: Cell) -> Any:
+def _reader_of(call: Call, roots: Sequence[Cell]) -> Any:
     """What computes a call whose result has no vocabulary; None if only the logits' values do."""
     # The matcher that reads graphs, which nothing here is to wait for.
-    return importlib.import_module("lmhead_pass.outside").reader_of(call, root)
+    return importlib.import_module("lmhead_pass.outside").reader_of(call, roots)
 
 
 def _lazy_in(arguments: Any) -> list[LazyLogits]:
@@ -198,15 +198,16 @@ def _without_reading(
 ) -> Any:
     """The result of ``func`` for unread logits; NotImplemented if it has to read them."""
     cells = [tensor._cell for tensor in logits]
-    roots = {cell.root for cell in cells}
+    roots = list(dict.fromkeys(root for cell in cells for root in cell.roots))
     others = [
         leaf
         for leaf in compat.tree_leaves((args, kwargs))
         if isinstance(leaf, Tensor) and not isinstance(leaf, LazyLogits)
     ]
     if (
-        len(roots) != 1
-        or None in roots
+        not all(cell.roots for cell in cells)
+        # A gradient goes back one way.
+        or (torch.is_grad_enabled() and len(set[Cell]().union(*(c.ways_back for c in cells))) > 1)
         # Views of values that are there are no less views of the same tensor.
         or (func not in VIEWS | PIECES and any(cell.value is not None for cell in cells))
         or any(tensor.requires_grad for tensor in others)
@@ -214,10 +215,8 @@ def _without_reading(
         or compat.is_inside_of_modes()
     ):
         return NotImplemented
-    (root,) = roots
-    assert root is not None
-    if is_inside_of_checkpoint() and root.value is None:
-        root.is_used_again = True
+    for root in roots:
+        root.is_used_again |= is_inside_of_checkpoint() and root.value is None
     if func not in COMPUTED or func in WRITTEN_DOWN:
         given, named = _with_cells(args, kwargs)
         likes = likes_of(func, given, named, logits[0].device)
@@ -227,31 +226,42 @@ def _without_reading(
             return _write_down(func, args, kwargs, logits, likes, others)
     if func not in COMPUTED or any(cell.value is not None for cell in cells):
         return NotImplemented
-    return _compute(func, args, kwargs, logits, root)
+    return _compute(func, args, kwargs, logits, roots)
 
 
 def _compute(
-    func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits], root: Cell
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    logits: Sequence[LazyLogits],
+    roots: Sequence[Cell],
 ) -> Any:
     """The result of ``func``, which has no vocabulary, by the op; NotImplemented if it cannot."""
     call = _call(func, args, kwargs, logits[0].device.type)
-    reader = _reader_of(call, root)
+    reader = _reader_of(call, roots)
     if reader is None:
         return NotImplemented
-    assert isinstance(root.source, Recipe)
-    root.source.check_unchanged()
+    recipes = [root.source for root in roots if isinstance(root.source, Recipe)]
+    for recipe in recipes:
+        recipe.check_unchanged()
+    tensors = [tuple(tensor.detach() for tensor in recipe.tensors) for recipe in recipes]
     is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
     if not is_recorded or not reader.like.is_floating_point():
         with torch.no_grad():
-            return reader.run(*(tensor.detach() for tensor in root.source.tensors)).detach()
+            return reader.run(*(tensor for part in tensors for tensor in part)).detach()
     # A gradient ends at logits that are detached from what they are made of.
-    has_way_back = not all(tensor._cell.is_detached for tensor in logits)
-    inputs = tuple(
-        tensor.detach().requires_grad_(has_way_back and is_wanted)
-        for tensor, is_wanted in zip(root.source.tensors, root.source.wanted, strict=True)
-    )
+    back = set[Cell]().union(*(tensor._cell.ways_back for tensor in logits))
+    inputs, others = tuple[Tensor, ...](), tuple[Tensor, ...]()
+    for root, recipe, part in zip(roots, recipes, tensors, strict=True):
+        if root not in back:
+            others += part
+            continue
+        inputs = part
+        for tensor, is_wanted in zip(part, recipe.wanted, strict=True):
+            tensor.requires_grad_(is_wanted)
     given = [_tensor_of(cell, logits) for cell in call.cells]
-    return Consume.apply(lambda: reader.run(*inputs), call, inputs, *given)  # type: ignore[no-untyped-call]
+    flat = [tensor for part in tensors for tensor in part]
+    return Consume.apply(lambda: reader.run(*flat), call, inputs, others, *given)  # type: ignore[no-untyped-call]
 
 
 def _tensor_of(cell: Cell, logits: Sequence[LazyLogits]) -> LazyLogits:

@@ -55,15 +55,16 @@ def _rows_of(cell: Cell) -> Tensor | None:
 
 
 def _computed(cell: Cell) -> Tensor | None:
-    root, calls = cell.root, list[Call]()
+    roots, calls = cell.roots, list[Call]()
     rows = taking = None
     while isinstance(call := cell.source, Call) and len(call.cells) == 1:
         if call.function in TAKING_ROWS:
             rows, taking, after = cell, call, len(calls)
         calls.append(call)
         (cell,) = call.cells
-    if root is None or cell is not root or rows is None or taking is None:
+    if roots != (cell,) or rows is None or taking is None:
         return None
+    (root,) = roots
     before = calls[after + 1 :]
     if any(call.function not in ELEMENTWISE for call in before):
         return None

@@ -44,17 +44,21 @@ DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[a
 ELEMENTWISE = DETACHING | _CASTS
 TAKING_ROWS = PIECES | {Tensor.__getitem__} | _functions("select", "narrow")
 """These may take whole rows of the logits, and leave others."""
-COMPUTED = {
+_WORD_BY_WORD = _functions(
+    *("kl_div", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"),
+    *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
+)
+"""Losses that have the vocabulary in their result without a reduction."""
+COMPUTED = _WORD_BY_WORD | {
     Tensor.__getitem__,
     *_functions(
         *("cross_entropy", "nll_loss", "gather", "take_along_dim", "logsumexp"),
         *("argmax", "amax", "max", "sum", "mean", "amin", "min", "std", "var", "norm", "prod"),
-        *("kl_div", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "cosine_similarity"),
-        *("binary_cross_entropy", "binary_cross_entropy_with_logits"),
+        "cosine_similarity",
     ),
 }
 """These have no vocabulary in their result, and the op may compute them."""
-WRITTEN_DOWN = VIEWS | _CASTS | _VALUES
+WRITTEN_DOWN = VIEWS | _CASTS | _VALUES | _WORD_BY_WORD
 # Of so many words at least one remains in what is written down.
 _FEWER = 16
 
@@ -64,6 +68,8 @@ def is_written_down(func: Callable[..., Any], likes: Any, cells: Sequence[Cell])
     if func in PIECES:
         return isinstance(likes, tuple | list)
     if func not in WRITTEN_DOWN or not isinstance(likes, Tensor):
+        return False
+    if func in _WORD_BY_WORD and likes.numel() < max(cell.like.numel() for cell in cells):
         return False
     return likes.is_floating_point() and (
         func not in (Tensor.__getitem__, torch.select, Tensor.select)
