@@ -147,6 +147,18 @@ def fake_mode_of(values: Iterable[Any]) -> AbstractContextManager[Any]:
     return next(modes, nullcontext())
 
 
+def new_symbols_are_dropped(graph: Graph) -> AbstractContextManager[Any]:
+    """A block in which sizes that depend on data may be made with the fake tensors of ``graph``.
+
+    The compilation waits for each of them in vain otherwise, and fails.
+    """
+    modes = (getattr(node.meta.get(EXAMPLE_VALUE), "fake_mode", None) for node in graph.nodes)
+    environment = next((mode.shape_env for mode in modes if mode is not None), None)
+    drop = getattr(environment, "ignore_fresh_unbacked_symbols", nullcontext)
+    context: AbstractContextManager[Any] = drop()
+    return context
+
+
 def is_torch_op(target: Any) -> bool:
     """Whether ``target`` is of ``torch.ops``, with a schema."""
     return isinstance(target, _OpOverload | _OpOverloadPacket)

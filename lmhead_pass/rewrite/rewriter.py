@@ -6,7 +6,7 @@ from itertools import product
 import torch
 from torch.fx import Graph, Node
 
-from ..compat.graphs import is_whole, why_not_rewritten
+from ..compat.graphs import is_whole, new_symbols_are_dropped, why_not_rewritten
 from ..compat.lookup import NO_ROWWISE, missing
 from ..graph import Refusal, Refused, tensor_of
 from ..log import note_of
@@ -42,7 +42,8 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = F
         return False
     edit = GraphEdit(graph)
     try:
-        calls, refusals = prepare(edit, of_loss_alone)
+        with new_symbols_are_dropped(graph):
+            calls, refusals = prepare(edit, of_loss_alone)
         edit.check()
         items = [*refusals, *calls, *edit.deferred]
         if keeps_note:
@@ -74,7 +75,8 @@ def _finish(graph: Graph, emitted: EmittedRegion) -> None:
     for numbers in emitted.numbers:
         edit = GraphEdit(graph)
         try:
-            sum_in_forward(edit, numbers)
+            with new_symbols_are_dropped(graph):
+                sum_in_forward(edit, numbers)
             edit.check()
         except Exception as error:
             edit.roll_back()

@@ -151,3 +151,17 @@ def test_a_block_of_a_model_is_no_loss():
     down = torch.randn(16, 128)
     rewrite(lambda h, w: F.linear(F.silu(F.linear(h, w)), down).sum())(h, w)
     assert not counters["lmhead_pass"]
+
+
+def test_rows_by_a_mask_are_left_to_a_compilation_that_knows_their_number():
+    """Trying to carve them makes numbers of rows that nobody waits for."""
+
+    def function(h, w, y):
+        z = F.linear(h, w)
+        mask = y > 60
+        return z[mask].softmax(-1).square().sum(-1).mean() + F.cross_entropy(z[mask], y[mask])
+
+    h, w, y = torch.randn(2, 9, 16), torch.randn(128, 16), torch.randint(128, (2, 9))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        result = torch.compile(function)(h, w, y)
+    torch.testing.assert_close(result, function(h, w, y))
