@@ -1,5 +1,6 @@
 """Runs a program: captured by Dynamo, with the pass and without, exactly, and with noise."""
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -117,24 +118,28 @@ def run(
     outcome = Outcome()
     arguments = inputs.make(dtype)
     stage = "forward"
-    try:
-        with _modes_as_ever(), torch.random.fork_rng(devices=()), around():
-            torch.manual_seed(inputs.seed)
-            result = function(*arguments.values(), _linear(arguments, inputs))
-            returned, spec = tree_flatten(result)
-            outcome.structure = str(spec)
-            for index, value in enumerate(returned):
-                if isinstance(value, Tensor):
-                    outcome.requires_grad[f"output {index}"] = value.requires_grad
-            if program.reads_first:
-                _note_returned(outcome, returned)
-            stage = "backward"
-            _backward([returned[i] for i in program.gradient_of if i < len(returned)], inputs.seed)
-            stage = "reading"
-            if not program.reads_first:
-                _note_returned(outcome, returned)
-    except Exception as error:
-        outcome.error, outcome.message = f"{type(error).__name__} in {stage}", str(error)
+    with _modes_as_ever(), torch.random.fork_rng(devices=()):
+        try:
+            with around():
+                torch.manual_seed(inputs.seed)
+                result = function(*arguments.values(), _linear(arguments, inputs))
+                returned, spec = tree_flatten(result)
+                outcome.structure = str(spec)
+                for index, value in enumerate(returned):
+                    if isinstance(value, Tensor):
+                        outcome.requires_grad[f"output {index}"] = value.requires_grad
+                if program.reads_first:
+                    _note_returned(outcome, returned)
+                stage = "backward"
+                kept = [returned[i] for i in program.gradient_of if i < len(returned)]
+                _backward(kept, inputs.seed)
+                stage = "reading"
+                if not program.reads_first:
+                    _note_returned(outcome, returned)
+        except Exception as error:
+            outcome.error, outcome.message = f"{type(error).__name__} in {stage}", str(error)
+            # They hold modes that a graph has entered, and that end when these do.
+            traceback.clear_frames(error.__traceback__)
     for name in _TENSORS:
         outcome.values[f"{name} afterwards"] = arguments[name].detach().clone()
         grad = arguments[name].grad
