@@ -85,7 +85,8 @@ def test_gradients(head, use):
     logits, found = gradients(torch.compile(model), model, use, x)
     assert is_unread(logits) == (use is not USES["values"])
     _, expected = gradients(model, model, use, x)
-    is_rounded = logits.dtype == torch.bfloat16
+    # Inductor may drop a cast to BF16 and back, with the pass and without.
+    is_rounded = logits.dtype == torch.bfloat16 or head is HEADS["weight rounded"]
     close = {"rtol": 0.05, "atol": 0.05} if is_rounded else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(found, expected, **close)
 
