@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .configurations import FIRST_SPECIAL_TOKEN
 
 _BATCH, _LENGTH = 2, 12
+# More tokens than hidden features: a head's weight that is computed is smaller than the logits.
+_LENGTH_OF_MASKED = 40
 # Tokens below have a meaning in many models: padding, separators, masks.
 _FIRST_PLAIN_TOKEN = 16
 
@@ -37,7 +39,7 @@ def _only(names: Container[str], inputs: dict[str, Any]) -> dict[str, Any]:
 def _text(kind: str) -> dict[str, Any]:
     """Two rows of tokens, the second padded on the right, and labels for some of them."""
     generator = torch.Generator().manual_seed(1)
-    shape = (_BATCH, _LENGTH)
+    shape = (_BATCH, _LENGTH_OF_MASKED if kind == "masked" else _LENGTH)
     tokens = torch.randint(_FIRST_PLAIN_TOKEN, FIRST_SPECIAL_TOKEN, shape, generator=generator)
     mask = torch.ones(shape, dtype=torch.long)
     mask[1, -3:] = 0
