@@ -97,6 +97,8 @@ class Writer:
         self._names = 0
         self._indent = 1
         self._checkpoints = 0
+        self._has_written = False
+        """Whether logits were written to in place."""
         self._states: list[Logits] = []
         self._returned: list[str] = []
         self._odd = self._one((0, 0, 1, 2, 3, 5, 7))
@@ -449,6 +451,7 @@ class Writer:
             written = replace(logits, x=self._assign(self._fill(name, logits)))
         with self._region(8):
             self._line(self._fill(text, written))
+        self._has_written = True
         if key in tables.LOGITS_WRITES_BY_WORD and self._chance(2):
             return self._without_last_words(logits, logits.vocab)
         return logits
@@ -474,9 +477,9 @@ class Writer:
         self._line(text)
 
     def _read(self, logits: Logits) -> None:
-        # There and in checkpointed regions hooks crash torch 2.13, with the pass and without.
-        is_safe = not self._checkpoints and self._outside not in ("compiled", "eager_no_grad")
-        if self._chance(10) and is_safe:
+        # There hooks crash torch 2.13, with the pass and without.
+        crashes = self._checkpoints or self._outside in ("compiled", "eager_no_grad")
+        if self._chance(10) and not crashes and not self._has_written:
             self.kinds.add("hook")
             self._line(
                 f"if {logits.x}.requires_grad:\n"
