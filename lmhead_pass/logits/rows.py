@@ -183,7 +183,8 @@ def _narrow(logits: Logits, node: Node) -> Logits:
     call = arguments(node, lambda input, dim, start, length: locals())
     if call is None or type(call["start"]) is not int or type(call["length"]) is not int:
         raise Refused(f"{describe(node)} is called with arguments that are not understood")
-    part = slice(call["start"], call["start"] + call["length"])
+    start, stop = call["start"], call["start"] + call["length"]
+    part = slice(start, None if start < 0 == stop else stop)
     return _along(logits, node, {"dim": call["dim"], "index": part})
 
 

@@ -226,7 +226,7 @@ def _kept_weight(logits: Logits) -> tuple[Node, bool]:
     node, is_transposed = head.weight, head.weight_is_transposed
     while node.op in ("call_function", "call_method") and not is_frozen_view(node):
         source = node.args[0] if node.args else None
-        if isinstance(source, Node) and _is_differentiable(source) == _is_differentiable(node):
+        if isinstance(source, Node) and is_differentiable(source) == is_differentiable(node):
             if canonical_op(node) == "permute":
                 before, after = tensor_of(source), tensor_of(node)
                 if before.dim() == 2 and after.stride() == before.stride()[::-1]:
@@ -249,12 +249,15 @@ def _kept_weight(logits: Logits) -> tuple[Node, bool]:
 def is_frozen_view(node: Node) -> bool:
     """Whether ``node`` is in the memory of an input of the graph, and requires no gradient."""
     memory = memory_of(node)
-    return not _is_differentiable(node) and any(
+    return not is_differentiable(node) and any(
         not memory.isdisjoint(memory_of(source))
         for source in node.graph.nodes
         if source.op in ("placeholder", "get_attr")
     )
 
 
-def _is_differentiable(node: Node) -> bool:
-    return getattr(value_of(node), "requires_grad", False)
+def is_differentiable(node: Node) -> bool:
+    """Whether a gradient goes on from what ``node`` computes: views made under no_grad say so."""
+    if node.op in ("placeholder", "get_attr"):
+        return bool(getattr(value_of(node), "requires_grad", False))
+    return getattr(value_of(node), "requires_grad", False) and not _has_no_history(node)

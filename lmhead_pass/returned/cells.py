@@ -68,6 +68,8 @@ class Cell:
         """``like`` has the size, strides and dtype of the value, and is on the meta device."""
         self.source = source
         self.like = like
+        self.identity = object()
+        """What a gradient of this is known by."""
         self.value = value
         """Without a gradient."""
         self.owner: Callable[[], Tensor | None] = lambda: None

@@ -13,8 +13,17 @@ from torch import Tensor
 
 from ..compat import lazy_tensors as compat
 from ..compat.compiling import never_compiled
-from .cells import Call
-from .lazy_gradient import LazyGradient, Sources, Term, terms_of, through
+from .cells import Call, Cell
+from .lazy_gradient import (
+    Gradients,
+    LazyGradient,
+    Sources,
+    Term,
+    known_by,
+    taken,
+    terms_of,
+    through,
+)
 from .recipe import SETTING, Recipe
 
 Inputs = tuple[Tensor | None, ...]
@@ -25,12 +34,12 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, make: Callable[[], Tensor], recipe: Recipe, is_late: bool, *inputs: Tensor
+        ctx: Any, make: Callable[[], Tensor], recipe: Recipe, cell: Cell, *inputs: Tensor
     ) -> Tensor:
         """``inputs`` may lack the way back to what they were made of, and have an empty tensor
-        after all then. ``is_late`` says that they have changed since."""
-        ctx.recipe, ctx.is_late = recipe, is_late
-        ctx.is_cut_off = recipe.lacks_history
+        after all then."""
+        ctx.recipe, ctx.is_late, ctx.identity = recipe, cell.is_late, cell.identity
+        ctx.is_cut_off = len(inputs) > len(recipe.tensors)
         ctx.save_for_backward(*_read_by_gradients(recipe, ctx.needs_input_grad[3:], inputs))
         return make()
 
@@ -40,7 +49,7 @@ class Head(torch.autograd.Function):
         count = len(ctx.recipe.tensors)
         needed = ctx.needs_input_grad[3 : 3 + count]
         extra = (None,) * (len(ctx.needs_input_grad) - 3 - count)
-        terms = terms_of(gradient)
+        terms = known_by(terms_of(gradient), ctx.identity)
         if ctx.is_cut_off:
             _refuse(
                 terms,
@@ -48,8 +57,9 @@ class Head(torch.autograd.Function):
                 "they did. Compute the loss inside the compiled model, set "
                 "torch._dynamo.config.optimize_ddp = False",
             )
-        results: Sources = (None,) * len(needed)
-        plain = [term.dense() for term in terms if term.sources is None]
+        results: Gradients = (None,) * len(needed)
+        sources, others = taken(terms)
+        plain = [term.dense() for term in others]
         if plain:
             if ctx.is_late:
                 raise RuntimeError(
@@ -58,8 +68,8 @@ class Head(torch.autograd.Function):
                     f"backward() before optimizer.step(), or set {SETTING}."
                 )
             results = _gradients(ctx.recipe, ctx.saved_tensors, needed, sum(plain[1:], plain[0]))
-        for term in terms:
-            if term.sources is not None and (part := term.sources()):
+        for source in sources:
+            if part := source.take():
                 pairs = zip(results, part, strict=True)
                 results = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
         wanted = (r if is_needed else None for r, is_needed in zip(results, needed, strict=True))
@@ -87,7 +97,7 @@ def _read_by_gradients(
 
 def _gradients(
     recipe: Recipe, inputs: Sequence[Any], needed: Sequence[bool], gradient: Tensor
-) -> Sources:
+) -> Gradients:
     """Of hidden states, weight and bias, from that of the logits. ``inputs`` are those saved."""
     if recipe.is_linear:
         return _linear_gradients(recipe, inputs, needed, gradient)
@@ -106,7 +116,7 @@ def _gradients(
 
 def _linear_gradients(
     recipe: Recipe, inputs: Sequence[Any], needed: Sequence[bool], gradient: Tensor
-) -> Sources:
+) -> Gradients:
     """The same without the logits, where they are ``hidden @ weight.T + bias``."""
     hidden, weight, *_ = inputs
     dtype = recipe.product_dtype
@@ -134,7 +144,10 @@ class Derive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, make: Callable[[], Tensor], call: Call, *logits: Tensor) -> Tensor:
         ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
-        return make()
+        made: Any = make()
+        ctx.identity = made._cell.identity
+        result: Tensor = made
+        return result
 
     @staticmethod
     @never_compiled
@@ -144,7 +157,8 @@ class Derive(torch.autograd.Function):
             return None, None, *_differentiable(ctx.call, ctx.logits, gradient, needed)
         if not isinstance(gradient, LazyGradient):
             return None, None, *ctx.call.gradients(gradient, needed)
-        return None, None, *_lazily(ctx.call, ctx.likes, needed, gradient.terms)
+        terms = known_by(gradient.terms, ctx.identity)
+        return None, None, *_lazily(ctx.call, ctx.likes, needed, terms)
 
 
 def _lazily(
@@ -158,8 +172,10 @@ def _lazily(
     # A leaf that was made of detached logits needs a gradient, and hands nothing on.
     way_back = [i for i, cell in enumerate(call.cells) if needed[i] and not cell.is_detached]
     for number, (like, device) in enumerate(likes):
-        change, is_way_back = _change(call, needed, number), way_back[:1] == [number]
-        handed_on = [through(term, change, is_way_back) for term in terms]
+        change = _change(call, needed, number)
+        ways = len(way_back) if number in way_back else 0
+        identity = call.cells[number].identity
+        handed_on = [through(term, change, ways, identity) for term in terms]
         results.append(LazyGradient(like, device, handed_on) if needed[number] else None)
     return results
 
@@ -222,7 +238,7 @@ class Consume(torch.autograd.Function):
         keep, compute, result = compat.keeps_graph(), ctx.compute, ctx.result
         asked = [tensor for tensor in ctx.inputs if tensor is not None and tensor.requires_grad]
 
-        def sources() -> Sources:
+        def sources() -> Gradients:
             with torch.enable_grad():
                 value = compute() if result is None else result
             if not asked or not value.requires_grad:
@@ -235,7 +251,7 @@ class Consume(torch.autograd.Function):
 
         if not keep:
             ctx.compute = ctx.result = None
-        terms = [Term(lambda: gradient, sources)]
+        terms = [Term(lambda: gradient, Sources(sources))]
         return None, None, None, None, *_lazily(ctx.call, ctx.likes, needed, terms)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -16,7 +17,22 @@ _COPIES = (
     *(torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default),
 )
 
-Sources = tuple[Tensor | None, ...]
+Gradients = tuple[Tensor | None, ...]
+
+
+class Sources:
+    """What a gradient comes to for hidden states, weight and bias, computed once.
+
+    Not before all terms are in one place: each weight's gradient would wait there for the others.
+    """
+
+    def __init__(self, compute: Callable[[], Gradients]) -> None:
+        self._compute = compute
+        self.is_used = False
+
+    def take(self) -> Gradients:
+        self.is_used = True
+        return self._compute()
 
 
 @dataclass(frozen=True)
@@ -25,17 +41,23 @@ class Term:
 
     dense: Callable[[], Tensor]
     """Computes it."""
-    sources: Callable[[], Sources] | None = None
-    """Computes what it comes to for hidden states, weight and bias; None if that takes it itself.
-
-    Not before all terms are in one place: each weight's gradient would wait there for the others.
-    """
+    sources: Sources | None = None
+    """What it comes to for hidden states, weight and bias; None if that takes it itself."""
+    share: Fraction = Fraction(1)
+    """How much of ``sources`` comes this way: the logits may have been used in several."""
+    of: object = None
+    """``Cell.identity`` of the logits whose gradient it is. For others ``sources`` say nothing."""
 
 
 class LazyGradient(Tensor):
-    """The sum of its terms. Autograd adds several, and hands them on; all else computes it."""
+    """The sum of its terms. Autograd adds several, and hands them on; all else computes it.
+
+    Who has seen its values may have written to them, or keep a name of their memory: from then on
+    these values are what it is.
+    """
 
     terms: Sequence[Term]
+    _seen: Tensor | None
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, terms: Sequence[Term]) -> "LazyGradient":
@@ -44,28 +66,29 @@ class LazyGradient(Tensor):
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=device
         )
         compat.forbid_address(self)
-        self.terms = terms
+        self.terms, self._seen = terms, None
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return repr(self.dense())
+        return repr(self.look())
 
-    def dense(self) -> Tensor:
-        """The gradient itself."""
-        with compat.outside_of_modes(), torch.inference_mode(False), torch.no_grad():
-            first, *others = (term.dense() for term in self.terms)
-            return sum(others, first)
+    def look(self) -> Tensor:
+        """The gradient itself, in memory that is its own."""
+        if self._seen is None:
+            with compat.outside_of_modes(), torch.inference_mode(False), torch.no_grad():
+                first, *others = (term.dense() for term in self.terms)
+                self._seen = values = sum(others, first) if others else first.clone()
+            self.terms = [Term(lambda: values)]
+        return self._seen
 
     @classmethod
     @never_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in METADATA:
-            # Who sees it in Python may ask for its address, or for that of a view.
-            args, kwargs = compat.tree_map(
-                lambda leaf: leaf.dense() if isinstance(leaf, cls) else leaf, (args, kwargs or {})
-            )
-        with compat.without_torch_function():
-            return func(*args, **(kwargs or {}))
+        if func in METADATA:
+            with compat.without_torch_function():
+                return func(*args, **(kwargs or {}))
+        # Who sees it in Python may ask for its address, or for that of a view.
+        return _with_values(func, args, kwargs or {})
 
     @classmethod
     @never_compiled
@@ -77,15 +100,28 @@ class LazyGradient(Tensor):
             terms = [term for part in (first, *others) for term in terms_of(part)]
             if func is torch.ops.aten.add.Tensor:
                 return cls(first, first.device, terms)
-            if isinstance(first, cls):
-                first.terms = cls(first, first.device, terms).terms
+            if isinstance(first, cls) and first._seen is None:
+                first.terms = terms
                 return first
-        if func in _COPIES and not others:
+        if func in _COPIES and not others and first._seen is None:
             return cls(first, first.device, first.terms)
-        args, kwargs = compat.tree_map(
-            lambda leaf: leaf.dense() if isinstance(leaf, cls) else leaf, (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
+        return _with_values(func, args, kwargs or {})
+
+
+def _with_values(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call ``func`` with the values of lazy gradients; what it returns as it was given stays so."""
+    owners = {}
+
+    def values_of(leaf: Any) -> Any:
+        if not isinstance(leaf, LazyGradient):
+            return leaf
+        owners[id(leaf.look())] = leaf
+        return leaf.look()
+
+    args, kwargs = compat.tree_map(values_of, (args, kwargs))
+    with compat.without_torch_function():
+        result = func(*args, **kwargs)
+    return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 
 
 def _are_alike(*parts: Any) -> bool:
@@ -101,12 +137,27 @@ def terms_of(gradient: Tensor) -> list[Term]:
     return [Term(lambda: gradient)]
 
 
-def through(term: Term, change: Callable[[Tensor], Tensor], has_sources: bool) -> Term:
-    """The term for what the logits were made of: ``change`` does that to the gradient itself.
+def through(term: Term, change: Callable[[Tensor], Tensor], ways: int, of: object) -> Term:
+    """The term for logits ``of`` that others were made of: ``change`` does that to the gradient.
 
-    One of several things that they were made of takes on the sources.
+    They are one of so many ``ways`` back; without any, their gradient says nothing of sources.
     """
-    sources = term.sources
-    if sources is not None and not has_sources:
-        sources = lambda: ()  # noqa: E731
-    return replace(term, dense=lambda: change(term.dense()), sources=sources)
+    if not ways:
+        return Term(lambda: change(term.dense()), of=of)
+    share = term.share / ways
+    return replace(term, dense=lambda: change(term.dense()), share=share, of=of)
+
+
+def known_by(terms: Sequence[Term], identity: object) -> list[Term]:
+    """``terms`` as a gradient of the logits with this ``identity``, whoever has brought them."""
+    return [term if term.of is identity else Term(term.dense) for term in terms]
+
+
+def taken(terms: Sequence[Term]) -> tuple[list[Sources], list[Term]]:
+    """Those sources that all of ``terms`` have in full, and the terms that are left."""
+    shares: dict[Sources, Fraction] = {}
+    for term in terms:
+        if term.sources is not None:
+            shares[term.sources] = shares.get(term.sources, Fraction(0)) + term.share
+    whole = [source for source, share in shares.items() if share == 1 and not source.is_used]
+    return whole, [term for term in terms if term.sources not in whole]

@@ -42,9 +42,9 @@ class LazyLogits(Tensor):
     """A tensor whose values are computed when they are first needed, and kept."""
 
     _cell: Cell
-    _untouched: Recipe | None
-    """Of logits that were just returned: their history is put in at the first touch. When they are
-    made, the hidden states do not have theirs yet."""
+    _untouched: tuple[Recipe, Recipe] | None
+    """Of logits that were just returned, also without a history: theirs is put in at the first
+    touch. When they are made, the hidden states do not have theirs yet."""
 
     @staticmethod
     def __new__(cls, cell: Cell, device: torch.device) -> "LazyLogits":
@@ -68,7 +68,8 @@ class LazyLogits(Tensor):
     def from_recipe(cls, recipe: Recipe) -> Tensor:
         """The logits of a compiled function that has just run."""
         # What is made of the logits and detached keeps nothing of the model's graph.
-        cell = Cell(recipe.without_history(), recipe.like())
+        made = recipe.without_history()
+        cell = Cell(made, recipe.like())
         reading.watch(cell)
         device = recipe.hidden.device
         if not recipe.requires_grad:
@@ -77,7 +78,7 @@ class LazyLogits(Tensor):
             gated = Gate.apply(cls(cell, device), torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
             # Autograd detaches the results of a compiled function that are no views.
             alias: LazyLogits = torch.ops.aten.alias(gated)
-        alias._cell, alias._untouched = cell, recipe
+        alias._cell, alias._untouched = cell, (recipe, made)
         cell.owner = lambda: None
         return alias
 
@@ -115,7 +116,9 @@ class LazyLogits(Tensor):
             is_detached = func is torch.ops.aten.detach.default
             same, more = (Tensor.detach, ()) if is_detached else (Tensor.view, (logits.shape,))
             call = _call(same, (logits, *more), {}, logits.device.type)
-            return cls(Cell(call, logits._cell.like, is_detached=is_detached), logits.device)
+            cell = Cell(call, logits._cell.like, is_detached=is_detached)
+            cell.identity = logits._cell.identity  # autograd hands a gradient on as it is
+            return cls(cell, logits.device)
         return _on_values(func, args, kwargs or {})
 
     # As inputs of another compiled function, torch.compile flattens lazy logits to their values.
@@ -158,13 +161,13 @@ def _lazy_in(arguments: Any) -> list[LazyLogits]:
 
 def _touch(logits: LazyLogits) -> None:
     """Give logits that were just returned their history."""
-    recipe, cell = logits._untouched, logits._cell
-    if recipe is None:
+    if logits._untouched is None:
         return
+    (recipe, made), cell = logits._untouched, logits._cell
     logits._untouched = None
     pairs = zip(recipe.tensors, recipe.wanted, strict=True)
     inputs = [tensor if is_wanted else tensor.detach() for tensor, is_wanted in pairs]
-    if recipe.lacks_history:
+    if recipe.lacks_history(made):
         inputs.append(torch.empty(0, requires_grad=True))
     with (
         compat.outside_of_modes(),
@@ -173,7 +176,7 @@ def _touch(logits: LazyLogits) -> None:
         compat.without_torch_function(),
     ):
         device = logits.device
-        twin = Head.apply(lambda: LazyLogits(cell, device), recipe, cell.is_late, *inputs)  # type: ignore[no-untyped-call]
+        twin = Head.apply(lambda: LazyLogits(cell, device), recipe, cell, *inputs)  # type: ignore[no-untyped-call]
         cell.owner = lambda: None
         # Not if a function of autograd's holds it already: then a gradient is refused.
         with contextlib.suppress(RuntimeError):
@@ -336,7 +339,26 @@ def _on_rows_alone(
     if others:
         return NotImplemented
     given, named = _with_cells(args, kwargs)
-    return run_on_rows_alone(func, given, named, cell)
+    result = run_on_rows_alone(func, given, named, cell)
+    if result is not NotImplemented or cell.value is not None or not cell.roots:
+        return result
+    if cell.alone is None and isinstance(call := cell.source, Call) and call.function in COMPUTED:
+        # Single words of rows.
+        reader = _reader_of(call, cell.roots)
+        if reader is not None:
+            with torch.no_grad():
+                cell.alone = reader.run(*_tensors_of(cell.roots))
+    if cell.alone is None:
+        return NotImplemented
+    return run_apart(func, given, named, {id(cell): cell.alone})
+
+
+def _tensors_of(roots: Sequence[Cell]) -> list[Tensor]:
+    """What the logits are computed from, detached; RuntimeError if it has changed."""
+    recipes = [root.source for root in roots if isinstance(root.source, Recipe)]
+    for recipe in recipes:
+        recipe.check_unchanged()
+    return [tensor.detach() for recipe in recipes for tensor in recipe.tensors]
 
 
 def _on_values_alone(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..compat import lazy_tensors as compat
 from .cells import Cell
+from .steps import PIECES, VIEWS
 
 
 def likes_of(func: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
@@ -32,7 +33,7 @@ def likes_of(func: Callable[..., Any], args: Any, kwargs: Any, device: torch.dev
 
 
 def _run(func: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
-    if not torch.is_autocast_enabled(device.type):
+    if func in VIEWS | PIECES or not torch.is_autocast_enabled(device.type):
         given, named = compat.tree_map(_like, (args, kwargs))
         return func(*given, **named)
     # Autocast looks at the device, and there is none for the meta device.

@@ -133,11 +133,11 @@ class Recipe:
         """Which tensors these are, and how often each was written to."""
         return [(id(tensor), version_of(tensor)) for tensor in self.tensors[1:]]
 
-    @property
-    def lacks_history(self) -> bool:
-        """Whether a gradient would not find its way back."""
-        pairs = zip(self.tensors, self.wanted, strict=True)
-        return any(is_wanted and not tensor.requires_grad for tensor, is_wanted in pairs)
+    def lacks_history(self, made: "Recipe") -> bool:
+        """Whether a gradient would not find its way back. ``made`` is this one without a history: a
+        parameter is the same there, and may have been frozen since."""
+        pairs = zip(self.tensors, made.tensors, self.wanted, strict=True)
+        return any(w and t is not kept and not t.requires_grad for t, kept, w in pairs)
 
     def without_history(self) -> "Recipe":
         """The same, which keeps nothing of the graph of the compiled function that makes it."""

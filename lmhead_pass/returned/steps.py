@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat.lazy_tensors import memory_of
 from .cells import Cell
 
 _NAMESPACES = (Tensor, torch, F)
@@ -73,6 +74,8 @@ def is_written_down(func: Callable[..., Any], likes: Any, cells: Sequence[Cell])
         return False
     return likes.is_floating_point() and (
         func not in (Tensor.__getitem__, torch.select, Tensor.select)
+        # Who writes to a view writes to the logits.
+        or any(memory_of(likes) == memory_of(cell.like) for cell in cells)
         or likes.numel() * _FEWER >= max(cell.like.numel() for cell in cells)
         or (likes.dim() > 0 and any(likes.size(-1) == cell.like.size(-1) for cell in cells))
     )

@@ -3,9 +3,9 @@
 import torch
 from torch.fx import Graph, Node
 
-from ..graph import Emitter, memory_of, tensor_of, value_of
+from ..graph import Emitter, memory_of, tensor_of
 from ..logits import Logits
-from ..plan import is_frozen_view, may_return_more, recipe_of
+from ..plan import is_differentiable, is_frozen_view, may_return_more, recipe_of
 from .emit_inputs import emit_hidden
 
 
@@ -19,12 +19,14 @@ def emit_lazily(graph: Graph, logits: Logits) -> tuple[Node, list[Node]]:
     head, value = logits.head, tensor_of(logits.node)
     bias, recipe = recipe_of(logits)
     hidden = emit_hidden(emit, logits, logits.steps)
-    hidden = emit("clone", hidden) if _is_input(hidden) else _not_seen_elsewhere(emit, hidden)
+    # Products of more than two dimensions are views of matrices to Inductor.
+    is_safe = tensor_of(hidden).dim() == 2 and not _is_input(hidden)
+    hidden = _not_seen_elsewhere(emit, hidden) if is_safe else _copied(emit, hidden)
     parameters = [head.weight] if bias is None else [head.weight, bias]
     kept = [p if is_frozen_view(p) else _not_seen_elsewhere(emit, p) for p in parameters]
     is_static = all(isinstance(size, int) for size in (*value.shape, *value.stride()))
     strides = list(value.stride()) if is_static else []
-    is_wanted = [_requires_gradient(logits), *(tensor_of(p).requires_grad for p in parameters)]
+    is_wanted = [_requires_gradient(logits), *map(is_differentiable, parameters)]
     if not value.requires_grad:
         is_wanted = [False] * len(is_wanted)
     with graph.inserting_before(emit.place):
@@ -43,7 +45,7 @@ def emit_lazily(graph: Graph, logits: Logits) -> tuple[Node, list[Node]]:
 
 def _requires_gradient(logits: Logits) -> bool:
     read = (logits.head.hidden, *(node for step in logits.steps for node in step.nodes))
-    return any(getattr(value_of(node), "requires_grad", False) for node in read)
+    return any(map(is_differentiable, read))
 
 
 def _is_input(node: Node) -> bool:
@@ -59,4 +61,8 @@ def _not_seen_elsewhere(emit: Emitter, node: Node) -> Node:
     is_seen = any(
         other is not node and not memory.isdisjoint(memory_of(other)) for other in node.graph.nodes
     ) or any(user.op == "output" for user in node.users)
-    return emit("clone", node) if is_seen else node
+    return _copied(emit, node) if is_seen else node
+
+
+def _copied(emit: Emitter, node: Node) -> Node:
+    return emit(torch.ops.lmhead_pass.own_memory.default, node)

@@ -68,3 +68,26 @@ def test_a_write_by_a_name_that_is_not_known():
         plain.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation: logits that"):
         torch.autograd.grad(result, list(model.parameters()))
+
+
+PARTS = {
+    "few words": lambda z: z[..., 1:3],
+    "one word": lambda z: z[..., 1],
+    "words by name": lambda z: z.narrow(-1, 1, 2),
+    "one word by name": lambda z: z.select(-1, 3),
+    "rows": lambda z: z[:, 1:3],
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_write_to_a_part_is_one_to_the_logits(part, autocast):
+    model, (x, _) = Model(), batch()
+    found = []
+    for function in (model, rewrite(model)):
+        z = function(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            part(z).mul_(0.5)
+        loss = (z * torch.arange(z.size(-1))).sum() + z.logsumexp(-1).sum()
+        found.append([z.detach() + 0, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*found)

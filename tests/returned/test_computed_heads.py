@@ -37,6 +37,18 @@ def of_half_precision(model, hidden):
     return F.linear(*half)
 
 
+def transposed_under_no_grad(model, hidden):
+    with torch.no_grad():
+        weight = model.weight.t()
+    return hidden @ weight + model.bias
+
+
+def cut_under_no_grad(model, hidden):
+    with torch.no_grad():
+        hidden = hidden[2:]
+    return F.linear(hidden, model.weight)
+
+
 def under_autocast(model, hidden):
     with torch.autocast("cpu", torch.bfloat16):
         return F.linear(hidden, model.weight, model.bias)
@@ -57,6 +69,8 @@ HEADS = {
     "bias detached": lambda m, h: F.linear(h, m.weight, m.bias.detach()),
     "bias added afterwards": lambda m, h: F.linear(h, m.weight) + m.bias.tanh(),
     "one tensor for two": lambda m, h: F.linear(h, (w := m.weight * 2), w[:, 0]),
+    "weight transposed under no_grad": transposed_under_no_grad,
+    "hidden states cut under no_grad": cut_under_no_grad,
     "half precision": of_half_precision,
     "autocast": under_autocast,
 }
@@ -94,7 +108,7 @@ def test_gradients(head, use):
 class WithLoss(Model):
     def forward(self, x):
         logits = super().forward(x)
-        return F.cross_entropy(logits, torch.arange(ROWS) % logits.size(-1)), logits
+        return F.cross_entropy(logits, torch.arange(len(logits))), logits
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
@@ -123,3 +137,16 @@ def test_the_parameter_may_change_before_they_are_read():
 def test_a_weight_larger_than_the_logits_is_not_kept():
     model, x = Model(joined), torch.randn(HIDDEN, HIDDEN)
     assert not is_unread(rewrite(model)(x))
+
+
+def test_a_weight_that_is_frozen_before_the_loss():
+    model, x = Model(HEADS["bias scaled"]), torch.randn(ROWS, HIDDEN)
+    found = []
+    for function in (rewrite(model), model):
+        model.weight.requires_grad_(True)
+        logits = function(x)
+        model.weight.requires_grad_(False)
+        F.cross_entropy(logits, torch.arange(ROWS)).backward()
+        found.append([p.grad for p in model.parameters() if p is not model.weight])
+        model.zero_grad()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
