@@ -9,6 +9,7 @@ computed once, and kept.
 
 import contextlib
 import importlib
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -244,18 +245,17 @@ def _compute(
     reader = _reader_of(call, roots)
     if reader is None:
         return NotImplemented
-    recipes = [root.source for root in roots if isinstance(root.source, Recipe)]
-    for recipe in recipes:
-        recipe.check_unchanged()
-    tensors = [tuple(tensor.detach() for tensor in recipe.tensors) for recipe in recipes]
+    recipes, tensors = _recipes_of(roots), _tensors_of(roots)
     is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
     if not is_recorded or not reader.like.is_floating_point():
         with torch.no_grad():
-            return reader.run(*(tensor for part in tensors for tensor in part)).detach()
+            return reader.run(*tensors).detach()
     # A gradient ends at logits that are detached from what they are made of.
     back = set[Cell]().union(*(tensor._cell.ways_back for tensor in logits))
     inputs, others = tuple[Tensor, ...](), tuple[Tensor, ...]()
-    for root, recipe, part in zip(roots, recipes, tensors, strict=True):
+    pending = iter(tensors)
+    for root, recipe in zip(roots, recipes, strict=True):
+        part = tuple(itertools.islice(pending, len(recipe.tensors)))
         if root not in back:
             others += part
             continue
@@ -263,8 +263,7 @@ def _compute(
         for tensor, is_wanted in zip(part, recipe.wanted, strict=True):
             tensor.requires_grad_(is_wanted)
     given = [_tensor_of(cell, logits) for cell in call.cells]
-    flat = [tensor for part in tensors for tensor in part]
-    return Consume.apply(lambda: reader.run(*flat), call, inputs, others, *given)  # type: ignore[no-untyped-call]
+    return Consume.apply(lambda: reader.run(*tensors), call, inputs, others, *given)  # type: ignore[no-untyped-call]
 
 
 def _tensor_of(cell: Cell, logits: Sequence[LazyLogits]) -> LazyLogits:
@@ -353,9 +352,13 @@ def _on_rows_alone(
     return run_apart(func, given, named, {id(cell): cell.alone})
 
 
+def _recipes_of(roots: Sequence[Cell]) -> list[Recipe]:
+    return [root.source for root in roots if isinstance(root.source, Recipe)]
+
+
 def _tensors_of(roots: Sequence[Cell]) -> list[Tensor]:
     """What the logits are computed from, detached; RuntimeError if it has changed."""
-    recipes = [root.source for root in roots if isinstance(root.source, Recipe)]
+    recipes = _recipes_of(roots)
     for recipe in recipes:
         recipe.check_unchanged()
     return [tensor.detach() for recipe in recipes for tensor in recipe.tensors]
