@@ -54,7 +54,7 @@ def at_once(*jobs):
     return [results[number] for number in range(len(jobs))]
 
 
-# With dynamic=False torch 2.11 changes a setting of the process around each call, and threads that do
+# With dynamic=False torch 2.11 changes a setting of the process around each call. Threads that do
 # so at once leave it changed: no test after them would have automatic dynamic shapes.
 
 
