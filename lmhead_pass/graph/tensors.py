@@ -14,6 +14,11 @@ from .refusal import Refused
 AUTOCAST_SWITCHES = (ENTER_AUTOCAST, EXIT_AUTOCAST)
 
 
+def is_input(node: Node) -> bool:
+    """Whether ``node`` stands for what the graph is given: an argument, or an attribute."""
+    return node.op in ("placeholder", "get_attr")
+
+
 def value_of(node: Any) -> Any:
     """Return the fake value of a node; an argument that is no node is its own value."""
     return node.meta.get(graphs.EXAMPLE_VALUE) if isinstance(node, Node) else node

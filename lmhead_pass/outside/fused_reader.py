@@ -7,7 +7,7 @@ and little else.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,18 +43,18 @@ _readers: OrderedDict[Any, Reader | None] = OrderedDict()
 go where Dynamo forgets what it has compiled."""
 
 
-def reader_of(call: Call, roots: Sequence[Cell]) -> Reader | None:
-    """What computes ``call`` from the tensors of the roots' recipes; None if the op cannot.
+def reader_of(call: Call) -> Reader | None:
+    """What computes ``call`` from the tensors of its recipes; None if the op cannot.
 
-    Those of a root that a gradient goes back to may be leaves.
+    Those of which a gradient is wanted may be leaves.
     """
     if reader_of not in (known := forgotten_by_reset()):
         known[reader_of] = []
         _readers.clear()
-    way = _Way(roots)
-    key = (way.describe(call), *_world(call, roots))
+    way = _Way(call)
+    key = (way.describe(call), *_world(call))
     if key not in _readers:
-        _readers[key] = _rewritten(call, roots, way.others)
+        _readers[key] = _rewritten(call, way.others)
         if len(_readers) > _MOST:
             _readers.popitem(last=False)
     _readers.move_to_end(key)
@@ -68,9 +68,9 @@ def reader_of(call: Call, roots: Sequence[Cell]) -> Reader | None:
 class _Way:
     """A way of use: what was called on the logits, and the other tensors that it was given."""
 
-    def __init__(self, roots: Sequence[Cell]) -> None:
+    def __init__(self, call: Call) -> None:
         self.others: list[Tensor] = []
-        self._roots = roots
+        self._roots = call.roots
         self._numbers: dict[Cell, int] = {}
 
     def describe(self, call: Call) -> Any:
@@ -103,7 +103,7 @@ def _looks(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _world(call: Call, roots: Sequence[Cell]) -> tuple[Any, ...]:
+def _world(call: Call) -> tuple[Any, ...]:
     """What else a rewritten graph depends on."""
     recipes = (
         (
@@ -111,25 +111,13 @@ def _world(call: Call, roots: Sequence[Cell]) -> tuple[Any, ...]:
             wanted,
             *(recipe.weight_is_transposed, recipe.steps, recipe.vocab_dim, recipe.strides),
         )
-        for recipe, wanted in zip(*_recipes(call, roots), strict=True)
+        for recipe, wanted in call.recipes
     )
     return (*recipes, torch.is_grad_enabled(), repr(sorted(settings_of(config).items())))
 
 
-def _recipes(call: Call, roots: Sequence[Cell]) -> tuple[list[Recipe], list[tuple[bool, ...]]]:
-    """The recipe of each root, and of which of its tensors ``call`` has a gradient."""
-    recipes = [root.source for root in roots if isinstance(root.source, Recipe)]
-    back = set[Cell]().union(*(cell.ways_back for cell in call.cells))
-    wanted = [
-        recipe.wanted if root in back else (False,) * len(recipe.wanted)
-        for root, recipe in zip(roots, recipes, strict=True)
-    ]
-    return recipes, wanted
-
-
-def _rewritten(call: Call, roots: Sequence[Cell], others: list[Tensor]) -> Reader | None:
-    recipes, wanted = _recipes(call, roots)
-    device = recipes[0].hidden.device
+def _rewritten(call: Call, others: list[Tensor]) -> Reader | None:
+    device = call.recipes[0][0].hidden.device
     like = likes_of(call.function, call.args, call.kwargs, device)
     if not isinstance(like, Tensor):
         return None
@@ -140,12 +128,12 @@ def _rewritten(call: Call, roots: Sequence[Cell], others: list[Tensor]) -> Reade
             heads = [
                 [
                     mode.from_tensor(t.detach()).requires_grad_(is_wanted)
-                    for t, is_wanted in zip(recipe.tensors, of_recipe, strict=True)
+                    for t, is_wanted in zip(recipe.tensors, wanted, strict=True)
                 ]
-                for recipe, of_recipe in zip(recipes, wanted, strict=True)
+                for recipe, wanted in call.recipes
             ]
             fakes = [mode.from_tensor(tensor.detach()) for tensor in others]
-            module = _record(call, dict(zip(roots, heads, strict=True)), fakes, mode)
+            module = _record(call, dict(zip(call.roots, heads, strict=True)), fakes, mode)
             if not rewrite_graph(module.graph, of_loss_alone=False):
                 return None
     except MemoryBudgetTooSmall:

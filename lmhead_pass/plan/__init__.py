@@ -14,7 +14,7 @@ from .call_fusion import (
     run_the_same_behind,
 )
 from .matcher import check_derivatives, find, unread_heads
-from .returned_plan import is_differentiable, is_frozen_view, is_whole, may_return_more, recipe_of
+from .returned_plan import is_differentiable, is_frozen_view, is_whole, recipe_of
 from .types import Match, Rewrite
 from .unreached import has_no_head, way_up
 
@@ -29,7 +29,6 @@ __all__ = [
     "is_frozen_view",
     "is_whole",
     "leaves_gradients_to_backward",
-    "may_return_more",
     "plan_fused_calls",
     "recipe_of",
     "run_the_same_behind",

@@ -19,6 +19,7 @@ from ..graph import (
     hint,
     in_inference,
     is_cut_off,
+    is_input,
     memory_of,
     mutation,
     tensor_of,
@@ -98,8 +99,7 @@ def _are_views_alone(alike: Sequence[Node]) -> bool:
         return False
     memory = memory_of(alike[0])
     return not any(
-        node.op in ("placeholder", "get_attr") and not memory.isdisjoint(memory_of(node))
-        for node in alike[0].graph.nodes
+        is_input(node) and not memory.isdisjoint(memory_of(node)) for node in alike[0].graph.nodes
     )
 
 
@@ -137,15 +137,6 @@ def check_together(returned: Sequence[Logits]) -> None:
                     f"{describe(logits.node)} and {describe(other.node)} are returned, two views "
                     f"of the same logits. {_INSTEAD}"
                 )
-
-
-def may_return_more() -> bool:
-    """Whether the graph may return what the logits are made of, too, so that a gradient finds its
-    way back.
-
-    Without it, it is refused: parts into which DDP cuts a graph have to return what they did.
-    """
-    return not is_part_of_ddp()
 
 
 def _for_later(logits: Logits) -> Logits:
@@ -250,14 +241,11 @@ def is_frozen_view(node: Node) -> bool:
     """Whether ``node`` is in the memory of an input of the graph, and requires no gradient."""
     memory = memory_of(node)
     return not is_differentiable(node) and any(
-        not memory.isdisjoint(memory_of(source))
-        for source in node.graph.nodes
-        if source.op in ("placeholder", "get_attr")
+        not memory.isdisjoint(memory_of(source)) for source in node.graph.nodes if is_input(source)
     )
 
 
 def is_differentiable(node: Node) -> bool:
-    """Whether a gradient goes on from what ``node`` computes: views made under no_grad say so."""
-    if node.op in ("placeholder", "get_attr"):
-        return bool(getattr(value_of(node), "requires_grad", False))
-    return getattr(value_of(node), "requires_grad", False) and not _has_no_history(node)
+    """Whether a gradient goes on from ``node``. Views made under no_grad require one, too."""
+    requires_grad = bool(getattr(value_of(node), "requires_grad", False))
+    return requires_grad and (is_input(node) or not _has_no_history(node))

@@ -1,15 +1,15 @@
 """Logits that a compiled function returns, computed when somebody reads them.
 
-``return_op`` has the op that makes them in a graph, ``recipe`` what they are computed from, and
-``lazy_logits`` the tensor that the caller gets: it stands for a ``Cell`` (``cells``), a value that
-is computed when it is read. ``history`` is what autograd sees of it, ``lazy_gradient`` what comes
-back. ``steps`` says which functions are written down, ``likes`` what they return, without values,
-and ``metadata`` and ``by_form`` what reads no values; ``rows_alone`` reads a few rows; ``reading``
-looks after late readings, and tells of all.
+``return_op`` has the op that makes them in a graph, with ``own_memory`` for what it takes,
+``recipe`` what they are computed from, and ``lazy_logits`` the tensor that the caller gets: it
+stands for a ``Cell`` (``cells``), a value that is computed when it is read. ``history`` is what
+autograd sees of it, ``lazy_gradient`` what comes back. ``steps`` says which functions are written
+down, ``likes`` what they return, without values, and ``metadata`` and ``by_form`` what reads no
+values; ``rows_alone`` reads a few rows; ``reading`` looks after late readings, and tells of all.
 Importing this registers the ops.
 """
 
-from . import return_op
+from . import own_memory, return_op
 from .cells import Call, Cell
 from .lazy_logits import LazyLogits
 from .likes import likes_of
@@ -24,6 +24,7 @@ __all__ = [
     "Step",
     "StepKind",
     "likes_of",
+    "own_memory",
     "return_op",
     "user_stack",
 ]

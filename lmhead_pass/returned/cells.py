@@ -30,6 +30,29 @@ class Call:
         leaves = compat.tree_leaves((self.args, self.kwargs))
         return list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Cell)))
 
+    @property
+    def roots(self) -> "tuple[Cell, ...]":
+        """The logits as models returned them of which the result is made; empty if not of these
+        alone."""
+        roots = [cell.roots for cell in self.cells]
+        return tuple(dict.fromkeys(sum(roots, ()))) if all(roots) else ()
+
+    @property
+    def ways_back(self) -> "set[Cell]":
+        """Those of ``roots`` to which a gradient goes."""
+        return set[Cell]().union(*(cell.ways_back for cell in self.cells))
+
+    @property
+    def recipes(self) -> list[tuple[Recipe, tuple[bool, ...]]]:
+        """Of ``roots`` that nobody has read, each with the gradients of its tensors that are
+        wanted: none if none goes back there."""
+        back = self.ways_back
+        return [
+            (recipe, recipe.wanted if root in back else (False,) * len(recipe.wanted))
+            for root in self.roots
+            if isinstance(recipe := root.source, Recipe)
+        ]
+
     def run(self, values: "Mapping[Cell, Tensor]") -> Any:
         """The result for ``values`` in place of the cells, in today's modes."""
         args, kwargs = compat.tree_map(
@@ -100,11 +123,10 @@ class Cell:
         """Whether the value is computed, and those of all that was made of it before."""
         if isinstance(source, Call):
             cells = source.cells
-            if all(cell.roots for cell in cells):
-                self._roots = tuple(dict.fromkeys(root for cell in cells for root in cell.roots))
+            self._roots = source.roots
             self.is_detached = is_detached or all(cell.is_detached for cell in cells)
             if not self.is_detached:
-                self._ways_back.update(*(cell.ways_back for cell in cells))
+                self._ways_back = source.ways_back
             for cell in cells:
                 cell._made.append(weakref.ref(self))
             if any(cell.value is not None for cell in cells):
@@ -112,7 +134,7 @@ class Cell:
 
     @property
     def roots(self) -> "tuple[Cell, ...]":
-        """The logits as models returned them of which this is made; empty if not of these alone."""
+        """As those of a call."""
         return (self,) if self._is_root else self._roots
 
     @property

@@ -150,10 +150,10 @@ class LazyLogits(Tensor):
 _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
-def _reader_of(call: Call, roots: Sequence[Cell]) -> Any:
+def _reader_of(call: Call) -> Any:
     """What computes a call whose result has no vocabulary; None if only the logits' values do."""
     # The matcher that reads graphs, which nothing here is to wait for.
-    return importlib.import_module("lmhead_pass.outside").reader_of(call, roots)
+    return importlib.import_module("lmhead_pass.outside").reader_of(call)
 
 
 def _lazy_in(arguments: Any) -> list[LazyLogits]:
@@ -202,16 +202,16 @@ def _without_reading(
 ) -> Any:
     """The result of ``func`` for unread logits; NotImplemented if it has to read them."""
     cells = [tensor._cell for tensor in logits]
-    roots = list(dict.fromkeys(root for cell in cells for root in cell.roots))
+    call = _call(func, args, kwargs, logits[0].device.type)
     others = [
         leaf
         for leaf in compat.tree_leaves((args, kwargs))
         if isinstance(leaf, Tensor) and not isinstance(leaf, LazyLogits)
     ]
     if (
-        not all(cell.roots for cell in cells)
+        not call.roots
         # A gradient goes back one way.
-        or (torch.is_grad_enabled() and len(set[Cell]().union(*(c.ways_back for c in cells))) > 1)
+        or (torch.is_grad_enabled() and len(call.ways_back) > 1)
         # Views of values that are there are no less views of the same tensor.
         or (func not in VIEWS | PIECES and any(cell.value is not None for cell in cells))
         or any(tensor.requires_grad for tensor in others)
@@ -219,48 +219,39 @@ def _without_reading(
         or compat.is_inside_of_modes()
     ):
         return NotImplemented
-    for root in roots:
+    for root in call.roots:
         root.is_used_again |= is_inside_of_checkpoint() and root.value is None
     if func not in COMPUTED or func in WRITTEN_DOWN:
-        given, named = _with_cells(args, kwargs)
-        likes = likes_of(func, given, named, logits[0].device)
+        likes = likes_of(func, call.args, call.kwargs, logits[0].device)
         if likes is None:
             return NotImplemented
         if is_written_down(func, likes, cells):
             return _write_down(func, args, kwargs, logits, likes, others)
     if func not in COMPUTED or any(cell.value is not None for cell in cells):
         return NotImplemented
-    return _compute(func, args, kwargs, logits, roots)
+    return _compute(call, logits)
 
 
-def _compute(
-    func: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    logits: Sequence[LazyLogits],
-    roots: Sequence[Cell],
-) -> Any:
-    """The result of ``func``, which has no vocabulary, by the op; NotImplemented if it cannot."""
-    call = _call(func, args, kwargs, logits[0].device.type)
-    reader = _reader_of(call, roots)
+def _compute(call: Call, logits: Sequence[LazyLogits]) -> Any:
+    """The result of ``call``, which has no vocabulary, by the op; NotImplemented if it cannot."""
+    reader = _reader_of(call)
     if reader is None:
         return NotImplemented
-    recipes, tensors = _recipes_of(roots), _tensors_of(roots)
+    tensors = _tensors_of(call)
     is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
     if not is_recorded or not reader.like.is_floating_point():
         with torch.no_grad():
             return reader.run(*tensors).detach()
     # A gradient ends at logits that are detached from what they are made of.
-    back = set[Cell]().union(*(tensor._cell.ways_back for tensor in logits))
     inputs, others = tuple[Tensor, ...](), tuple[Tensor, ...]()
     pending = iter(tensors)
-    for root, recipe in zip(roots, recipes, strict=True):
-        part = tuple(itertools.islice(pending, len(recipe.tensors)))
-        if root not in back:
+    for _, wanted in call.recipes:
+        part = tuple(itertools.islice(pending, len(wanted)))
+        if not any(wanted):
             others += part
             continue
         inputs = part
-        for tensor, is_wanted in zip(part, recipe.wanted, strict=True):
+        for tensor, is_wanted in zip(part, wanted, strict=True):
             tensor.requires_grad_(is_wanted)
     given = [_tensor_of(cell, logits) for cell in call.cells]
     return Consume.apply(lambda: reader.run(*tensors), call, inputs, others, *given)  # type: ignore[no-untyped-call]
@@ -343,25 +334,20 @@ def _on_rows_alone(
         return result
     if cell.alone is None and isinstance(call := cell.source, Call) and call.function in COMPUTED:
         # Single words of rows.
-        reader = _reader_of(call, cell.roots)
+        reader = _reader_of(call)
         if reader is not None:
             with torch.no_grad():
-                cell.alone = reader.run(*_tensors_of(cell.roots))
+                cell.alone = reader.run(*_tensors_of(call))
     if cell.alone is None:
         return NotImplemented
     return run_apart(func, given, named, {id(cell): cell.alone})
 
 
-def _recipes_of(roots: Sequence[Cell]) -> list[Recipe]:
-    return [root.source for root in roots if isinstance(root.source, Recipe)]
-
-
-def _tensors_of(roots: Sequence[Cell]) -> list[Tensor]:
-    """What the logits are computed from, detached; RuntimeError if it has changed."""
-    recipes = _recipes_of(roots)
-    for recipe in recipes:
+def _tensors_of(call: Call) -> list[Tensor]:
+    """What ``call`` is computed from, detached; RuntimeError if it has changed."""
+    for recipe, _ in call.recipes:
         recipe.check_unchanged()
-    return [tensor.detach() for recipe in recipes for tensor in recipe.tensors]
+    return [tensor.detach() for recipe, _ in call.recipes for tensor in recipe.tensors]
 
 
 def _on_values_alone(

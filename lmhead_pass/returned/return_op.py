@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..compat.lazy_tensors import is_fake, make_wrapper, no_torch_function
-from ..compat.library import add_fake_kernel, define
+from ..compat.library import define
 from ..log import tell_from_cache
 from .lazy_logits import LazyLogits
 from .recipe import Recipe, fingerprint
@@ -121,27 +121,5 @@ define(
     "*, str report='') "
     "-> Tensor",
     _return_lazily,
-    "CompositeImplicitAutograd",
-)
-
-
-class _OwnMemory(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        copy: Tensor = torch.ops.lmhead_pass._copy(tensor)
-        return copy
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-define("_copy(Tensor tensor) -> Tensor", lambda tensor: tensor.clone())
-add_fake_kernel("_copy", torch.empty_like)
-# A copy that Inductor does not do without: a graph that returns a view of one buffer twice returns
-# two tensors, and autograd gives a history to one of them.
-define(
-    "own_memory(Tensor tensor) -> Tensor",
-    _OwnMemory.apply,
     "CompositeImplicitAutograd",
 )

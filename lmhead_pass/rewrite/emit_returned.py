@@ -3,9 +3,10 @@
 import torch
 from torch.fx import Graph, Node
 
-from ..graph import Emitter, memory_of, tensor_of
+from ..compat.compiling import is_part_of_ddp
+from ..graph import Emitter, is_input, memory_of, tensor_of
 from ..logits import Logits
-from ..plan import is_differentiable, is_frozen_view, may_return_more, recipe_of
+from ..plan import is_differentiable, is_frozen_view, recipe_of
 from .emit_inputs import emit_hidden
 
 
@@ -20,7 +21,7 @@ def emit_lazily(graph: Graph, logits: Logits) -> tuple[Node, list[Node]]:
     bias, recipe = recipe_of(logits)
     hidden = emit_hidden(emit, logits, logits.steps)
     # Products of more than two dimensions are views of matrices to Inductor.
-    is_safe = tensor_of(hidden).dim() == 2 and not _is_input(hidden)
+    is_safe = tensor_of(hidden).dim() == 2 and not is_input(hidden)
     hidden = _not_seen_elsewhere(emit, hidden) if is_safe else _copied(emit, hidden)
     parameters = [head.weight] if bias is None else [head.weight, bias]
     kept = [p if is_frozen_view(p) else _not_seen_elsewhere(emit, p) for p in parameters]
@@ -39,8 +40,9 @@ def emit_lazily(graph: Graph, logits: Logits) -> tuple[Node, list[Node]]:
         )
     node.meta.update(logits.node.meta)
     tensors = [tensor for tensor, wanted in zip((hidden, *kept), is_wanted, strict=True) if wanted]
-    beside = [tensor for tensor in tensors if not _is_input(tensor)]
-    return node, beside if may_return_more() else []
+    # A part into which DDP cuts a graph has to return what it did: there a gradient is refused.
+    beside = [tensor for tensor in tensors if not (is_input(tensor) or is_part_of_ddp())]
+    return node, beside
 
 
 def _requires_gradient(logits: Logits) -> bool:
@@ -48,14 +50,10 @@ def _requires_gradient(logits: Logits) -> bool:
     return any(map(is_differentiable, read))
 
 
-def _is_input(node: Node) -> bool:
-    return node.op in ("placeholder", "get_attr")
-
-
 def _not_seen_elsewhere(emit: Emitter, node: Node) -> Node:
     """``node``, copied if the graph computes it as a view or shows it elsewhere: others may write
     to it then, and autograd gives it the history of what it is a view of."""
-    if _is_input(node):
+    if is_input(node):
         return node
     memory = memory_of(node)
     is_seen = any(
