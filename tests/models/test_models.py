@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from lmhead_pass.rewrite import rewrite_graph
+
 from . import coverage, table
 
 transformers = pytest.importorskip("transformers")
@@ -46,6 +48,26 @@ def test_model(class_name, _recorded_release):
     assert not table.differences(found)
     changes = table.changes(expected, found, _aspects())
     assert not changes, f"if that is right, `{table.COMMAND} {class_name}` records it"
+
+
+@pytest.mark.models
+def test_t5gemma2_holds_nothing_of_the_logits_size(_recorded_release):
+    """But lazy logits, which have no memory."""
+    from .configurations import VOCAB
+    from .running import build
+
+    built, left = build("T5Gemma2ForConditionalGeneration", "seq2seq"), []
+
+    def backend(module, _):
+        assert rewrite_graph(module.graph)
+        values = [(n, n.meta.get("example_value")) for n in module.graph.nodes]
+        wide = [n for n, v in values if isinstance(v, torch.Tensor) and v.shape == (2, 12, VOCAB)]
+        left.extend(node.name for node in wide)
+        module.recompile()
+        return module
+
+    torch.compile(built.model, backend=backend)(**built.inputs)
+    assert left == ["return_lazily_default"]
 
 
 def test_table_names_every_language_model(_recorded_release):
