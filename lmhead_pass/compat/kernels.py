@@ -15,6 +15,7 @@ below_autograd = find("torch._C._AutoDispatchBelowAutograd", NO_REWRITE)
 
 _exclude = find("torch._C._SetExcludeDispatchKeyGuard", NO_ROWWISE)
 _keys = find("torch._C.DispatchKey", NO_ROWWISE)
+_check = find("torch._assert_async", "a target out of bounds gives NaN on a GPU, and no error")
 
 
 @contextlib.contextmanager
@@ -48,8 +49,12 @@ def has_kernel(op: str, device_type: str) -> bool:
     return key_of is not None and has is not None and has(op, key_of(device_type))
 
 
+def can_check_on_device(device: torch.device) -> bool:
+    """Whether ``check_on_device`` raises an error there. ROCm leaves such checks out."""
+    return device.type == "cuda" and torch.version.hip is None and _check is not None
+
+
 def check_on_device(condition: Tensor, message: str) -> None:
     """Raise an error if ``condition`` is False, without waiting for the device."""
-    check = find("torch._assert_async", "a target out of bounds gives NaN on a GPU, and no error")
-    if check is not None:
-        check(condition, message)
+    if _check is not None:
+        _check(condition, message)

@@ -1,7 +1,7 @@
 """What a tensor takes that computes its values when they are read."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from .lookup import NO_LAZY_LOGITS, find
 
 tree_leaves = find("torch.utils._pytree.tree_leaves", NO_LAZY_LOGITS)
 """Everything in nested containers."""
-tree_flatten = find("torch.utils._pytree.tree_flatten", NO_LAZY_LOGITS)
-"""Everything in nested containers, and what these look like."""
 tree_map = find("torch.utils._pytree.tree_map", NO_LAZY_LOGITS)
 """Nested containers with a function of each thing in them."""
 
@@ -27,6 +25,7 @@ no_torch_function = find("torch._C._disabled_torch_function_impl", NO_LAZY_LOGIT
 is_fake = find("torch._subclasses.fake_tensor.is_fake", NO_LAZY_LOGITS)
 """Whether a tensor, or what it wraps, is a fake one."""
 
+_map = find("torch.fx.node.map_aggregate", NO_LAZY_LOGITS)
 _swap = find("torch.utils.swap_tensors", NO_LAZY_LOGITS)
 find("torch.Tensor._version", NO_LAZY_LOGITS)
 _parse_to = find("torch._C._nn._parse_to", "to() computes logits that are not read yet")
@@ -40,14 +39,35 @@ _no_transforms = find(
 )
 
 
+def map_arguments(
+    args: Any, kwargs: Any, function: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call with a function of each thing in them.
+
+    In a tenth of the time of ``tree_map``; lists and dictionaries in the result cannot be changed.
+    """
+    return _map(tuple(args), function), {key: _map(kwargs[key], function) for key in kwargs}
+
+
+def leaves_of(arguments: Any) -> list[Any]:
+    """Everything in arguments of a call."""
+    leaves: list[Any] = []
+    _map(arguments, leaves.append)
+    return leaves
+
+
 def is_inside_of_modes() -> bool:
     """Whether a dispatch mode or a torch.func transform (grad, vmap, ...) is around this."""
     return _transform() is not None or _modes() > 0
 
 
-@contextlib.contextmanager
-def outside_of_modes() -> Iterator[None]:
+def outside_of_modes() -> contextlib.AbstractContextManager[None]:
     """A block that no mode and no torch.func transform around it sees."""
+    return _without_modes() if is_inside_of_modes() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
     with _no_modes(), _no_transforms():
         yield
 

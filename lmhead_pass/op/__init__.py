@@ -2,12 +2,14 @@
 
 ``torch_ops`` has its schemas and gradients, ``problem`` its arguments, ``chunking`` the number of
 rows of logits that exist at once, ``memory_budget`` what fits into ``config.memory_budget``, and
-``kernels`` the loops over chunks, in ATen and in Triton.
-Importing this registers the op; it knows nothing of graphs.
+``kernels`` the loops over chunks, in ATen and in Triton. ``fingerprints`` has the op that tells
+whether tensors have changed.
+Importing this registers the ops; it knows nothing of graphs.
 """
 
-from . import row_ops, torch_ops
+from . import fingerprints, row_ops, torch_ops
 from .chunking import row_bytes
+from .fingerprints import fingerprint
 from .holding import can_hold_exponentials
 from .memory_budget import Chunks, MemoryBudgetTooSmall, plan_chunks
 from .problem import held_dtype
@@ -23,6 +25,8 @@ __all__ = [
     "Step",
     "Value",
     "can_hold_exponentials",
+    "fingerprint",
+    "fingerprints",
     "held_dtype",
     "plan_chunks",
     "row_bytes",

@@ -75,13 +75,12 @@ class _Way:
 
     def describe(self, call: Call) -> Any:
         """Something hashable that is the same for the same way."""
-        leaves, spec = compat.tree_flatten((call.args, call.kwargs))
         return (
             call.function,
             call.item,
             call.autocast,
-            repr(spec),
-            *(self._describe(leaf) for leaf in leaves),
+            repr(compat.map_arguments(call.args, call.kwargs, lambda leaf: None)),
+            *map(self._describe, call.leaves),
         )
 
     def _describe(self, leaf: Any) -> Any:
@@ -146,7 +145,8 @@ def _rewritten(call: Call, others: list[Tensor]) -> Reader | None:
         )
         return None
     module.recompile()
-    return Reader(lambda *tensors: module(*tensors)[0], like)
+    run = module.forward
+    return Reader(lambda *tensors: run(*tensors)[0], like)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _record(
     known: dict[Cell, Tensor] = {}
 
     def run(one: Call) -> Tensor:
-        args, kwargs = compat.tree_map(value_of, (one.args, one.kwargs))
+        args, kwargs = compat.map_arguments(one.args, one.kwargs, value_of)
         with compat.autocast_as(one.autocast):
             result = one.function(*args, **kwargs)
             value: Tensor = result if one.item is None else result[one.item]

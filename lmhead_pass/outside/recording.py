@@ -39,10 +39,10 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        read = [leaf for leaf in compat.tree_leaves((args, kwargs)) if id(leaf) in self._nodes]
+        read = [leaf for leaf in compat.leaves_of((args, kwargs)) if id(leaf) in self._nodes]
         if (read or func is torch.arange) and compat.holds_tensors(result):
-            args, kwargs = compat.tree_map(
-                lambda leaf: self._nodes.get(id(leaf), leaf), (args, kwargs)
+            args, kwargs = compat.map_arguments(
+                args, kwargs, lambda leaf: self._nodes.get(id(leaf), leaf)
             )
             kind, target, *more = _target(func)
             self._know(result, self.graph.create_node(kind, target, (*args, *more), kwargs))

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,20 +25,24 @@ class Call:
     autocast: tuple[Any, ...] = ()
     """``compat.autocast_state`` where it was called."""
 
-    @property
+    @cached_property
+    def leaves(self) -> list[Any]:
+        """What it was given, in any containers."""
+        return compat.leaves_of((self.args, self.kwargs))
+
+    @cached_property
     def cells(self) -> "list[Cell]":
         """Each once."""
-        leaves = compat.tree_leaves((self.args, self.kwargs))
-        return list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Cell)))
+        return list(dict.fromkeys(leaf for leaf in self.leaves if isinstance(leaf, Cell)))
 
-    @property
+    @cached_property
     def roots(self) -> "tuple[Cell, ...]":
         """The logits as models returned them of which the result is made; empty if not of these
         alone."""
         roots = [cell.roots for cell in self.cells]
         return tuple(dict.fromkeys(sum(roots, ()))) if all(roots) else ()
 
-    @property
+    @cached_property
     def ways_back(self) -> "set[Cell]":
         """Those of ``roots`` to which a gradient goes."""
         return set[Cell]().union(*(cell.ways_back for cell in self.cells))
@@ -55,8 +60,8 @@ class Call:
 
     def run(self, values: "Mapping[Cell, Tensor]") -> Any:
         """The result for ``values`` in place of the cells, in today's modes."""
-        args, kwargs = compat.tree_map(
-            lambda leaf: values[leaf] if isinstance(leaf, Cell) else leaf, (self.args, self.kwargs)
+        args, kwargs = compat.map_arguments(
+            self.args, self.kwargs, lambda leaf: values[leaf] if isinstance(leaf, Cell) else leaf
         )
         result = self.function(*args, **kwargs)
         return result if self.item is None else result[self.item]
@@ -85,12 +90,15 @@ class Cell:
         self,
         source: Recipe | Call | None,
         like: Tensor,
+        device: torch.device,
         value: Tensor | None = None,
         is_detached: bool = False,
     ):
         """``like`` has the size, strides and dtype of the value, and is on the meta device."""
         self.source = source
         self.like = like
+        self.device = device
+        """Of the value."""
         self.identity = object()
         """What a gradient of this is known by."""
         self.value = value
@@ -247,14 +255,14 @@ class Cell:
         """Whether the value is still to be computed from a head."""
         return self.value is None and bool(self.roots)
 
-    def form(self, device: torch.device) -> Tensor:
+    def form(self) -> Tensor:
         """A tensor of the value's form, without a value: the same until the value is read."""
         if self._form is None:
             storage = None
             for cell in self.source.cells if isinstance(self.source, Call) else ():
                 if compat.memory_of(cell.like) == compat.memory_of(self.like):
-                    storage = cell.form(device).untyped_storage()
-            self._form = compat.without_memory(self.like, device, storage)
+                    storage = cell.form().untyped_storage()
+            self._form = compat.without_memory(self.like, self.device, storage)
         return self._form
 
     @property

@@ -282,7 +282,7 @@ def is_piece(call: Call) -> bool:
 
 
 def _likes(logits: Sequence[Any]) -> list[tuple[Tensor, torch.device]]:
-    return [(tensor._cell.like, tensor.device) for tensor in logits]
+    return [(tensor._cell.like, tensor._cell.device) for tensor in logits]
 
 
 class Values(torch.autograd.Function):

@@ -48,7 +48,7 @@ class LazyLogits(Tensor):
     touch. When they are made, the hidden states do not have theirs yet."""
 
     @staticmethod
-    def __new__(cls, cell: Cell, device: torch.device) -> "LazyLogits":
+    def __new__(cls, cell: Cell) -> "LazyLogits":
         like = cell.like
         self: LazyLogits = compat.make_wrapper(
             cls,
@@ -56,7 +56,7 @@ class LazyLogits(Tensor):
             strides=like.stride(),
             storage_offset=like.storage_offset(),
             dtype=like.dtype,
-            device=device,
+            device=cell.device,
         )
         # It has no memory: code that takes its address is to fail.
         compat.forbid_address(self)
@@ -70,13 +70,12 @@ class LazyLogits(Tensor):
         """The logits of a compiled function that has just run."""
         # What is made of the logits and detached keeps nothing of the model's graph.
         made = recipe.without_history()
-        cell = Cell(made, recipe.like())
+        cell = Cell(made, recipe.like(), recipe.hidden.device)
         reading.watch(cell)
-        device = recipe.hidden.device
         if not recipe.requires_grad:
-            return cls(cell, device)
+            return cls(cell)
         with torch.enable_grad(), compat.without_torch_function():
-            gated = Gate.apply(cls(cell, device), torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
+            gated = Gate.apply(cls(cell), torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
             # Autograd detaches the results of a compiled function that are no views.
             alias: LazyLogits = torch.ops.aten.alias(gated)
         alias._cell, alias._untouched = cell, (recipe, made)
@@ -116,10 +115,11 @@ class LazyLogits(Tensor):
             (logits,) = args
             is_detached = func is torch.ops.aten.detach.default
             same, more = (Tensor.detach, ()) if is_detached else (Tensor.view, (logits.shape,))
-            call = _call(same, (logits, *more), {}, logits.device.type)
-            cell = Cell(call, logits._cell.like, is_detached=is_detached)
-            cell.identity = logits._cell.identity  # autograd hands a gradient on as it is
-            return cls(cell, logits.device)
+            source = logits._cell
+            call = _call(same, (logits, *more), {}, source.device)
+            cell = Cell(call, source.like, source.device, is_detached=is_detached)
+            cell.identity = source.identity  # autograd hands a gradient on as it is
+            return cls(cell)
         return _on_values(func, args, kwargs or {})
 
     # As inputs of another compiled function, torch.compile flattens lazy logits to their values.
@@ -128,7 +128,7 @@ class LazyLogits(Tensor):
     def _value(self) -> Tensor:
         if self._cell.is_unread and is_compiling():
             # Only its form is looked at, and perhaps nobody is to read it afterwards.
-            return self._cell.form(self.device)
+            return self._cell.form()
         return self._cell.read()
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -143,7 +143,7 @@ class LazyLogits(Tensor):
         inner: dict[str, Tensor], context: None, outer_size: Any, outer_stride: Any
     ) -> "LazyLogits":
         value = inner["_value"]
-        return LazyLogits(Cell(None, value, value), value.device)
+        return LazyLogits(Cell(None, value, value.device, value))
 
 
 # They get lazy logits as they are, and autograd finds their history.
@@ -157,7 +157,7 @@ def _reader_of(call: Call) -> Any:
 
 
 def _lazy_in(arguments: Any) -> list[LazyLogits]:
-    return [leaf for leaf in compat.tree_leaves(arguments) if isinstance(leaf, LazyLogits)]
+    return [leaf for leaf in compat.leaves_of(arguments) if isinstance(leaf, LazyLogits)]
 
 
 def _touch(logits: LazyLogits) -> None:
@@ -176,8 +176,7 @@ def _touch(logits: LazyLogits) -> None:
         torch.enable_grad(),
         compat.without_torch_function(),
     ):
-        device = logits.device
-        twin = Head.apply(lambda: LazyLogits(cell, device), recipe, cell, *inputs)  # type: ignore[no-untyped-call]
+        twin = Head.apply(lambda: LazyLogits(cell), recipe, cell, *inputs)  # type: ignore[no-untyped-call]
         cell.owner = lambda: None
         # Not if a function of autograd's holds it already: then a gradient is refused.
         with contextlib.suppress(RuntimeError):
@@ -192,7 +191,7 @@ def _by_form(func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[
     def form_of(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, LazyLogits):
             return tensor
-        return tensor._cell.form(tensor.device)
+        return tensor._cell.form()
 
     return run_by_form(func, args, kwargs, form_of)
 
@@ -202,10 +201,11 @@ def _without_reading(
 ) -> Any:
     """The result of ``func`` for unread logits; NotImplemented if it has to read them."""
     cells = [tensor._cell for tensor in logits]
-    call = _call(func, args, kwargs, logits[0].device.type)
+    device = cells[0].device
+    call = _call(func, args, kwargs, device)
     others = [
         leaf
-        for leaf in compat.tree_leaves((args, kwargs))
+        for leaf in compat.leaves_of((args, kwargs))
         if isinstance(leaf, Tensor) and not isinstance(leaf, LazyLogits)
     ]
     if (
@@ -222,7 +222,7 @@ def _without_reading(
     for root in call.roots:
         root.is_used_again |= is_inside_of_checkpoint() and root.value is None
     if func not in COMPUTED or func in WRITTEN_DOWN:
-        likes = likes_of(func, call.args, call.kwargs, logits[0].device)
+        likes = likes_of(func, call.args, call.kwargs, device)
         if likes is None:
             return NotImplemented
         if is_written_down(func, likes, cells):
@@ -261,15 +261,14 @@ def _tensor_of(cell: Cell, logits: Sequence[LazyLogits]) -> LazyLogits:
     return next(tensor for tensor in logits if tensor._cell is cell)
 
 
-def _with_cells(args: Any, kwargs: Any) -> Any:
-    return compat.tree_map(
-        lambda leaf: leaf._cell if isinstance(leaf, LazyLogits) else leaf, (args, kwargs)
+def _with_cells(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return compat.map_arguments(
+        args, kwargs, lambda leaf: leaf._cell if isinstance(leaf, LazyLogits) else leaf
     )
 
 
-def _call(func: Any, args: Any, kwargs: Any, device: str, item: int | None = None) -> Call:
-    args, kwargs = _with_cells(args, kwargs)
-    return Call(func, tuple(args), kwargs, item, compat.autocast_state(device))
+def _call(func: Any, args: Any, kwargs: Any, device: torch.device, item: int | None = None) -> Call:
+    return Call(func, *_with_cells(args, kwargs), item, compat.autocast_state(device.type))
 
 
 def _write_down(
@@ -285,7 +284,7 @@ def _write_down(
         return NotImplemented
     # Their values may be others when the logits are read.
     copies = {id(tensor): tensor.detach().clone() for tensor in others}
-    args, kwargs = compat.tree_map(lambda leaf: copies.get(id(leaf), leaf), (args, kwargs))
+    args, kwargs = compat.map_arguments(args, kwargs, lambda leaf: copies.get(id(leaf), leaf))
     if func in PIECES:
         return type(likes)(
             _made(func, args, kwargs, logits, like, item) for item, like in enumerate(likes)
@@ -303,18 +302,18 @@ def _made(
     like: Tensor,
     item: int | None = None,
 ) -> Tensor:
-    device = logits[0].device
-    call = _call(func, args, kwargs, device.type, item)
+    device = logits[0]._cell.device
+    call = _call(func, args, kwargs, device, item)
     given = [_tensor_of(source, logits) for source in call.cells]
     is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     is_detached = func in DETACHING or not is_recorded
-    cell = Cell(call, like, is_detached=is_detached)
+    cell = Cell(call, like, device, is_detached=is_detached)
     if is_detached:
-        return LazyLogits(cell, device)
+        return LazyLogits(cell)
     if func not in VIEWS | PIECES | ELEMENTWISE:
         for source in call.cells:
             source.is_differentiated = True
-    made: Tensor = Derive.apply(lambda: LazyLogits(cell, device), call, *given)  # type: ignore[no-untyped-call]
+    made: Tensor = Derive.apply(lambda: LazyLogits(cell), call, *given)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -345,8 +344,9 @@ def _on_rows_alone(
 
 def _tensors_of(call: Call) -> list[Tensor]:
     """What ``call`` is computed from, detached; RuntimeError if it has changed."""
-    for recipe, _ in call.recipes:
-        recipe.check_unchanged()
+    for root, (recipe, _) in zip(call.roots, call.recipes, strict=True):
+        # A loss in a training loop: no step is to wait for the device.
+        recipe.check_unchanged(at_once=root.is_late)
     return [tensor.detach() for recipe, _ in call.recipes for tensor in recipe.tensors]
 
 
@@ -369,6 +369,7 @@ def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     for logits in lazy:
         _read(func, logits._cell)
     values = {id(logits): _values(logits) for logits in lazy}
+    # Not map_arguments: the function may be any, and change lists and dictionaries.
     args, kwargs = compat.tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
     result = func(*args, **kwargs)
     # A function that returns its argument returns the caller's own tensor.

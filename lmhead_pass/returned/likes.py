@@ -34,11 +34,11 @@ def likes_of(func: Callable[..., Any], args: Any, kwargs: Any, device: torch.dev
 
 def _run(func: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
     if func in VIEWS | PIECES or not torch.is_autocast_enabled(device.type):
-        given, named = compat.tree_map(_like, (args, kwargs))
+        given, named = compat.map_arguments(args, kwargs, _like)
         return func(*given, **named)
     # Autocast looks at the device, and there is none for the meta device.
     with compat.new_fake_mode():
-        given, named = compat.tree_map(lambda leaf: _as(leaf, device), (args, kwargs))
+        given, named = compat.map_arguments(args, kwargs, lambda leaf: _as(leaf, device))
         result = func(*given, **named)
     return compat.tree_map(lambda leaf: _as(leaf, torch.device("meta")), result)
 

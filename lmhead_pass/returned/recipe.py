@@ -1,27 +1,23 @@
 """The recipe of logits that are not computed yet: hidden states, head, and the steps from there on.
 
-A late computation is right only if nothing has changed since the model ran. A fingerprint tells:
-a number for each tensor that changes when its contents do. ``Tensor._version`` would be cheaper,
-but fused optimizers and writes through ``.data`` do not count it up, and a step that changes
-nothing (at a learning rate of 0) does. Here the tensor's bits, as 64-bit integers, are multiplied
-by numbers for their rows and columns and summed: it is read once and never copied. The order of
-such a sum does not matter, so the number never differs while the contents are the same. That a
-change goes unseen, or that values change places unseen, takes a coincidence of 64 bits.
+A late computation is right only if nothing has changed since the model ran: a fingerprint
+(``op/fingerprints.py``) tells, a number for each tensor that changes when its contents do.
 """
 
 import enum
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import assert_never
 
-from ..compat.lazy_tensors import version_of
-from ..compat.library import add_fake_kernel, define
+from ..compat.kernels import can_check_on_device, check_on_device
+from ..compat.lazy_tensors import is_fake, version_of
+from ..op import fingerprint
 
 SETTING = (
     "lmhead_pass.config.returned_logits (it counts when the model is compiled): 'keep' returns "
@@ -149,10 +145,11 @@ class Recipe:
 
     def like(self) -> Tensor:
         """A tensor with the logits' size, strides and dtype, on the meta device."""
-        like = self._apply(*(torch.empty_like(tensor, device="meta") for tensor in self.tensors))
-        if self.strides and like.stride() != self.strides:
-            like = torch.empty_strided(like.shape, self.strides, dtype=like.dtype, device="meta")
-        return like
+        looks = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors)
+        # Sizes that are not known yet have no hash.
+        look_of = _look.__wrapped__ if is_fake(self.hidden) else _look
+        size, strides, dtype = look_of(self._form, looks)
+        return torch.empty_strided(size, self.strides or strides, dtype=dtype, device="meta")
 
     def compute(self) -> Tensor:
         """The logits, detached; RuntimeError if what they are computed from has changed."""
@@ -164,49 +161,85 @@ class Recipe:
     def apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The logits of other tensors than the recipe's, with the strides of the model's."""
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self._apply(hidden, weight, bias)
+            logits = _logits(self._form, hidden, weight, bias)
         if self.strides and logits.stride() != self.strides:
             logits = logits.new_empty_strided(logits.shape, self.strides).copy_(logits)
         return logits
 
-    def _apply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        dtype = self.product_dtype
-        matrix = (weight.t() if self.weight_is_transposed else weight).flatten(1)
-        is_apart = Step(StepKind.ADD_BIAS) in self._decoded
-        fused = None if bias is None or is_apart else bias.to(dtype)
-        logits = F.linear(hidden.to(dtype), matrix.to(dtype), fused)
-        for step in self._decoded[1:]:
-            logits = step.apply(logits, bias)
-        return logits.movedim(-1, self.vocab_dim) if self.vocab_dim != logits.dim() - 1 else logits
-
     @property
     def is_linear(self) -> bool:
         """Whether nothing but casts follows the product and the bias."""
-        return all(step.kind is StepKind.CAST for step in self._decoded)
+        return all(step.kind is StepKind.CAST for step in _decoded(self.steps))
 
     @property
     def product_dtype(self) -> torch.dtype:
         """The dtype of the product's operands."""
-        (dtype,) = self._decoded[0].operands
+        (dtype,) = _decoded(self.steps)[0].operands
         assert isinstance(dtype, torch.dtype)
         return dtype
 
-    @cached_property
-    def _decoded(self) -> tuple[Step, ...]:
-        return tuple(map(Step.decode, self.steps))
+    @property
+    def _form(self) -> "_Form":
+        return self.weight_is_transposed, self.steps, self.vocab_dim
 
-    def check_unchanged(self) -> None:
-        """RuntimeError if what the logits are computed from is not what it was."""
+    def check_unchanged(self, at_once: bool = True) -> None:
+        """RuntimeError if what the logits are computed from is not what it was.
+
+        If not ``at_once``, a GPU may raise it when it gets there, and nobody waits for that.
+        """
         parts = dict(zip(("hidden states", "weight", "bias"), self.tensors, strict=False))
         for name, tensor in parts.items():
             if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
                 raise _too_late(name, "was freed")
             if tensor.device != self.fingerprint.device:
                 raise _too_late(name, "was moved to another device")
-        differ = (fingerprint(self.tensors) != self.fingerprint).tolist()
-        for name, differs in zip(parts, differ, strict=True):
+        now, before = fingerprint(self.tensors), self.fingerprint
+        if not at_once and can_check_on_device(now.device):
+            error = _too_late("hidden states, weight or bias", "were changed")
+            check_on_device((now == before).all(), str(error))
+            return
+        if torch.equal(now, before):
+            return
+        for name, differs in zip(parts, (now != before).tolist(), strict=True):
             if differs:
                 raise _too_late(name, "was changed")
+
+
+_Form = tuple[bool, tuple[str, ...], int]
+"""``weight_is_transposed``, ``steps`` and ``vocab_dim`` of a recipe."""
+_Look = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""A tensor's size, strides and dtype."""
+
+
+def _logits(form: _Form, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    weight_is_transposed, encoded, vocab_dim = form
+    cast, *steps = _decoded(encoded)
+    (dtype,) = cast.operands
+    matrix = (weight.t() if weight_is_transposed else weight).flatten(1)
+    is_apart = Step(StepKind.ADD_BIAS) in steps
+    fused = None if bias is None or is_apart else bias.to(dtype)
+    logits = F.linear(hidden.to(dtype), matrix.to(dtype), fused)
+    for step in steps:
+        logits = step.apply(logits, bias)
+    return logits.movedim(-1, vocab_dim) if vocab_dim != logits.dim() - 1 else logits
+
+
+@functools.lru_cache(maxsize=64)
+def _look(form: _Form, looks: tuple[_Look, ...]) -> _Look:
+    """Of logits, from those of hidden states, weight and bias."""
+    logits = _logits(
+        form,
+        *(
+            torch.empty_strided(size, strides, dtype=dtype, device="meta")
+            for size, strides, dtype in looks
+        ),
+    )
+    return logits.shape, logits.stride(), logits.dtype
+
+
+@functools.lru_cache(maxsize=64)
+def _decoded(steps: tuple[str, ...]) -> tuple[Step, ...]:
+    return tuple(map(Step.decode, steps))
 
 
 def _too_late(part: str, event: str) -> RuntimeError:
@@ -215,60 +248,3 @@ def _too_late(part: str, event: str) -> RuntimeError:
         f"the head's {part} {event} after the model ran. Read the logits before that "
         f"(logits.clone() is enough, ahead of optimizer.step() for instance), or set {SETTING}."
     )
-
-
-_BLOCK = 1 << 16
-
-# Bits of the golden ratio: multiplied by them, numbers that follow each other come far apart.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """``[len(tensors)]`` int64, on the device of the first; waits for no device."""
-    return cast(Tensor, torch.ops.lmhead_pass.fingerprint(list(tensors)))
-
-
-def _fingerprint(tensors: list[Tensor]) -> Tensor:
-    with torch.no_grad():
-        return torch.stack([_of_one(tensor.detach()) for tensor in tensors])
-
-
-def _of_one(tensor: Tensor) -> Tensor:
-    """``[]`` int64: each element times a number for its row and one for its column, summed."""
-    bits = _as_integers(tensor)
-    rows, columns = (_weights(size, bits) for size in bits.shape)
-    total = bits.new_zeros((), dtype=torch.int64)
-    # A block at a time, so that its products stay in the cache.
-    step = max(1, _BLOCK // max(1, bits.size(1))) if bits.is_cpu else max(1, len(bits))
-    for block, of_block in zip(torch.split(bits, step), torch.split(rows, step), strict=True):
-        products = block * columns
-        # Else two flips of highest bits would cancel out, whatever they are multiplied by.
-        products ^= products >> 32
-        total += (products.sum(1) * of_block).sum()
-    return total
-
-
-def _weights(size: int, like: Tensor) -> Tensor:
-    """``[size]`` odd numbers, so that every change of one element shows, each another one."""
-    numbers = torch.arange(1, size + 1, device=like.device)
-    mixed = (numbers ^ numbers << 13) * _GOLDEN
-    return (mixed ^ mixed >> 29) * _GOLDEN | 1
-
-
-def _as_integers(tensor: Tensor) -> Tensor:
-    """The same memory as a matrix of integers, of 64 bits if they divide its rows."""
-    if tensor.dim() == 2 and tensor.stride(0) == 1:
-        tensor = tensor.t()
-    tensor = tensor.contiguous()
-    matrix = tensor.reshape(-1, tensor.size(-1)) if tensor.dim() else tensor.reshape(1, 1)
-    if matrix.size(1) * matrix.element_size() % 8 == 0 and matrix.data_ptr() % 8 == 0:
-        return matrix.view(torch.int64)
-    return matrix.view(_INTEGERS[matrix.element_size()])
-
-
-define("fingerprint(Tensor[] tensors) -> Tensor", _fingerprint)
-add_fake_kernel(
-    "fingerprint", lambda tensors: tensors[0].new_empty([len(tensors)], dtype=torch.int64)
-)

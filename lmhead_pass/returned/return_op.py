@@ -21,8 +21,9 @@ from torch import Tensor
 from ..compat.lazy_tensors import is_fake, make_wrapper, no_torch_function
 from ..compat.library import define
 from ..log import tell_from_cache
+from ..op import fingerprint
 from .lazy_logits import LazyLogits
-from .recipe import Recipe, fingerprint
+from .recipe import Recipe
 
 _TENSORS = ("hidden", "weight", "bias", "fingerprint")
 _OPTIONS = (

@@ -133,12 +133,16 @@ def wrappers():
 def leaves_of_trees():
     for tree_leaves in (graphs.tree_leaves, lazy_tensors.tree_leaves):
         assert tree_leaves((1, [2, {"a": None}], torch.Size([3]))) == [1, 2, None, 3]
-    leaves, spec = lazy_tensors.tree_flatten(((1, [2]), {"a": 3}))
-    assert leaves == [1, 2, 3] and repr(spec) == repr(
-        torch.utils._pytree.tree_structure(((7, [8]), {"a": 9}))
-    )
     mapped = lazy_tensors.tree_map(lambda leaf: leaf * 2, ((1, [2]), {"a": 3}))
     assert mapped == ((2, [4]), {"a": 6})
+
+
+def arguments_of_calls():
+    args, kwargs = (1, [2, slice(None, 3)]), {"a": (4,)}
+    assert lazy_tensors.leaves_of((args, kwargs)) == [1, 2, None, 3, None, 4]
+    mapped = lazy_tensors.map_arguments(args, kwargs, lambda leaf: leaf and 10 * leaf)
+    assert mapped == ((10, [20, slice(None, 30)]), {"a": (40,)})
+    assert type(mapped[1]) is dict
 
 
 def fake_tensors():
@@ -682,7 +686,7 @@ CANARIES = {
     "torch._dynamo.exc.SkipFrame": functions_left_to_eager,
     "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": functions_left_to_eager,
     "torch.utils.swap_tensors": swapped_tensors,
-    "torch.utils._pytree.tree_flatten": leaves_of_trees,
+    "torch.fx.node.map_aggregate": arguments_of_calls,
     "torch._subclasses.fake_tensor.FakeTensorMode": fake_tensors,
     "torch._C._autograd._get_current_graph_task_keep_graph": kept_graphs,
     "torch._C._functorch.is_legacy_batchedtensor": batched_gradients,

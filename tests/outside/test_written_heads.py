@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lmhead_pass.returned import recipe
+
 from ..backend import rewrite
 from ..returned.model import is_unread
 from .test_losses import Model, V, batch, log_probabilities, pieces, shifted
@@ -52,6 +54,24 @@ def test_a_weight_that_a_gradient_needs_may_not(loss):
     for function in (model, rewrite(model)):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             gradients(function, model, loss, x, y, lambda head: head.weight.mul_(2))
+
+
+@pytest.mark.parametrize("loss", [shifted, log_probabilities], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("checks_on_device", [False, True])
+def test_a_write_that_nobody_counts_raises_at_the_loss(loss, checks_on_device, monkeypatch):
+    """On a GPU the device raises it, and nothing waits for that."""
+    model, (x, y) = Model(), batch()
+    compiled = rewrite(model)
+    loss(compiled(x), y)
+    if checks_on_device:
+        # A CPU can do it as well, at once.
+        monkeypatch.setattr(recipe, "can_check_on_device", lambda device: True)
+        monkeypatch.setattr(torch, "equal", None)  # it would wait
+        loss(compiled(x), y)
+    logits = compiled(x)
+    model.head.weight.data.mul_(2)
+    with pytest.raises(RuntimeError, match=r"the head's .*weight.* changed after the model ran"):
+        loss(logits, y)
 
 
 @pytest.mark.parametrize("loss", [shifted, log_probabilities], ids=lambda f: f.__name__)

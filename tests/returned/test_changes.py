@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmhead_pass.returned.recipe import fingerprint
+from lmhead_pass.op import fingerprint
 
 from ..backend import rewrite
 from .model import (

@@ -44,6 +44,11 @@ def loop_for(device_type: str) -> ChunkLoop:
     return aten_loop
 
 
+def runs_triton(device_type: str) -> bool:
+    """Whether Triton kernels run on a kind of device."""
+    return loop_for(device_type) is not aten_loop
+
+
 def finish_weight_gradient(
     total: Tensor, pending: Pending, factor: Tensor, vocab: int, dtype: torch.dtype
 ) -> Tensor:

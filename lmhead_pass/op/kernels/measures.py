@@ -126,6 +126,8 @@ class Measures:
 
     def take(self, rows: Tensor | slice, logits: Tensor) -> None:
         """Read ``logits`` ``[rows, V]``, as the loss sees them, of the rows ``rows`` of all."""
+        if not self.read_logits:
+            return
         rounded = cache(lambda: logits.to(self._compute_dtype))
         largest = cache(lambda: logits.max(1, keepdim=True))
         topk = cache(lambda k: rounded().topk(k))

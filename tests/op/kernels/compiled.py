@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lmhead_pass.op.kernels import triton_exponential_kernels as of_exponentials
+from lmhead_pass.op.kernels import triton_fingerprint as fingerprint
 from lmhead_pass.op.kernels import triton_products as products
 from lmhead_pass.op.kernels import triton_row_kernels as rows
 
@@ -110,6 +111,9 @@ def variants():
 
 def variants_of_rows():
     """Those that any GPU runs."""
+    bits = {"bits_ptr": "*i64", "sums_ptr": "*i64", "rows": "i32", "columns": "i32:16"}
+    sizes = {"ROWS": fingerprint._ROWS, "COLUMNS": fingerprint._COLUMNS}
+    yield "fingerprint", fingerprint._kernel, bits, sizes, {"num_warps": 4}
     of_logits = {
         "logits_ptr": "*fp32",
         "gradient_ptr": "*bf16",

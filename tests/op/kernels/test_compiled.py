@@ -19,8 +19,8 @@ SMALL = ["exponential_losses", "target_logits"]
 PLAIN = ["logits", "logits_fill", "logits_softcap", "logits_algebraic"]
 ROWS = [*PLAIN, "logits_all", "logits_losses", "logits_losses_all"]
 EVERY = [
-    *(("sm_90", name) for name in (*PRODUCTS, *OF_EXPONENTIALS, *SMALL, *ROWS)),
-    *(("gfx942", name) for name in ROWS),
+    *(("sm_90", name) for name in (*PRODUCTS, *OF_EXPONENTIALS, *SMALL, "fingerprint", *ROWS)),
+    *(("gfx942", name) for name in ("fingerprint", *ROWS)),
 ]
 SHARED_OF_A_MULTIPROCESSOR = 227 << 10
 # What reads or writes memory, a barrier, and of these what moves 16 bytes in each thread.
@@ -117,6 +117,19 @@ def test_a_barrier_stands_between_loads_and_stores(code, chip, name):
         wide = [place for place in places(loop, LOADS) if WIDE[chip] in loop[place]]
         first_store = places(loop, STORES)[0]
         assert any(wide[-1] < barrier < first_store for barrier in places(loop, BARRIER))
+
+
+@pytest.mark.parametrize("chip", LOADS)
+def test_a_fingerprint_reads_16_bytes_at_a_time_and_waits_for_no_thread(code, chip):
+    """Hopper could start three times as many instructions in the time that its memory takes."""
+    (loop,) = _moving(code, chip, "fingerprint")
+    loads = [i for i in loop if i.startswith(LOADS[chip])]
+    assert all(WIDE[chip] in i for i in loads)
+    assert not [i for i in loop if i.startswith((BARRIER[chip], STORES[chip]))]
+    if chip == "sm_90":
+        threads_per_second, bytes_per_second = 132 * 128 * 1.8e9, 4.3e12
+        per_byte = len(loop) / (16 * len(loads))
+        assert per_byte * bytes_per_second < threads_per_second / 3
 
 
 @pytest.mark.parametrize("name", [*OF_EXPONENTIALS, *ROWS])
