@@ -204,6 +204,18 @@ def test_lazy_logits(reads):
     reference.assert_no_worse(results, [unfused[0].bfloat16(), *unfused[1:]], exact, torch.bfloat16)
 
 
+def test_no_step_with_lazy_logits_waits_for_the_device(request):
+    *leaves, target = _inputs()
+    compiled = torch.compile(F.linear)
+
+    def step():
+        return _gradients(lambda h, w, y: F.cross_entropy(compiled(h, w), y), leaves, target, None)
+
+    step()  # compiles
+    request.getfixturevalue("no_sync")
+    step()
+
+
 def test_lazy_inputs():
     """A compiled loss that is given such logits is run as it is, and fused."""
     *leaves, target = _inputs()
