@@ -10,15 +10,19 @@ places unseen, takes a coincidence of 64 bits.
 
 import functools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..compat.library import add_fake_kernel, define
+from .kernels.compiled_blocks import run_compiled
 from .kernels.dispatch import runs_triton
 
+# Elements at a time: products of so many stay in the cache. Compiled code holds none.
 _BLOCK = 1 << 16
+_COMPILED_BLOCK = 1 << 18
+_WORTH_COMPILING = 1 << 22
 
 # Bits of the golden ratio: multiplied by them, numbers that follow each other come far apart.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -44,19 +48,24 @@ def _of_one(bits: Tensor) -> Tensor:
         return fingerprint_of(bits)
     weights = _held_weights if bits.is_cpu else _weights
     rows, columns = (weights(size, bits.device) for size in bits.shape)
-    # A block at a time, so that its products stay in the cache.
-    step = max(1, _BLOCK // max(1, bits.size(1)))
-    if not bits.is_cpu or len(bits) <= step:
-        return _of_block(bits, rows, columns)
-    blocks = zip(torch.split(bits, step), torch.split(rows, step), strict=True)
-    return torch.stack([_of_block(*block, columns) for block in blocks]).sum()
+    size = bits.size(1)
+    if not bits.is_cpu or len(bits) * size <= _BLOCK:
+        return _of_block(bits, rows, columns)[0]
+    compiled = len(bits) * size >= _WORTH_COMPILING
+    step = max(1, (_COMPILED_BLOCK if compiled else _BLOCK) // size)
+    sums: list[Any] = []
+    for block in zip(torch.split(bits, step), torch.split(rows, step), strict=True):
+        is_whole = compiled and len(block[0]) == step
+        given = (*block, columns)
+        sums += run_compiled(_of_block, given) if is_whole else _of_block(*given)
+    return torch.stack(sums).sum()
 
 
-def _of_block(bits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def _of_block(bits: Tensor, rows: Tensor, columns: Tensor) -> list[Tensor]:
     products = bits * columns
     # Else two flips of highest bits would cancel out, whatever they are multiplied by.
     products ^= products >> 32
-    return (products.sum(1) * rows).sum()
+    return [(products.sum(1) * rows).sum()]
 
 
 def _weights(size: int, device: torch.device) -> Tensor:

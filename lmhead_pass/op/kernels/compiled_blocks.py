@@ -1,4 +1,4 @@
-"""Has Inductor compile what is done to a block of rows, once for each way of use.
+"""Has Inductor compile what is done to a block of rows (losses, say), once for each way of use.
 
 Blocks of one call have one size, whatever the number of rows, so that sizes are constants. What is
 left of the rows is run by ATen, and so is everything where nothing can be compiled.
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ...compat.inductor import compile_as_it_is
 from ...log import log
-from .row_block import BlockWork
 
-Block = Callable[..., Sequence[Tensor | None]]
+Work = Callable[..., Sequence[Tensor | None]]
+"""A plain function of contiguous tensors, equal to others that do the same."""
 
 
 class _Form(NamedTuple):
@@ -27,11 +27,11 @@ class _Form(NamedTuple):
     device: torch.device
 
 
-_compiled: dict[tuple[BlockWork, tuple[_Form, ...]], Block | None] = {}
+_compiled: dict[tuple[Work, tuple[_Form, ...]], Work | None] = {}
 _compiling = threading.Lock()
 
 
-def run_compiled(work: BlockWork, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def run_compiled(work: Work, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """What ``work`` gives for ``tensors``, by compiled code if there is some."""
     dense = [tensor.contiguous() for tensor in tensors]
     key = work, tuple(_Form(one.shape, one.dtype, one.device) for one in dense)
@@ -42,13 +42,13 @@ def run_compiled(work: BlockWork, tensors: Sequence[Tensor]) -> Sequence[Tensor 
     return (_compiled[key] or work)(*dense)
 
 
-def _compile(work: BlockWork, forms: Sequence[_Form]) -> Block | None:
+def _compile(work: Work, forms: Sequence[_Form]) -> Work | None:
     """Compile ``work``; None if that is impossible here.
 
     In a thread of its own: an op's kernel runs where autograd is switched off, below any modes,
     perhaps in a thread of autograd's. None of that is to be part of what is compiled.
     """
-    found: list[Block | Exception] = []
+    found: list[Work | Exception] = []
     settings = contextvars.copy_context()
 
     def run() -> None:
