@@ -95,7 +95,8 @@ class _Way:
         if isinstance(leaf, Tensor):
             self.others.append(leaf)
             return _looks(leaf)
-        return type(leaf), repr(leaf)
+        # Numbers that are equal may differ all the same: 0.0 and -0.0, 1 and True.
+        return type(leaf), leaf if isinstance(leaf, int) else repr(leaf)
 
 
 def _looks(tensor: Tensor) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ import importlib
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,6 +147,9 @@ class LazyLogits(Tensor):
         return LazyLogits(Cell(None, value, value.device, value))
 
 
+# The gradient of these needs no values.
+_UNDIFFERENTIATED = VIEWS | PIECES | ELEMENTWISE
+
 # They get lazy logits as they are, and autograd finds their history.
 _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
@@ -203,18 +207,13 @@ def _without_reading(
     cells = [tensor._cell for tensor in logits]
     device = cells[0].device
     call = _call(func, args, kwargs, device)
-    others = [
-        leaf
-        for leaf in compat.leaves_of((args, kwargs))
-        if isinstance(leaf, Tensor) and not isinstance(leaf, LazyLogits)
-    ]
     if (
         not call.roots
         # A gradient goes back one way.
         or (torch.is_grad_enabled() and len(call.ways_back) > 1)
         # Views of values that are there are no less views of the same tensor.
         or (func not in VIEWS | PIECES and any(cell.value is not None for cell in cells))
-        or any(tensor.requires_grad for tensor in others)
+        or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in call.leaves)
         or torch.is_inference_mode_enabled()
         or compat.is_inside_of_modes()
     ):
@@ -226,7 +225,7 @@ def _without_reading(
         if likes is None:
             return NotImplemented
         if is_written_down(func, likes, cells):
-            return _write_down(func, args, kwargs, logits, likes, others)
+            return _write_down(call, logits, likes)
     if func not in COMPUTED or any(cell.value is not None for cell in cells):
         return NotImplemented
     return _compute(call, logits)
@@ -238,8 +237,7 @@ def _compute(call: Call, logits: Sequence[LazyLogits]) -> Any:
     if reader is None:
         return NotImplemented
     tensors = _tensors_of(call)
-    is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
-    if not is_recorded or not reader.like.is_floating_point():
+    if not _is_recorded(logits) or not reader.like.is_floating_point():
         with torch.no_grad():
             return reader.run(*tensors).detach()
     # A gradient ends at logits that are detached from what they are made of.
@@ -257,6 +255,12 @@ def _compute(call: Call, logits: Sequence[LazyLogits]) -> Any:
     return Consume.apply(lambda: reader.run(*tensors), call, inputs, others, *given)  # type: ignore[no-untyped-call]
 
 
+def _is_recorded(logits: Sequence[LazyLogits]) -> bool:
+    """Whether autograd records what is made of ``logits``."""
+    with compat.without_torch_function():
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
+
+
 def _tensor_of(cell: Cell, logits: Sequence[LazyLogits]) -> LazyLogits:
     return next(tensor for tensor in logits if tensor._cell is cell)
 
@@ -267,50 +271,38 @@ def _with_cells(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     )
 
 
-def _call(func: Any, args: Any, kwargs: Any, device: torch.device, item: int | None = None) -> Call:
-    return Call(func, *_with_cells(args, kwargs), item, compat.autocast_state(device.type))
+def _call(func: Any, args: Any, kwargs: Any, device: torch.device) -> Call:
+    return Call(func, *_with_cells(args, kwargs), autocast=compat.autocast_state(device.type))
 
 
-def _write_down(
-    func: Any,
-    args: Any,
-    kwargs: Any,
-    logits: Sequence[LazyLogits],
-    likes: Any,
-    others: Sequence[Tensor],
-) -> Any:
-    """Lazy logits for what ``func`` makes of others; NotImplemented if it may not be kept."""
+def _write_down(call: Call, logits: Sequence[LazyLogits], likes: Any) -> Any:
+    """Lazy logits for what ``call`` makes of others; NotImplemented if it may not be kept."""
+    others = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
     if any(tensor.numel() > logits[0]._cell.like.numel() / 16 for tensor in others):
         return NotImplemented
-    # Their values may be others when the logits are read.
-    copies = {id(tensor): tensor.detach().clone() for tensor in others}
-    args, kwargs = compat.map_arguments(args, kwargs, lambda leaf: copies.get(id(leaf), leaf))
-    if func in PIECES:
+    if others:
+        # Their values may be others when the logits are read.
+        copies = {id(tensor): tensor.detach().clone() for tensor in others}
+        args, kwargs = compat.map_arguments(
+            call.args, call.kwargs, lambda leaf: copies.get(id(leaf), leaf)
+        )
+        call = replace(call, args=args, kwargs=kwargs)
+    if call.function in PIECES:
         return type(likes)(
-            _made(func, args, kwargs, logits, like, item) for item, like in enumerate(likes)
+            _made(replace(call, item=item), logits, like) for item, like in enumerate(likes)
         )
     if len(logits) == 1 and likes is logits[0]._cell.like:
         return logits[0]  # as contiguous() and to() return what they are given
-    return _made(func, args, kwargs, logits, likes)
+    return _made(call, logits, likes)
 
 
-def _made(
-    func: Any,
-    args: Any,
-    kwargs: Any,
-    logits: Sequence[LazyLogits],
-    like: Tensor,
-    item: int | None = None,
-) -> Tensor:
-    device = logits[0]._cell.device
-    call = _call(func, args, kwargs, device, item)
+def _made(call: Call, logits: Sequence[LazyLogits], like: Tensor) -> Tensor:
     given = [_tensor_of(source, logits) for source in call.cells]
-    is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    is_detached = func in DETACHING or not is_recorded
-    cell = Cell(call, like, device, is_detached=is_detached)
+    is_detached = call.function in DETACHING or not _is_recorded(given)
+    cell = Cell(call, like, given[0]._cell.device, is_detached=is_detached)
     if is_detached:
         return LazyLogits(cell)
-    if func not in VIEWS | PIECES | ELEMENTWISE:
+    if call.function not in _UNDIFFERENTIATED:
         for source in call.cells:
             source.is_differentiated = True
     made: Tensor = Derive.apply(lambda: LazyLogits(cell), call, *given)  # type: ignore[no-untyped-call]
@@ -321,8 +313,7 @@ def _on_rows_alone(
     func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]
 ) -> Any:
     """The result of ``func`` for a few rows of unread logits; NotImplemented if it needs all."""
-    is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in logits)
-    if is_recorded or torch.is_inference_mode_enabled() or compat.is_inside_of_modes():
+    if _is_recorded(logits) or torch.is_inference_mode_enabled() or compat.is_inside_of_modes():
         return NotImplemented
     (cell, *others) = dict.fromkeys(tensor._cell for tensor in logits)
     if others:
