@@ -61,10 +61,11 @@ def head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), target)
 
 
-def compiled_head(head: LossFunction) -> LossFunction:
+def compiled_head(head: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``head`` under ``torch.compile``, for these sizes."""
     # Dynamo keeps what it compiled with the code of the function: a copy is compiled for itself.
-    copy = types.FunctionType(head.__code__.replace(), head.__globals__)
+    code, names = head.__code__.replace(), head.__globals__
+    copy = types.FunctionType(code, names, closure=head.__closure__)
     return torch.compile(copy, dynamic=False)
 
 
