@@ -48,3 +48,14 @@ def test_log_lines_name_a_section_of_troubleshooting():
     titles = re.findall(r"^#+ (.+)$", (DOCS.parent / TROUBLESHOOTING).read_text(), re.M)
     assert named == {"left-alone", "nothing-is-logged"}
     assert named <= {title.lower().replace(" ", "-") for title in titles}
+
+
+def test_figures_of_coverage_are_the_same_everywhere():
+    row = re.search(r"\| all \| (\d+) \| (\d+) \|", (DOCS / "coverage.md").read_text())
+    built, rewritten = map(int, row.groups())
+    readme = " ".join((DOCS.parent / "README.md").read_text().split())
+    assert f"Of the {built} language models of transformers" in readme
+    assert f"tiny, {rewritten} are rewritten" in readme
+    assert f"of the other {built - rewritten} break" in readme
+    recipes = " ".join((DOCS / "recipes.md").read_text().split())
+    assert f"{rewritten} of the {built} language models" in recipes
