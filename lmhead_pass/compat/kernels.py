@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ below_autograd = find("torch._C._AutoDispatchBelowAutograd", NO_REWRITE)
 
 _exclude = find("torch._C._SetExcludeDispatchKeyGuard", NO_ROWWISE)
 _keys = find("torch._C.DispatchKey", NO_ROWWISE)
-_check = find("torch._assert_async", "a target out of bounds gives NaN on a GPU, and no error")
 
 
 @contextlib.contextmanager
@@ -51,10 +51,14 @@ def has_kernel(op: str, device_type: str) -> bool:
 
 def can_check_on_device(device: torch.device) -> bool:
     """Whether ``check_on_device`` raises an error there. ROCm leaves such checks out."""
-    return device.type == "cuda" and torch.version.hip is None and _check is not None
+    return device.type == "cuda" and torch.version.hip is None and _check() is not None
 
 
 def check_on_device(condition: Tensor, message: str) -> None:
     """Raise an error if ``condition`` is False, without waiting for the device."""
-    if _check is not None:
-        _check(condition, message)
+    if (check := _check()) is not None:
+        check(condition, message)
+
+
+def _check() -> Any:
+    return find("torch._assert_async", "a target out of bounds gives NaN on a GPU, and no error")

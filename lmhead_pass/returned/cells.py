@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,8 @@ class Call:
     """Which of the tensors that the function returns is meant; None if it returns one."""
     autocast: tuple[Any, ...] = ()
     """``compat.autocast_state`` where it was called."""
+    needs_no_values: bool = False
+    """Whether the gradient is the same whatever values the cells have."""
 
     @cached_property
     def leaves(self) -> list[Any]:
@@ -66,11 +68,21 @@ class Call:
         result = self.function(*args, **kwargs)
         return result if self.item is None else result[self.item]
 
+    def without_values(self) -> "Call":
+        """The same for cells that hold nothing. Their gradients can be computed."""
+        bare = {id(cell): cell.bare() for cell in self.cells}
+        args, kwargs = compat.map_arguments(
+            self.args, self.kwargs, lambda leaf: bare.get(id(leaf), leaf)
+        )
+        return replace(self, args=args, kwargs=kwargs)
+
     def gradients(self, gradient: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
         """Of each cell the gradient, from that of the result; None where it is not wanted."""
         with torch.enable_grad(), compat.autocast_as(self.autocast):
             leaves = {
-                cell: cell.look_back().detach().requires_grad_(is_wanted)
+                cell: (cell.undefined() if self.needs_no_values else cell.look_back())
+                .detach()
+                .requires_grad_(is_wanted)
                 for cell, is_wanted in zip(self.cells, wanted, strict=True)
             }
             result = self.run(leaves)
@@ -207,6 +219,17 @@ class Cell:
                 f"a clone of them, or set {SETTING}."
             )
         return value
+
+    def undefined(self) -> Tensor:
+        """A tensor of the value's form, with any values."""
+        like = self.like
+        return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=self.device)
+
+    def bare(self) -> "Cell":
+        """For the value's gradient, without what the value is computed from."""
+        cell = Cell(None, self.like, self.device, is_detached=self.is_detached)
+        cell.identity = self.identity
+        return cell
 
     def keep_original(self) -> None:
         """Somebody is about to write to the value, which has been read: gradients need it as it is.

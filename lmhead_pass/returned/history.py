@@ -14,6 +14,7 @@ from torch import Tensor
 from ..compat import lazy_tensors as compat
 from ..compat.compiling import never_compiled
 from .cells import Call, Cell
+from .joint_gradients import OfRows, Tensors, take_all, versions
 from .lazy_gradient import (
     Gradients,
     LazyGradient,
@@ -26,7 +27,11 @@ from .lazy_gradient import (
 )
 from .recipe import SETTING, Recipe
 
-Inputs = tuple[Tensor | None, ...]
+
+def _second_time() -> RuntimeError:
+    return RuntimeError(
+        "Trying to backward through the graph a second time. Specify retain_graph=True"
+    )
 
 
 class Head(torch.autograd.Function):
@@ -46,7 +51,12 @@ class Head(torch.autograd.Function):
     @staticmethod
     @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        count = len(ctx.recipe.tensors)
+        recipe = ctx.recipe
+        if recipe is None:
+            raise _second_time()
+        if not compat.keeps_graph():
+            ctx.recipe = None
+        count = len(recipe.tensors)
         needed = ctx.needs_input_grad[3 : 3 + count]
         extra = (None,) * (len(ctx.needs_input_grad) - 3 - count)
         terms = known_by(terms_of(gradient), ctx.identity)
@@ -67,9 +77,9 @@ class Head(torch.autograd.Function):
                     "modified by an inplace operation, and their gradient needs it as it was. Call "
                     f"backward() before optimizer.step(), or set {SETTING}."
                 )
-            results = _gradients(ctx.recipe, ctx.saved_tensors, needed, sum(plain[1:], plain[0]))
-        for source in sources:
-            if part := source.take():
+            results = _gradients(recipe, ctx.saved_tensors, needed, sum(plain[1:], plain[0]))
+        for part in take_all(sources):
+            if part:
                 pairs = zip(results, part, strict=True)
                 results = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
         wanted = (r if is_needed else None for r, is_needed in zip(results, needed, strict=True))
@@ -152,13 +162,18 @@ class Derive(torch.autograd.Function):
     @staticmethod
     @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[2:]
+        needed, call, logits = ctx.needs_input_grad[2:], ctx.call, ctx.logits
+        if call is None or (torch.is_grad_enabled() and logits is None):
+            raise _second_time()
+        if not compat.keeps_graph():
+            # Who keeps the loss keeps this, and is to keep neither values nor hidden states.
+            ctx.logits, ctx.call = None, call.without_values() if call.needs_no_values else None
         if torch.is_grad_enabled():
-            return None, None, *_differentiable(ctx.call, ctx.logits, gradient, needed)
+            return None, None, *_differentiable(call, logits, gradient, needed)
         if not isinstance(gradient, LazyGradient):
-            return None, None, *ctx.call.gradients(gradient, needed)
+            return None, None, *call.gradients(gradient, needed)
         terms = known_by(gradient.terms, ctx.identity)
-        return None, None, *_lazily(ctx.call, ctx.likes, needed, terms)
+        return None, None, *_lazily(call, ctx.likes, needed, terms)
 
 
 def _lazily(
@@ -198,18 +213,16 @@ class Consume(torch.autograd.Function):
         ctx: Any,
         compute: Callable[..., Tensor],
         call: Call,
-        inputs: Inputs,
-        others: Inputs,
+        tensors: Tensors,
         *logits: Tensor,
     ) -> Tensor:
-        """``compute`` reads ``inputs``, hidden states, weight and bias as leaves, which get a
-        gradient, and those of ``others``, which get none."""
+        """``compute`` reads ``tensors``. Those of which a gradient is wanted are leaves."""
         ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
-        ctx.inputs, ctx.others, ctx.compute = inputs, others, compute
+        ctx.tensors, ctx.compute = tensors, compute
+        ctx.versions = versions(call, tensors)
         if is_piece(call):
             # Gradients that are computed now would wait for the backward, one for each piece.
             with torch.no_grad():
-                ctx.versions = _versions(inputs + others)
                 ctx.result = None
                 return compute().detach()
         with torch.enable_grad():
@@ -220,23 +233,22 @@ class Consume(torch.autograd.Function):
     @staticmethod
     @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[4:]
+        needed, call, logits = ctx.needs_input_grad[3:], ctx.call, ctx.logits
+        if call is None:
+            raise _second_time()
         if torch.is_grad_enabled():
-            return None, None, None, None, *_differentiable(ctx.call, ctx.logits, gradient, needed)
-        if ctx.compute is None:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time. Specify retain_graph=True"
-            )
+            return None, None, None, *_differentiable(call, logits, gradient, needed)
         # What has been computed has saved what it still needs.
-        if ctx.result is None and ctx.versions != _versions(ctx.inputs + ctx.others):
+        if ctx.result is None and ctx.versions != versions(call, ctx.tensors):
             raise RuntimeError(
                 "lmhead_pass: one of the variables needed for gradient computation has been "
-                "modified by an inplace operation: hidden states or head of returned logits. Call "
-                "backward() before what writes to them, optimizer.step() for instance, or set "
-                f"{SETTING}."
+                "modified by an inplace operation: hidden states or head of returned logits, or "
+                "targets. Call backward() before what writes to them, optimizer.step() for "
+                f"instance, or set {SETTING}."
             )
         keep, compute, result = compat.keeps_graph(), ctx.compute, ctx.result
-        asked = [tensor for tensor in ctx.inputs if tensor is not None and tensor.requires_grad]
+        inputs = [tensor for root in call.ways_back for tensor in ctx.tensors[root]]
+        asked = [tensor for tensor in inputs if tensor.requires_grad]
 
         def sources() -> Gradients:
             with torch.enable_grad():
@@ -244,19 +256,16 @@ class Consume(torch.autograd.Function):
             if not asked or not value.requires_grad:
                 return ()
             given = iter(torch.autograd.grad(value, asked, gradient, retain_graph=keep))
-            return tuple(
-                next(given) if tensor is not None and tensor.requires_grad else None
-                for tensor in ctx.inputs
-            )
+            return tuple(next(given) if tensor.requires_grad else None for tensor in inputs)
 
+        tensors = ctx.tensors
         if not keep:
-            ctx.compute = ctx.result = None
-        terms = [Term(lambda: gradient, Sources(sources))]
-        return None, None, None, None, *_lazily(ctx.call, ctx.likes, needed, terms)
-
-
-def _versions(inputs: Inputs) -> list[int]:
-    return [compat.version_of(tensor) for tensor in inputs if tensor is not None]
+            ctx.compute = ctx.result = ctx.call = ctx.logits = ctx.tensors = None
+        of = Sources(sources)
+        if result is not None and result.dim() > 0:
+            of = OfRows(sources, call, tensors, ctx.versions, gradient)
+        terms = [Term(lambda: gradient, of)]
+        return None, None, None, *_lazily(call, ctx.likes, needed, terms)
 
 
 def _differentiable(

@@ -8,8 +8,6 @@ computed once, and kept.
 """
 
 import contextlib
-import importlib
-import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,6 +22,7 @@ from . import reading
 from .by_form import run_by_form
 from .cells import Call, Cell
 from .history import Become, Consume, Derive, Gate, Head, Lose, Values
+from .joint_gradients import reader_of
 from .likes import likes_of
 from .metadata import METADATA
 from .recipe import Recipe
@@ -31,11 +30,11 @@ from .rows_alone import run_apart, run_on_rows_alone
 from .steps import (
     COMPUTED,
     DETACHING,
-    ELEMENTWISE,
     PIECES,
     VIEWS,
     WRITTEN_DOWN,
     is_in_place,
+    is_linear,
     is_written_down,
 )
 
@@ -147,17 +146,8 @@ class LazyLogits(Tensor):
         return LazyLogits(Cell(None, value, value.device, value))
 
 
-# The gradient of these needs no values.
-_UNDIFFERENTIATED = VIEWS | PIECES | ELEMENTWISE
-
 # They get lazy logits as they are, and autograd finds their history.
 _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
-
-
-def _reader_of(call: Call) -> Any:
-    """What computes a call whose result has no vocabulary; None if only the logits' values do."""
-    # The matcher that reads graphs, which nothing here is to wait for.
-    return importlib.import_module("lmhead_pass.outside").reader_of(call)
 
 
 def _lazy_in(arguments: Any) -> list[LazyLogits]:
@@ -233,26 +223,20 @@ def _without_reading(
 
 def _compute(call: Call, logits: Sequence[LazyLogits]) -> Any:
     """The result of ``call``, which has no vocabulary, by the op; NotImplemented if it cannot."""
-    reader = _reader_of(call)
+    reader = reader_of(call)
     if reader is None:
         return NotImplemented
     tensors = _tensors_of(call)
+    given = [tensor for part in tensors.values() for tensor in part]
     if not _is_recorded(logits) or not reader.like.is_floating_point():
         with torch.no_grad():
-            return reader.run(*tensors).detach()
+            return reader.run(*given).detach()
     # A gradient ends at logits that are detached from what they are made of.
-    inputs, others = tuple[Tensor, ...](), tuple[Tensor, ...]()
-    pending = iter(tensors)
-    for _, wanted in call.recipes:
-        part = tuple(itertools.islice(pending, len(wanted)))
-        if not any(wanted):
-            others += part
-            continue
-        inputs = part
+    for part, (_, wanted) in zip(tensors.values(), call.recipes, strict=True):
         for tensor, is_wanted in zip(part, wanted, strict=True):
             tensor.requires_grad_(is_wanted)
-    given = [_tensor_of(cell, logits) for cell in call.cells]
-    return Consume.apply(lambda: reader.run(*tensors), call, inputs, others, *given)  # type: ignore[no-untyped-call]
+    read = [_tensor_of(cell, logits) for cell in call.cells]
+    return Consume.apply(lambda: reader.run(*given), call, tensors, *read)  # type: ignore[no-untyped-call]
 
 
 def _is_recorded(logits: Sequence[LazyLogits]) -> bool:
@@ -272,7 +256,9 @@ def _with_cells(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def _call(func: Any, args: Any, kwargs: Any, device: torch.device) -> Call:
-    return Call(func, *_with_cells(args, kwargs), autocast=compat.autocast_state(device.type))
+    args, kwargs = _with_cells(args, kwargs)
+    autocast, needs_no_values = compat.autocast_state(device.type), is_linear(func, args, kwargs)
+    return Call(func, args, kwargs, autocast=autocast, needs_no_values=needs_no_values)
 
 
 def _write_down(call: Call, logits: Sequence[LazyLogits], likes: Any) -> Any:
@@ -302,7 +288,7 @@ def _made(call: Call, logits: Sequence[LazyLogits], like: Tensor) -> Tensor:
     cell = Cell(call, like, given[0]._cell.device, is_detached=is_detached)
     if is_detached:
         return LazyLogits(cell)
-    if call.function not in _UNDIFFERENTIATED:
+    if not call.needs_no_values:
         for source in call.cells:
             source.is_differentiated = True
     made: Tensor = Derive.apply(lambda: LazyLogits(cell), call, *given)  # type: ignore[no-untyped-call]
@@ -324,21 +310,25 @@ def _on_rows_alone(
         return result
     if cell.alone is None and isinstance(call := cell.source, Call) and call.function in COMPUTED:
         # Single words of rows.
-        reader = _reader_of(call)
+        reader = reader_of(call)
         if reader is not None:
             with torch.no_grad():
-                cell.alone = reader.run(*_tensors_of(call))
+                tensors = _tensors_of(call).values()
+                cell.alone = reader.run(*(tensor for part in tensors for tensor in part))
     if cell.alone is None:
         return NotImplemented
     return run_apart(func, given, named, {id(cell): cell.alone})
 
 
-def _tensors_of(call: Call) -> list[Tensor]:
-    """What ``call`` is computed from, detached; RuntimeError if it has changed."""
+def _tensors_of(call: Call) -> dict[Cell, tuple[Tensor, ...]]:
+    """What each of the roots of ``call`` is computed from, detached; RuntimeError if that has
+    changed."""
+    tensors = {}
     for root, (recipe, _) in zip(call.roots, call.recipes, strict=True):
         # A loss in a training loop: no step is to wait for the device.
         recipe.check_unchanged(at_once=root.is_late)
-    return [tensor.detach() for recipe, _ in call.recipes for tensor in recipe.tensors]
+        tensors[root] = tuple(tensor.detach() for tensor in recipe.tensors)
+    return tensors
 
 
 def _on_values_alone(

@@ -64,6 +64,13 @@ WRITTEN_DOWN = VIEWS | _CASTS | _VALUES | _WORD_BY_WORD
 _FEWER = 16
 
 
+_LINEAR = VIEWS | PIECES | ELEMENTWISE
+_LINEAR |= _functions("add", "sub", "subtract", "neg", "__add__", "__radd__", "__sub__", "__neg__")
+_LINEAR_IN_ONE = _functions(
+    *("mul", "multiply", "div", "divide", "true_divide", "__mul__", "__rmul__", "__truediv__")
+)
+
+
 def is_written_down(func: Callable[..., Any], likes: Any, cells: Sequence[Cell]) -> bool:
     """Whether ``likes``, what ``func`` makes of ``cells``, still has the vocabulary."""
     if func in PIECES:
@@ -79,6 +86,14 @@ def is_written_down(func: Callable[..., Any], likes: Any, cells: Sequence[Cell])
         or likes.numel() * _FEWER >= max(cell.like.numel() for cell in cells)
         or (likes.dim() > 0 and any(likes.size(-1) == cell.like.size(-1) for cell in cells))
     )
+
+
+def is_linear(func: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> bool:
+    """Whether the gradient of ``func`` for Cells in ``args`` is the same whatever their values."""
+    if func in _LINEAR_IN_ONE:
+        numbers = (*args[1:], *kwargs.values())
+        return isinstance(args[0], Cell) and not any(isinstance(n, Cell | Tensor) for n in numbers)
+    return func in _LINEAR
 
 
 def is_in_place(func: Callable[..., Any]) -> bool:

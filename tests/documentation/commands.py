@@ -31,6 +31,7 @@ NOT_RUN = {
     "tox run -e codegen": "takes an hour",
     "tox run -e slow": "takes an hour",
     "tox run -e fuzz": "runs until it is told to stop",
+    "python -m tests.programs.fuzz": "runs until it is told to stop",
     "tox run -e models": "takes half an hour",
     "tox run -e dist,wheel": "the release workflow runs it",
     "python -m tests.models.record": "takes half an hour",
@@ -38,6 +39,9 @@ NOT_RUN = {
     "python benchmarks/cpu.py": "takes minutes, and counts only on a quiet machine",
     "python benchmarks/sizes.py": "takes 15 minutes, and counts only on a quiet machine",
     "python benchmarks/outside.py": "takes minutes",
+    "python benchmarks/row_wise.py": "takes 15 minutes, and counts only on a quiet machine",
+    "python benchmarks/overheads.py": "counts only on a quiet machine",
+    "python benchmarks/gpu_steps.py": "needs a GPU",
     "python benchmarks/gpu.py": "needs a GPU",
     "python benchmarks/gpu_parts.py": "needs a GPU",
     "python -m pytest -m gpu": "needs a GPU",
@@ -80,7 +84,9 @@ def commands_in(text: str) -> list[str]:
 
 def why_not_run(command: str) -> str | None:
     """The reason in ``NOT_RUN``; None if the command is run."""
-    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), None)
+    without_variables = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command)
+    starts = (start for start in NOT_RUN if without_variables.startswith(start))
+    return next((NOT_RUN[start] for start in starts), None)
 
 
 def run(command: str, folder: Path) -> str | None:

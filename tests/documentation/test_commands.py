@@ -32,7 +32,7 @@ no program
 
 @pytest.mark.parametrize("start", NOT_RUN)
 def test_what_is_not_run_is_in_a_page(start):
-    assert any(command.startswith(start) for command in COMMANDS)
+    assert any(start in command for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
