@@ -54,6 +54,14 @@ def pieces(model: Callable[..., Tensor], inputs: Inputs, reduction: str = "mean"
     return torch.stack(losses).sum()
 
 
+def policy(model: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+    """A ratio of probabilities and an entropy, as in GRPO."""
+    log_probabilities = model(*inputs).log_softmax(-1)
+    ours = log_probabilities.gather(-1, inputs.target[:, None])
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    return -((ours - ours.detach()).exp()).mean() - 0.01 * entropy.mean()
+
+
 def distilled(model: Callable[..., Tensor], inputs: Inputs) -> Tensor:
     """The head is its own teacher: with half the hidden states, and under no_grad."""
     logits = model(*inputs)
@@ -67,6 +75,7 @@ LOSSES: dict[str, tuple[Callable, Loss]] = {
     "shifted": (logits_alone, shifted),
     "gathered": (logits_alone, gathered),
     "second": (with_loss, second),
+    "policy": (logits_alone, policy),
     "distilled": (logits_alone, distilled),
     **{
         f"16 pieces, {reduction}": (

@@ -5,9 +5,7 @@ backward, and two products. Once all their gradients are known, what they come t
 one number, the sum of the results times their gradients, and the op takes three products for it.
 """
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +14,10 @@ from ..compat import lazy_tensors as compat
 from ..compat.compiling import is_saved_for_once
 from .cells import Call, Cell
 from .lazy_gradient import Gradients, Sources
+from .readers import reader_of
 
 Tensors = Mapping[Cell, tuple[Tensor, ...]]
 """Of each of the logits that models returned: hidden states, weight and bias."""
-
-
-def reader_of(call: Call) -> Any:
-    """What computes a call whose result has no vocabulary; None if only the logits' values do."""
-    # The matcher that reads graphs, which nothing here is to wait for.
-    return importlib.import_module("lmhead_pass.outside").reader_of(call)
 
 
 def versions(call: Call, tensors: Tensors) -> list[int]:

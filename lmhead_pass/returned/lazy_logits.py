@@ -22,9 +22,9 @@ from . import reading
 from .by_form import run_by_form
 from .cells import Call, Cell
 from .history import Become, Consume, Derive, Gate, Head, Lose, Values
-from .joint_gradients import reader_of
 from .likes import likes_of
 from .metadata import METADATA
+from .readers import reader_of
 from .recipe import Recipe
 from .rows_alone import run_apart, run_on_rows_alone
 from .steps import (
