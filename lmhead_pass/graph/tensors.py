@@ -175,10 +175,13 @@ def in_inference(graph: Graph) -> set[Node]:
 def is_cut_off(node: Node) -> bool:
     """Whether ``node`` requires a gradient and has nowhere to pass it.
 
-    A view of a view, made under no_grad, is like that.
+    A view of a view, made under no_grad, is like that. What returns a leaf as it was given it, a
+    cast to the dtype that it has, is not.
     """
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or not value.requires_grad:
+        return False
+    if any(value is value_of(source) for source in node.all_input_nodes):
         return False
     try:
         return value.grad_fn is None

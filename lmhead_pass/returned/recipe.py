@@ -145,11 +145,16 @@ class Recipe:
 
     def like(self) -> Tensor:
         """A tensor with the logits' size, strides and dtype, on the meta device."""
-        looks = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors)
-        # Sizes that are not known yet have no hash.
-        look_of = _look.__wrapped__ if is_fake(self.hidden) else _look
-        size, strides, dtype = look_of(self._form, looks)
-        return torch.empty_strided(size, self.strides or strides, dtype=dtype, device="meta")
+        if is_fake(self.hidden):  # Its sizes may be symbols, which have no hash.
+            metas = (torch.empty_like(tensor, device="meta") for tensor in self.tensors)
+            like = _logits(self._form, *metas)
+        else:
+            looks = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.tensors)
+            size, strides, dtype = _look(self._form, looks)
+            like = torch.empty_strided(size, strides, dtype=dtype, device="meta")
+        if self.strides and like.stride() != self.strides:
+            like = torch.empty_strided(like.shape, self.strides, dtype=like.dtype, device="meta")
+        return like
 
     def compute(self) -> Tensor:
         """The logits, detached; RuntimeError if what they are computed from has changed."""

@@ -150,3 +150,34 @@ def test_a_weight_that_is_frozen_before_the_loss():
         found.append([p.grad for p in model.parameters() if p is not model.weight])
         model.zero_grad()
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+UNCHANGED = {
+    "to": lambda t: t.to(t.dtype),
+    "float": lambda t: t.float(),
+    "contiguous": lambda t: t.contiguous(),
+    "type_as": lambda t: t.type_as(t),
+    "device": lambda t: t.to(t.device),
+}
+
+
+@pytest.mark.parametrize("returns_weight", [False, True])
+@pytest.mark.parametrize("which", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_what_is_returned_as_it_was_given_keeps_its_gradient(name, which, returns_weight):
+    """A cast to the dtype that a parameter has is that parameter."""
+
+    def program(hidden, weight, bias):
+        given = {"hidden": hidden, "weight": weight, "bias": bias}
+        given[which] = UNCHANGED[name](given[which])
+        logits = F.linear(*given.values())
+        return (logits, given["weight"]) if returns_weight else (logits,)
+
+    leaves = [torch.randn(size).requires_grad_() for size in ((5, 16), (160, 16), (160,))]
+    results = []
+    for function in (program, rewrite(program)):
+        logits, *_ = function(*leaves)
+        loss = logits.logsumexp(-1).square().mean()
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert is_unread(logits)
+    torch.testing.assert_close(*results)
