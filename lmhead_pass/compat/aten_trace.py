@@ -1,7 +1,7 @@
 """Traces a function of fake tensors to a graph of ATen operations."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,15 +26,20 @@ def trace(function: Callable[..., list[torch.Tensor]], values: Sequence[Any]) ->
     what this takes.
     """
     make_fx = find("torch.fx.experimental.proxy_tensor.make_fx", _WITHOUT)
-    in_python = find("torch._dispatch.python.enable_python_dispatcher", _WITHOUT)
     without_autocast = find("torch._C._DisableAutocast", _WITHOUT)
     mode = values[0].fake_mode
     frozen = getattr(mode.shape_env, "error_on_new_guards", nullcontext)
     table = {product: _wide_product(product) for product in _PRODUCTS}
-    with mode, in_python(), torch.enable_grad(), without_autocast(), frozen():
+    with mode, by_symbols(), torch.enable_grad(), without_autocast(), frozen():
         made = make_fx(torch.func.functionalize(function), decomposition_table=table)(*values)
     graph: Graph = made.graph
     return graph
+
+
+def by_symbols() -> AbstractContextManager[Any]:
+    """A block in which functions of ATen take fake tensors of symbolic sizes, ``lerp`` too."""
+    in_python = find("torch._dispatch.python.enable_python_dispatcher", NO_ROWWISE)
+    return nullcontext() if in_python is None else in_python()
 
 
 def bind_unbacked(first: Any, node: Node, result: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
-from ..compat.aten_trace import DispatchMode, tree_map
+from ..compat.aten_trace import DispatchMode, by_symbols, tree_map
 from ..compat.graphs import fake_mode_of, tree_leaves
 from ..graph import (
     Refused,
@@ -195,7 +195,7 @@ class Tracer(DispatchMode):  # type: ignore[misc]
         raise Refused("too much of it is made outside and as wide as the logits")
 
     def _called(self, function: Any, args: Any, kwargs: Any) -> Any:
-        with fake_mode_of([self._like]), self:
+        with fake_mode_of([self._like]), by_symbols(), self:
             return function(*args, **kwargs)
 
     def _run_once(self, node: Node, known: Mapping[Node, Any]) -> Any:
@@ -208,7 +208,7 @@ class Tracer(DispatchMode):  # type: ignore[misc]
         function = node.target
         if node.op == "call_method":
             function = getattr(torch.Tensor, _WIDE_METHODS.get(str(function), str(function)))
-        with fake_mode_of([self._like]), self, torch.no_grad(), torch.autocast(
+        with fake_mode_of([self._like]), by_symbols(), self, torch.no_grad(), torch.autocast(
             self._like.device.type, enabled=False
         ):  # fmt: skip
             if canonical_op(node) == "setitem" and isinstance(args[2], int | float):
