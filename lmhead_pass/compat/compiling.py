@@ -41,10 +41,15 @@ def is_saved_for_once(upstream: Tensor) -> bool:
 
     With several gradients at once (``is_grads_batched``) it is read once for each.
     """
-    is_batched = find("torch._C._functorch.is_legacy_batchedtensor", _HELD_TWICE)
-    if keeps_graph is None or is_batched is None or is_compiling():
+    if keeps_graph is None or is_compiling():
         return False
     return not (keeps_graph() or is_transformed(upstream) or is_batched(upstream))
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether ``gradient`` stands for several (``is_grads_batched``)."""
+    found = find("torch._C._functorch.is_legacy_batchedtensor", _HELD_TWICE)
+    return found is None or bool(found(gradient))
 
 
 def are_saved_tensors_hooked() -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compat import lazy_tensors as compat
-from ..compat.compiling import never_compiled
+from ..compat.compiling import is_batched, never_compiled
 from .cells import Call, Cell
 from .joint_gradients import OfRows, Tensors, take_all, versions
 from .lazy_gradient import (
@@ -238,6 +238,8 @@ class Consume(torch.autograd.Function):
             raise _second_time()
         if torch.is_grad_enabled():
             return None, None, None, *_differentiable(call, logits, gradient, needed)
+        if is_batched(gradient):
+            return None, None, None, *call.gradients(gradient, needed)
         # What has been computed has saved what it still needs.
         if ctx.result is None and ctx.versions != versions(call, ctx.tensors):
             raise RuntimeError(

@@ -8,9 +8,11 @@ computed once, and kept.
 """
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Number
 from typing import Any
 
 import torch
@@ -100,6 +102,8 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         if is_in_place(func) or kwargs.get("out") is not None:
             return _write(func, args, kwargs)
+        if func is Tensor.__deepcopy__:
+            return _deep_copy(*args, **kwargs)
         for attempt in (_by_form, _without_reading, _on_rows_alone, _on_values_alone):
             result = attempt(func, args, kwargs, logits)
             if result is not NotImplemented:
@@ -146,6 +150,12 @@ class LazyLogits(Tensor):
         return LazyLogits(Cell(None, value, value.device, value))
 
 
+# What a call that is written down may be given, beside lists, tuples and dictionaries of these.
+_UNCHANGING = (
+    *(Cell, Tensor, Number, str, slice, type(None), type(...)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
 # They get lazy logits as they are, and autograd finds their history.
 _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
@@ -172,9 +182,11 @@ def _touch(logits: LazyLogits) -> None:
     ):
         twin = Head.apply(lambda: LazyLogits(cell), recipe, cell, *inputs)  # type: ignore[no-untyped-call]
         cell.owner = lambda: None
+        named = {**logits.__dict__, **twin.__dict__}
         # Not if a function of autograd's holds it already: then a gradient is refused.
         with contextlib.suppress(RuntimeError):
             compat.give_history(logits, twin)
+            logits.__dict__.update(named)
     cell.owner = weakref.ref(logits)
 
 
@@ -199,6 +211,8 @@ def _without_reading(
     call = _call(func, args, kwargs, device)
     if (
         not call.roots
+        # Who is given an array may find another one in it later.
+        or not all(isinstance(leaf, _UNCHANGING) for leaf in call.leaves)
         # A gradient goes back one way.
         or (torch.is_grad_enabled() and len(call.ways_back) > 1)
         # Views of values that are there are no less views of the same tensor.
@@ -215,10 +229,22 @@ def _without_reading(
         if likes is None:
             return NotImplemented
         if is_written_down(func, likes, cells):
+            if _keeps_less(func, likes, call) and not _is_recorded(logits):
+                result = _on_rows_alone(func, args, kwargs, logits)
+                if result is not NotImplemented:
+                    return result
             return _write_down(call, logits, likes)
     if func not in COMPUTED or any(cell.value is not None for cell in cells):
         return NotImplemented
     return _compute(call, logits)
+
+
+def _keeps_less(func: Callable[..., Any], likes: Any, call: Call) -> bool:
+    """Whether ``likes``, in memory of its own, takes less than the hidden states that it would
+    keep: the last token's probabilities, which an evaluation collects."""
+    if func in VIEWS | PIECES:
+        return False
+    return bool(likes.nbytes < sum(recipe.hidden.nbytes for recipe, _ in call.recipes))
 
 
 def _compute(call: Call, logits: Sequence[LazyLogits]) -> Any:
@@ -358,6 +384,22 @@ def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 
 
+def _deep_copy(logits: LazyLogits, memo: dict[int, Any]) -> Any:
+    """The values as a plain tensor, as a leaf if the logits are one."""
+    if id(logits) in memo:
+        return memo[id(logits)]
+    with compat.without_torch_function():
+        is_leaf, requires_grad, grad = logits.is_leaf, logits.requires_grad, logits.grad
+    if not is_leaf:
+        return _on_values(Tensor.__deepcopy__, (logits, memo), {})
+    copied = memo[id(logits)] = logits._cell.read().detach().clone().requires_grad_(requires_grad)
+    if isinstance(logits, torch.nn.Parameter):  # A copy of one has no gradient.
+        memo[id(logits)] = torch.nn.Parameter(copied.detach(), requires_grad)
+    else:
+        copied.grad = copy.deepcopy(grad, memo)
+    return memo[id(logits)]
+
+
 def _read(func: Callable[..., Any], cell: Cell) -> None:
     if cell.value is None:
         reading.tell(func, cell)
@@ -422,6 +464,8 @@ def _first_owner(cell: Cell) -> Cell:
     first = cell
     while cell.is_view:
         assert isinstance(cell.source, Call)
+        if cell.source.function in DETACHING:
+            break  # What is written has no history there, and may be a leaf.
         (cell,) = cell.source.cells
         if cell.owner() is not None:
             first = cell

@@ -27,9 +27,37 @@ def likes_of(func: Callable[..., Any], args: Any, kwargs: Any, device: torch.dev
         args = args[:1]
     try:
         with torch.no_grad():
-            return _run(func, args, kwargs, device)
+            likes = _run(func, args, kwargs, device)
+            return None if func is Tensor.__getitem__ and _is_out_of_range(*args) else likes
     except Exception:
         return None
+
+
+def _is_out_of_range(cell: Any, index: Any) -> bool:
+    """Whether an index on the CPU names what there is not: without values, nobody would notice."""
+    items = index if isinstance(index, tuple) else (index,)
+    sizes = iter(cell.like.shape)
+    for place, item in enumerate(items):
+        if item is None:
+            continue
+        if item is ...:
+            taken = sum(_dims(later) for later in items[place + 1 :])
+            sizes = iter(cell.like.shape[cell.like.dim() - taken :])
+            continue
+        size, *_ = [next(sizes) for _ in range(_dims(item))] or [0]
+        numbers = torch.as_tensor(item) if isinstance(item, list) else item
+        are_known = isinstance(numbers, Tensor) and numbers.is_cpu and numbers.dtype != torch.bool
+        if are_known and ((numbers < -size) | (numbers >= size)).any():
+            return True
+    return False
+
+
+def _dims(item: Any) -> int:
+    """How many dimensions of a tensor an item of an index takes."""
+    if item is None or item is ...:
+        return 0
+    is_mask = isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8)
+    return item.dim() if is_mask else 1
 
 
 def _run(func: Callable[..., Any], args: Any, kwargs: Any, device: torch.device) -> Any:
