@@ -10,6 +10,7 @@ pass, the median over rounds in which each runs once (``timing.py``).
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import report
 import torch
@@ -110,23 +111,31 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=0, help="0 measures no time")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     inputs = make_inputs(options.tokens, options.hidden, options.vocab, torch.float32)
     gradients = inputs.hidden.nbytes + inputs.weight.nbytes
     logits = 4 * options.tokens * options.vocab
     print(f"{options.tokens} tokens x {options.hidden} hidden x {options.vocab} words, float32")
     print(*report.about().values(), sep="; ")
+    rows = []
     for name in options.losses:
         steps = {
             "lmhead_pass": make_step(name, inputs, is_ours=True),
             "compile": make_step(name, inputs, is_ours=False),
         }
         peaks = {key: (peak_bytes(step) - gradients) / logits for key, step in steps.items()}
-        line = f"{name:18} memory {peaks['lmhead_pass']:.3f}, without {peaks['compile']:.3f}"
+        row = {"loss": name, "memory": peaks["lmhead_pass"], "without": peaks["compile"]}
+        line = f"{name:18} memory {row['memory']:.3f}, without {row['without']:.3f}"
         if options.rounds:
             times = alternate(steps, options.rounds, seconds)
-            line += f"; time {ratio(times, 'lmhead_pass', 'compile'):.2f}"
+            row["time"] = ratio(times, "lmhead_pass", "compile")
+            line += f"; time {row['time']:.2f}"
         print(line, flush=True)
+        rows.append(row)
+    if options.json:
+        sizes = {"tokens": options.tokens, "hidden": options.hidden, "vocab": options.vocab}
+        report.write(options.json, rows, **sizes)
 
 
 if __name__ == "__main__":

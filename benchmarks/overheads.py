@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import report
@@ -61,7 +62,7 @@ def make_training_step(inputs: Inputs, is_ours: bool, is_inside: bool) -> Step:
     return run
 
 
-def step(rounds: int) -> None:
+def step(rounds: int) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     inputs = make_inputs(*TINY, torch.float32)
@@ -81,9 +82,10 @@ def step(rounds: int) -> None:
         f"step        {outside[True]:.2f} ms outside beyond inside with the pass, "
         f"{outside[False]:.2f} ms without: lazy logits take {outside[True] - outside[False]:.2f} ms"
     )
+    return outside[True] - outside[False]
 
 
-def watching(rounds: int) -> None:
+def watching(rounds: int) -> float:
     inputs = make_inputs(*LARGE, torch.float32)
     watched = [inputs.hidden.detach(), inputs.weight.detach()]
     steps: dict[str, Step] = {
@@ -93,6 +95,7 @@ def watching(rounds: int) -> None:
     steps["watch"]()
     share = 2 * ratio(alternate(steps, rounds, seconds), "watch", "step")
     print(f"watching    {100 * share:.2f} % of a step")
+    return share
 
 
 def make_generation(model: nn.Module, cache: Callable[[], Any], is_ours: bool) -> Step:
@@ -114,7 +117,7 @@ def make_generation(model: nn.Module, cache: Callable[[], Any], is_ours: bool) -
     return run
 
 
-def generation(rounds: int) -> None:
+def generation(rounds: int) -> float:
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
     config = LlamaConfig(
@@ -132,7 +135,9 @@ def generation(rounds: int) -> None:
     }
     times = alternate(steps, 3 * rounds, seconds)
     each = 1e3 * statistics.median(times["compile"]) / TOKENS
-    print(f"generation  {ratio(times, 'lmhead_pass', 'compile'):.3f} of {each:.1f} ms for a token")
+    share = ratio(times, "lmhead_pass", "compile")
+    print(f"generation  {share:.3f} of {each:.1f} ms for a token")
+    return share
 
 
 PARTS = {"step": step, "watching": watching, "generation": generation}
@@ -142,10 +147,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     print(*report.about().values(), sep="; ")
-    for part in options.parts:
-        PARTS[part](options.rounds)
+    found = [{"part": part, "value": PARTS[part](options.rounds)} for part in options.parts]
+    if options.json:
+        report.write(options.json, found)
 
 
 if __name__ == "__main__":

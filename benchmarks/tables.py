@@ -50,8 +50,7 @@ def cpu(measured: dict[str, Any]) -> str:
         ]
         if figures:
             lines.append(f"| {NAMES[name]} | {' | '.join(figures)} |")
-    source = "`{command}`: {machine}, torch {torch}, {date}.".format(**measured)
-    return "\n".join([*lines, "", source])
+    return "\n".join([*lines, "", SOURCE.format(**measured)])
 
 
 def h200(measured: dict[str, Any]) -> str:
@@ -77,5 +76,44 @@ def h200(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def outside(measured: dict[str, Any]) -> str:
+    lines = ["| loss | memory | without the pass | time |", "|---|--:|--:|--:|"]
+    for row in measured["rows"]:
+        figures = [f"{row[name]:.2f}" for name in ("memory", "without", "time")]
+        lines.append(f"| {' | '.join([LOSSES[row['loss']], *figures])} |")
+    return "\n".join([*lines, "", SOURCE.format(**measured)])
+
+
+def overheads(measured: dict[str, Any]) -> str:
+    found = {row["part"]: row["value"] for row in measured["rows"]}
+    return "\n".join(
+        (
+            "| | |",
+            "|---|--:|",
+            f"| a loss taken outside: Python, in each step of any size | {found['step']:.2f} ms |",
+            "| watching hidden states and weight, 2048 tokens x 512 hidden x 32000 words |"
+            f" {100 * found['watching']:.1f} % of a step |",
+            "| generating a token at a time (such heads are left as they are) |"
+            f" {found['generation']:.3f} of the time without the pass |",
+            "",
+            SOURCE.format(**measured),
+        )
+    )
+
+
+SOURCE = "`{command}`: {machine}, torch {torch}, {date}."
+LOSSES = {
+    "shifted": "a shifted cross entropy",
+    "gathered": "the mean of log-probabilities",
+    "second": "a loss inside, and a second one outside",
+    "policy": "a ratio of probabilities, and an entropy (GRPO)",
+    "distilled": "KL between two heads",
+    **{f"16 pieces, {kind}": f"16 pieces, `{kind}`" for kind in ("mean", "sum", "none")},
+}
 MODES = {"train": "", "forward": "loss alone, ", "frozen": "frozen weight, "}
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu, "h200-2026-11-26": h200}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cpu": cpu,
+    "h200-2026-11-26": h200,
+    "outside": outside,
+    "overheads": overheads,
+}
