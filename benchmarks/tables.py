@@ -76,6 +76,59 @@ def h200(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def h200_large(modes: dict[str, Any]) -> str:
+    """A sentence: the largest size, with the pass and without."""
+    rows = report.read("h200-2026-11-26")["rows"] + modes["rows"]
+    size = (32768, 8192, 128000)
+    found = {
+        (row["mode"], row["impl"]): (f"{row['floor_ratio']:.2f}", row["peak_bytes"])
+        for row in rows
+        if (row["tokens"], row["hidden"], row["vocab"]) == size
+    }
+    (ours, held), (theirs, held_without) = (found["train", i] for i in ("lmhead_pass", "compile"))
+    (alone, little), (plain, much) = (found["forward", i] for i in ("lmhead_pass", "compile"))
+    return "\n".join(
+        (
+            f"On an H200 a step of the head in BF16, {' x '.join(f'{n:,}' for n in size)} (tokens x "
+            f"hidden x words), takes {ours} times the",
+            f"three products alone and {held / 1e9:.1f} GB, gradients included; `torch.compile` "
+            f"without the pass takes {theirs} and {held_without / 1e9:.1f} GB.",
+            f"The loss alone takes {alone} times its product and {little / 1e6:.0f} MB, instead of "
+            f"{plain} and {much / 1e9:.1f} GB (`python benchmarks/gpu.py`, torch",
+            f"{modes['torch'].partition('+')[0]}, {modes['date']}). Other shapes are in "
+            "[GPU](gpu.md).",
+        )
+    )
+
+
+def h200_parts(measured: dict[str, Any]) -> str:
+    parts = measured["4096x4096x128256"]
+    per_second, logits = " TFLOP/s", " 10^9 logits/s"
+    in_place = parts[f"exponentials to gradients{logits}"]
+
+    def both(name: str, other: str) -> str:
+        return f"{parts[name + per_second]} / {parts[other + per_second]} TFLOP/s"
+
+    lines = (
+        ("the library's logits in BF16 / in FP32", both("logits in BF16", "logits in FP32")),
+        ("exponentials / for the loss alone", both("exponentials", "exponentials, loss alone")),
+        (
+            "the library's weight gradient, BF16 / added to FP32",
+            both("weight in BF16", "weight added to FP32"),
+        ),
+        (
+            "this project's, scaled / added and scaled",
+            both("weight, scaled", "weight, added and scaled"),
+        ),
+        ("exponentials to gradients", f"{in_place}{logits} ({in_place * 4 / 1e3:.1f} TB/s)"),
+        (
+            "FP32 logits to losses and gradients",
+            f"{parts[f'FP32 logits to losses and gradients{logits}']}{logits}",
+        ),
+    )
+    return "\n".join(["| | |", "|---|--:|", *(f"| {what} | {rate} |" for what, rate in lines)])
+
+
 def outside(measured: dict[str, Any]) -> str:
     lines = ["| loss | memory | without the pass | time |", "|---|--:|--:|--:|"]
     for row in measured["rows"]:
@@ -114,6 +167,8 @@ MODES = {"train": "", "forward": "loss alone, ", "frozen": "frozen weight, "}
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": cpu,
     "h200-2026-11-26": h200,
+    "h200-2026-11-26-modes": h200_large,
+    "h200-2026-11-26-parts": h200_parts,
     "outside": outside,
     "overheads": overheads,
 }

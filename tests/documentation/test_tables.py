@@ -27,3 +27,10 @@ def test_tables_are_those_of_the_results(tables):
 def test_each_table_has_its_results(tables):
     report = importlib.import_module("report")
     assert [name for name in tables.TABLES if not (report.FOLDER / f"{name}.json").exists()] == []
+
+
+def test_predictions_are_those_of_the_formulas(tables, capsys):
+    importlib.import_module("gpu_model").main()
+    predicted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(predicted) > 8
+    assert "\n".join(predicted) in (ROOT / "docs" / "gpu.md").read_text()
