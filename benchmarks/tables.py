@@ -89,8 +89,8 @@ def h200_large(modes: dict[str, Any]) -> str:
     (alone, little), (plain, much) = (found["forward", i] for i in ("lmhead_pass", "compile"))
     return "\n".join(
         (
-            f"On an H200 a step of the head in BF16, {' x '.join(f'{n:,}' for n in size)} (tokens x "
-            f"hidden x words), takes {ours} times the",
+            f"On an H200 a step of the head in BF16, {' x '.join(f'{n:,}' for n in size)} (tokens "
+            f"x hidden x words), takes {ours} times the",
             f"three products alone and {held / 1e9:.1f} GB, gradients included; `torch.compile` "
             f"without the pass takes {theirs} and {held_without / 1e9:.1f} GB.",
             f"The loss alone takes {alone} times its product and {little / 1e6:.0f} MB, instead of "
