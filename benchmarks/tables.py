@@ -101,6 +101,34 @@ def h200_large(modes: dict[str, Any]) -> str:
     )
 
 
+def h100(measured: dict[str, Any]) -> str:
+    """A sentence: cut-cross-entropy, by hidden size."""
+    ratios: dict[int, list[float]] = {}
+    for row in measured["rows"]:
+        if row["impl"] == "cce":
+            ratios.setdefault(row["hidden"], []).append(row["floor_ratio"])
+    narrow = min(ratios)
+    wide = [ratio for hidden, of in ratios.items() if hidden != narrow for ratio in of]
+    return (
+        f"On the H100 cut-cross-entropy takes {min(wide):.1f} to {max(wide):.1f} times the products, "
+        f"and {ratios[narrow][0]:.1f} with {narrow} hidden."
+    )
+
+
+def h200_spread(measured: dict[str, Any]) -> str:
+    """A sentence: errors of gradients where logits are far apart."""
+
+    def errors(name: str) -> str:
+        found = [1e3 * row["grad_error"] for row in measured["rows"] if row["impl"] == name]
+        return f"{min(found):.1f} to {max(found):.1f}e-3"
+
+    return (
+        f"Gradients of logits with a standard deviation of 3 have errors of {errors('lmhead_pass')} "
+        f"here and of {errors('compile')}\nunder `compile`, which rounds logits to BF16 "
+        "(`--spread 3`)."
+    )
+
+
 def h200_parts(measured: dict[str, Any]) -> str:
     parts = measured["4096x4096x128256"]
     per_second, logits = " TFLOP/s", " 10^9 logits/s"
@@ -166,7 +194,9 @@ LOSSES = {
 MODES = {"train": "", "forward": "loss alone, ", "frozen": "frozen weight, "}
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": cpu,
+    "h100-80gb-hbm3-2026-11-26": h100,
     "h200-2026-11-26": h200,
+    "h200-2026-11-26-spread-3": h200_spread,
     "h200-2026-11-26-modes": h200_large,
     "h200-2026-11-26-parts": h200_parts,
     "outside": outside,
