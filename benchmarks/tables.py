@@ -110,8 +110,8 @@ def h100(measured: dict[str, Any]) -> str:
     narrow = min(ratios)
     wide = [ratio for hidden, of in ratios.items() if hidden != narrow for ratio in of]
     return (
-        f"On the H100 cut-cross-entropy takes {min(wide):.1f} to {max(wide):.1f} times the products, "
-        f"and {ratios[narrow][0]:.1f} with {narrow} hidden."
+        f"On the H100 cut-cross-entropy takes {min(wide):.1f} to {max(wide):.1f} times the "
+        f"products, and {ratios[narrow][0]:.1f} with {narrow} hidden."
     )
 
 
@@ -123,8 +123,8 @@ def h200_spread(measured: dict[str, Any]) -> str:
         return f"{min(found):.1f} to {max(found):.1f}e-3"
 
     return (
-        f"Gradients of logits with a standard deviation of 3 have errors of {errors('lmhead_pass')} "
-        f"here and of {errors('compile')}\nunder `compile`, which rounds logits to BF16 "
+        "Gradients of logits with a standard deviation of 3 have errors of "
+        f"{errors('lmhead_pass')} here and of {errors('compile')}\nunder `compile`, which rounds logits to BF16 "
         "(`--spread 3`)."
     )
 
