@@ -124,8 +124,8 @@ def h200_spread(measured: dict[str, Any]) -> str:
 
     return (
         "Gradients of logits with a standard deviation of 3 have errors of "
-        f"{errors('lmhead_pass')} here and of {errors('compile')}\nunder `compile`, which rounds logits to BF16 "
-        "(`--spread 3`)."
+        f"{errors('lmhead_pass')} here and of {errors('compile')}\n"
+        "under `compile`, which rounds logits to BF16 (`--spread 3`)."
     )
 
 
