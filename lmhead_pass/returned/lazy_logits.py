@@ -23,7 +23,7 @@ from ..compat.compiling import is_compiling, is_inside_of_checkpoint, never_comp
 from . import reading
 from .by_form import run_by_form
 from .cells import Call, Cell
-from .history import Become, Consume, Derive, Gate, Head, Lose, Values
+from .history import Become, Consume, Derive, Gate, Head, Lose, Values, is_piece
 from .likes import likes_of
 from .metadata import METADATA
 from .readers import reader_of
@@ -249,6 +249,8 @@ def _keeps_less(func: Callable[..., Any], likes: Any, call: Call) -> bool:
 
 def _compute(call: Call, logits: Sequence[LazyLogits]) -> Any:
     """The result of ``call``, which has no vocabulary, by the op; NotImplemented if it cannot."""
+    if is_piece(call) and _is_recorded(logits) and _is_given_little(call):
+        call = _with_copies(call)  # of targets that may be changed when the backward needs them
     reader = reader_of(call)
     if reader is None:
         return NotImplemented
@@ -263,6 +265,22 @@ def _compute(call: Call, logits: Sequence[LazyLogits]) -> Any:
             tensor.requires_grad_(is_wanted)
     read = [_tensor_of(cell, logits) for cell in call.cells]
     return Consume.apply(lambda: reader.run(*given), call, tensors, *read)  # type: ignore[no-untyped-call]
+
+
+def _is_given_little(call: Call) -> bool:
+    """Whether the tensors that ``call`` was given are small beside the logits."""
+    most = call.cells[0].like.numel() / 16
+    return not any(isinstance(leaf, Tensor) and leaf.numel() > most for leaf in call.leaves)
+
+
+def _with_copies(call: Call) -> Call:
+    """``call`` with copies of the tensors that it was given."""
+    given = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
+    copies = {id(tensor): tensor.detach().clone() for tensor in given}
+    args, kwargs = compat.map_arguments(
+        call.args, call.kwargs, lambda leaf: copies.get(id(leaf), leaf)
+    )
+    return replace(call, args=args, kwargs=kwargs) if copies else call
 
 
 def _is_recorded(logits: Sequence[LazyLogits]) -> bool:
@@ -289,16 +307,9 @@ def _call(func: Any, args: Any, kwargs: Any, device: torch.device) -> Call:
 
 def _write_down(call: Call, logits: Sequence[LazyLogits], likes: Any) -> Any:
     """Lazy logits for what ``call`` makes of others; NotImplemented if it may not be kept."""
-    others = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
-    if any(tensor.numel() > logits[0]._cell.like.numel() / 16 for tensor in others):
+    if not _is_given_little(call):
         return NotImplemented
-    if others:
-        # Their values may be others when the logits are read.
-        copies = {id(tensor): tensor.detach().clone() for tensor in others}
-        args, kwargs = compat.map_arguments(
-            call.args, call.kwargs, lambda leaf: copies.get(id(leaf), leaf)
-        )
-        call = replace(call, args=args, kwargs=kwargs)
+    call = _with_copies(call)  # of what may be changed when the logits are read
     if call.function in PIECES:
         return type(likes)(
             _made(replace(call, item=item), logits, like) for item, like in enumerate(likes)

@@ -44,6 +44,29 @@ def test_hidden_states_and_values_go(loss):
         kept.backward()
 
 
+def cached(logits, y):
+    """Gradient caching: a loss of a leaf, whose gradient is then that of the logits."""
+    leaf = logits.detach().requires_grad_()
+    shifted(leaf, y).backward()
+    logits.backward(leaf.grad)
+
+
+def retained(logits, y):
+    logits.retain_grad()
+    shifted(logits, y).backward()
+
+
+@pytest.mark.parametrize("step", [cached, retained])
+def test_a_gradient_that_nobody_reads_keeps_nothing(step):
+    model, (x, y) = Model(), batch()
+    logits = rewrite(model)(x)
+    hidden = StorageWeakRef(logits._cell.source.hidden.untyped_storage())
+    step(logits, y)
+    del logits
+    gc.collect()
+    assert hidden.expired()
+
+
 def test_a_gradient_by_logits_after_the_backward_of_another_loss():
     model, (x, y) = Model(), batch()
     results = []

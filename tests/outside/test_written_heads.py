@@ -56,6 +56,19 @@ def test_a_weight_that_a_gradient_needs_may_not(loss):
             gradients(function, model, loss, x, y, lambda head: head.weight.mul_(2))
 
 
+def test_targets_of_a_piece_may_be_written_to():
+    """The backward computes its logits again, and eager PyTorch keeps a copy of these targets."""
+    model, (x, y) = Model(), batch()
+    results = []
+    for function in (model, rewrite(model)):
+        target = y.clone()
+        loss = F.cross_entropy(function(x)[:, :2].transpose(1, 2), target[:, :2])
+        target.zero_()
+        results.append(torch.autograd.grad(loss, list(model.parameters())))
+    for pair in zip(*results, strict=True):
+        torch.testing.assert_close(*pair)
+
+
 @pytest.mark.parametrize("loss", [shifted, log_probabilities], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("checks_on_device", [False, True])
 def test_a_write_that_nobody_counts_raises_at_the_loss(loss, checks_on_device, monkeypatch):
