@@ -25,7 +25,7 @@ _COMPILED_BLOCK = 1 << 18
 _WORTH_COMPILING = 1 << 22
 
 # Bits of the golden ratio: multiplied by them, numbers that follow each other come far apart.
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -71,8 +71,8 @@ def _of_block(bits: Tensor, rows: Tensor, columns: Tensor) -> list[Tensor]:
 def _weights(size: int, device: torch.device) -> Tensor:
     """``[size]`` odd numbers, so that every change of one element shows, each another one."""
     numbers = torch.arange(1, size + 1, device=device)
-    mixed = (numbers ^ numbers << 13) * GOLDEN
-    return (mixed ^ mixed >> 29) * GOLDEN | 1
+    mixed = (numbers ^ numbers << 13) * _GOLDEN
+    return (mixed ^ mixed >> 29) * _GOLDEN | 1
 
 
 _held_weights = functools.lru_cache(maxsize=16)(_weights)

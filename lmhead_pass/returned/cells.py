@@ -38,6 +38,11 @@ class Call:
         return list(dict.fromkeys(leaf for leaf in self.leaves if isinstance(leaf, Cell)))
 
     @cached_property
+    def tensors(self) -> list[Tensor]:
+        """Those that it was given beside unread logits."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    @cached_property
     def roots(self) -> "tuple[Cell, ...]":
         """The logits as models returned them of which the result is made; empty if not of these
         alone."""
@@ -60,6 +65,12 @@ class Call:
             if isinstance(recipe := root.source, Recipe)
         ]
 
+    @property
+    def is_given_little(self) -> bool:
+        """Whether its tensors are small beside the logits."""
+        most = self.cells[0].like.numel() / 16
+        return not any(tensor.numel() > most for tensor in self.tensors)
+
     def run(self, values: "Mapping[Cell, Tensor]") -> Any:
         """The result for ``values`` in place of the cells, in today's modes."""
         args, kwargs = compat.map_arguments(
@@ -70,9 +81,17 @@ class Call:
 
     def without_values(self) -> "Call":
         """The same for cells that hold nothing. Their gradients can be computed."""
-        bare = {id(cell): cell.bare() for cell in self.cells}
+        return self._given_instead({id(cell): cell.bare() for cell in self.cells})
+
+    def with_copies(self) -> "Call":
+        """The same with copies of its tensors, for when it is run later: they may change."""
+        return self._given_instead({id(t): t.detach().clone() for t in self.tensors})
+
+    def _given_instead(self, others: dict[int, Any]) -> "Call":
+        if not others:
+            return self
         args, kwargs = compat.map_arguments(
-            self.args, self.kwargs, lambda leaf: bare.get(id(leaf), leaf)
+            self.args, self.kwargs, lambda leaf: others.get(id(leaf), leaf)
         )
         return replace(self, args=args, kwargs=kwargs)
 

@@ -22,8 +22,7 @@ Tensors = Mapping[Cell, tuple[Tensor, ...]]
 
 def versions(call: Call, tensors: Tensors) -> list[int]:
     """How often what ``call`` was given, and is computed from, has been written to."""
-    given = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
-    return [compat.version_of(one) for part in (*tensors.values(), given) for one in part]
+    return [compat.version_of(one) for part in (*tensors.values(), call.tensors) for one in part]
 
 
 class OfRows(Sources):

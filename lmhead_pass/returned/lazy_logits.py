@@ -217,7 +217,7 @@ def _without_reading(
         or (torch.is_grad_enabled() and len(call.ways_back) > 1)
         # Views of values that are there are no less views of the same tensor.
         or (func not in VIEWS | PIECES and any(cell.value is not None for cell in cells))
-        or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in call.leaves)
+        or any(tensor.requires_grad for tensor in call.tensors)
         or torch.is_inference_mode_enabled()
         or compat.is_inside_of_modes()
     ):
@@ -249,8 +249,8 @@ def _keeps_less(func: Callable[..., Any], likes: Any, call: Call) -> bool:
 
 def _compute(call: Call, logits: Sequence[LazyLogits]) -> Any:
     """The result of ``call``, which has no vocabulary, by the op; NotImplemented if it cannot."""
-    if is_piece(call) and _is_recorded(logits) and _is_given_little(call):
-        call = _with_copies(call)  # of targets that may be changed when the backward needs them
+    if is_piece(call) and _is_recorded(logits) and call.is_given_little:
+        call = call.with_copies()  # The backward runs it again.
     reader = reader_of(call)
     if reader is None:
         return NotImplemented
@@ -265,22 +265,6 @@ def _compute(call: Call, logits: Sequence[LazyLogits]) -> Any:
             tensor.requires_grad_(is_wanted)
     read = [_tensor_of(cell, logits) for cell in call.cells]
     return Consume.apply(lambda: reader.run(*given), call, tensors, *read)  # type: ignore[no-untyped-call]
-
-
-def _is_given_little(call: Call) -> bool:
-    """Whether the tensors that ``call`` was given are small beside the logits."""
-    most = call.cells[0].like.numel() / 16
-    return not any(isinstance(leaf, Tensor) and leaf.numel() > most for leaf in call.leaves)
-
-
-def _with_copies(call: Call) -> Call:
-    """``call`` with copies of the tensors that it was given."""
-    given = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
-    copies = {id(tensor): tensor.detach().clone() for tensor in given}
-    args, kwargs = compat.map_arguments(
-        call.args, call.kwargs, lambda leaf: copies.get(id(leaf), leaf)
-    )
-    return replace(call, args=args, kwargs=kwargs) if copies else call
 
 
 def _is_recorded(logits: Sequence[LazyLogits]) -> bool:
@@ -307,9 +291,9 @@ def _call(func: Any, args: Any, kwargs: Any, device: torch.device) -> Call:
 
 def _write_down(call: Call, logits: Sequence[LazyLogits], likes: Any) -> Any:
     """Lazy logits for what ``call`` makes of others; NotImplemented if it may not be kept."""
-    if not _is_given_little(call):
+    if not call.is_given_little:
         return NotImplemented
-    call = _with_copies(call)  # of what may be changed when the logits are read
+    call = call.with_copies()
     if call.function in PIECES:
         return type(likes)(
             _made(replace(call, item=item), logits, like) for item, like in enumerate(likes)
