@@ -7,6 +7,7 @@ exit codes. See ``process.Interpreter``.
 """
 
 import atexit
+import faulthandler
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-SECONDS = 600
+SECONDS = 300
 
 
 def main() -> None:
@@ -37,13 +38,14 @@ def _start(program: dict[str, Any]) -> int:
 
 def _run(script: str, arguments: list[str], environment: dict[str, str], output: str) -> NoReturn:
     """Be the child: as if the interpreter had been started with ``script``."""
-    signal.alarm(SECONDS)  # which ends it
     for number, path, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, f"{output}.stdout", os.O_WRONLY | os.O_CREAT),
         (2, f"{output}.stderr", os.O_WRONLY | os.O_CREAT),
     ):
         os.dup2(os.open(path, flags), number)
+    faulthandler.dump_traceback_later(SECONDS)  # where it hangs, to stderr
+    signal.alarm(SECONDS + 10)  # which ends it
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
