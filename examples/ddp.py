@@ -26,7 +26,12 @@ def main() -> None:
     if rank == 0:
         logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("lmhead_pass").setLevel(logging.INFO)
+    train(rank, ranks)
+    # Not while the model is there, which holds the group: Gloo's threads may then never end.
+    dist.destroy_process_group()
 
+
+def train(rank: int, ranks: int) -> None:
     torch.manual_seed(0)
     parallel = DistributedDataParallel(GPT(VOCAB, CONTEXT, dim=64, depth=1))
     model = torch.compile(parallel)
@@ -48,7 +53,6 @@ def main() -> None:
         dist.all_reduce(total)  # one number: the sum of the ranks' mean losses
         if rank == 0:
             print(f"step {step}: loss {total.item() / ranks:.3f}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

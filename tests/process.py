@@ -3,12 +3,10 @@
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,21 +28,7 @@ class Interpreter:
     def run(
         self, *programs: Sequence[str], environment: dict[str, str]
     ) -> list[subprocess.CompletedProcess]:
-        """Run programs at the same time: each is a script and its arguments.
-
-        Those of which one hangs are run a second time, with a warning that says where it hung: once
-        in some hundred runs a rank with Gloo does not end when its work is done.
-        """
-        done = self._run(programs, environment)
-        hung = [process for process in done if process.returncode == -signal.SIGALRM]
-        if not hung:
-            return done
-        warnings.warn(f"run again: {hung[0].args} hung\n{hung[0].stderr}", stacklevel=2)
-        return self._run(programs, environment)
-
-    def _run(
-        self, programs: Sequence[Sequence[str]], environment: dict[str, str]
-    ) -> list[subprocess.CompletedProcess]:
+        """Run programs at the same time: each is a script and its arguments."""
         with tempfile.TemporaryDirectory() as folder:
             outputs = [str(Path(folder, str(number))) for number in range(len(programs))]
             job = [
