@@ -22,6 +22,7 @@ _SKIP = "torch._dynamo.exc.SkipFrame"
 _NOT_LEFT = "a compiled function that is given returned logits computes them"
 _EACH_REGION_APART = "a loss in a checkpointed region is not joined with the others"
 _HELD_TWICE = "a gradient that is multiplied by that of its loss is held twice for a moment"
+_HOOKED = "a loss of returned logits that a checkpointed region takes first is seen by its hooks"
 # Where what torch.compile returns has what it was given: a module, a function.
 _UNCOMPILED = ("_orig_mod", "_torchdynamo_orig_callable")
 
@@ -56,6 +57,24 @@ def are_saved_tensors_hooked() -> bool:
     """Whether hooks see what autograd saves (``torch.autograd.graph.saved_tensors_hooks``)."""
     hooks = find("torch._C._autograd._top_saved_tensors_default_hooks", _HELD_TWICE)
     return hooks is None or hooks(False) is not None
+
+
+@contextlib.contextmanager
+def without_saved_tensors_hooks() -> Iterator[None]:
+    """A block in which no hooks see what autograd saves, and ``torch.func`` computes gradients."""
+    top, push, pop = (
+        find(f"torch._C._autograd._{name}_saved_tensors_default_hooks", _HOOKED)
+        for name in ("top", "push", "pop")
+    )
+    hooks: list[Any] = []
+    while top and push and pop and (found := top(True)) is not None:
+        hooks.append(found)
+        pop()
+    try:
+        yield
+    finally:
+        for pair in reversed(hooks):
+            push(*pair)
 
 
 def is_inside_of_checkpoint() -> bool:

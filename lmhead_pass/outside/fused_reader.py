@@ -7,18 +7,18 @@ and little else.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from .. import config
 from ..compat import lazy_tensors as compat
-from ..compat.compiling import forgotten_by_reset
+from ..compat.compiling import forgotten_by_reset, without_saved_tensors_hooks
+from ..compat.graphs import EXAMPLE_VALUE, namespace_of
 from ..compat.settings import settings_of
 from ..returned import Call, Cell, Recipe, likes_of, user_stack
 from ..rewrite import MemoryBudgetTooSmall, rewrite_graph
@@ -27,50 +27,65 @@ from .recording import Recorder
 log = logging.getLogger("lmhead_pass")
 
 
+@dataclass(frozen=True, eq=False)
+class _Rewritten:
+    """A rewritten graph."""
+
+    run: Callable[..., Sequence[Tensor]]
+    """Takes the tensors of all recipes, and the others that the calls were given."""
+    like: Tensor
+    """Has the size and dtype of the first result, and is on the meta device."""
+
+
 @dataclass(frozen=True)
 class Reader:
-    """What computes a call on lazy logits without them."""
+    """What computes calls on lazy logits without these."""
 
-    run: Callable[..., Tensor]
-    """Takes the tensors of all recipes, and the others that the call was given."""
+    run: Callable[..., Sequence[Tensor]]
+    """Takes the tensors of all recipes, and returns the result of each call."""
     like: Tensor
-    """Has the size and dtype of the result, and is on the meta device."""
+    """Has the size and dtype of the first result, and is on the meta device."""
+    way: object
+    """The same for the same way of use, and no other."""
+    is_given_tensors: bool
+    """Whether the calls were given tensors beside the logits."""
 
 
 _MOST = 64
-_readers: OrderedDict[Any, Reader | None] = OrderedDict()
+_readers: OrderedDict[Any, _Rewritten | None] = OrderedDict()
 """The ways of use so far, the latest last. Old ones are let go: sizes and numbers may change. All
 go where Dynamo forgets what it has compiled."""
 
 
-def reader_of(call: Call) -> Reader | None:
-    """What computes ``call`` from the tensors of its recipes; None if the op cannot.
+def reader_of(*calls: Call) -> Reader | None:
+    """What computes ``calls`` from the tensors of their recipes; None if the op cannot.
 
-    Those of which a gradient is wanted may be leaves.
+    Those of which a gradient is wanted may be leaves. Several calls are of the same logits, which
+    are taken once; a gradient goes back from the first alone.
     """
     if reader_of not in (known := forgotten_by_reset()):
         known[reader_of] = []
         _readers.clear()
-    way = _Way(call)
-    key = (way.describe(call), *_world(call))
+    way = _Way(calls[0].roots)
+    key = (*map(way.describe, calls), *_world(calls[0]))
     if key not in _readers:
-        _readers[key] = _rewritten(call, way.others)
+        _readers[key] = _rewritten(calls, way.others)
         if len(_readers) > _MOST:
             _readers.popitem(last=False)
     _readers.move_to_end(key)
-    reader = _readers[key]
-    if reader is None:
+    rewritten = _readers[key]
+    if rewritten is None:
         return None
-    run, others = reader.run, way.others
-    return Reader(lambda *tensors: run(*tensors, *others), reader.like)
+    run, others = rewritten.run, way.others
+    return Reader(lambda *given: run(*given, *others), rewritten.like, rewritten, bool(others))
 
 
 class _Way:
     """A way of use: what was called on the logits, and the other tensors that it was given."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, roots: Sequence[Cell]) -> None:
         self.others: list[Tensor] = []
-        self._roots = call.roots
+        self._roots = roots
         self._numbers: dict[Cell, int] = {}
 
     def describe(self, call: Call) -> Any:
@@ -116,7 +131,8 @@ def _world(call: Call) -> tuple[Any, ...]:
     return (*recipes, torch.is_grad_enabled(), repr(sorted(settings_of(config).items())))
 
 
-def _rewritten(call: Call, others: list[Tensor]) -> Reader | None:
+def _rewritten(calls: Sequence[Call], others: list[Tensor]) -> _Rewritten | None:
+    call = calls[0]
     device = call.recipes[0][0].hidden.device
     like = likes_of(call.function, call.args, call.kwargs, device)
     if not isinstance(like, Tensor):
@@ -124,7 +140,7 @@ def _rewritten(call: Call, others: list[Tensor]) -> Reader | None:
     mode = compat.new_fake_mode()
     try:
         # Hooks around it count what is saved (a checkpoint's), and this is done once.
-        with compat.outside_of_modes(), saved_tensors_hooks(_as_it_is, _as_it_is):
+        with compat.outside_of_modes(), without_saved_tensors_hooks():
             heads = [
                 [
                     mode.from_tensor(t.detach()).requires_grad_(is_wanted)
@@ -133,8 +149,10 @@ def _rewritten(call: Call, others: list[Tensor]) -> Reader | None:
                 for recipe, wanted in call.recipes
             ]
             fakes = [mode.from_tensor(tensor.detach()) for tensor in others]
-            module = _record(call, dict(zip(call.roots, heads, strict=True)), fakes, mode)
+            module = _record(calls, dict(zip(call.roots, heads, strict=True)), fakes, mode)
             if not rewrite_graph(module.graph, of_loss_alone=False):
+                return None
+            if len(calls) > 1 and not _takes_logits_once(module.graph, call.roots[0]):
                 return None
     except MemoryBudgetTooSmall:
         raise
@@ -146,18 +164,21 @@ def _rewritten(call: Call, others: list[Tensor]) -> Reader | None:
         )
         return None
     module.recompile()
-    run = module.forward
-    return Reader(lambda *tensors: run(*tensors)[0], like)
+    return _Rewritten(module.forward, like)
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+def _takes_logits_once(graph: Graph, logits: Cell) -> bool:
+    """Whether ``graph`` takes them in chunks, and for all results at the same time."""
+    values = [node.meta.get(EXAMPLE_VALUE) for node in graph.nodes]
+    sizes = [value.numel() for value in values if isinstance(value, Tensor)]
+    calls = [node for node in graph.nodes if namespace_of(node.target) == "lmhead_pass"]
+    return max(sizes) < logits.like.numel() and len(calls) == 1
 
 
 def _record(
-    call: Call, heads: dict[Cell, list[Tensor]], fakes: list[Tensor], mode: Any
+    calls: Sequence[Call], heads: dict[Cell, list[Tensor]], fakes: list[Tensor], mode: Any
 ) -> GraphModule:
-    """The graph of ``call``, from the tensors of the roots' recipes and the other ones."""
+    """The graph of ``calls``, from the tensors of the roots' recipes and the other ones."""
     recorder = Recorder(user_stack())
     for number, fake in enumerate([fake for head in (*heads.values(), fakes) for fake in head]):
         recorder.input(f"input_{number}", fake)
@@ -184,5 +205,6 @@ def _record(
         for root, head in heads.items():
             assert isinstance(root.source, Recipe)
             known[root] = root.source.apply(*head)
-        result = run(call)
-    return recorder.module(result)
+        first, *more = map(run, calls)
+        results = [first, *(result.detach() for result in more)]
+    return recorder.module(results)

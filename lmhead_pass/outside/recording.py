@@ -29,9 +29,9 @@ class Recorder(TorchFunctionMode):
         self._know(value, self.graph.placeholder(name))
         return value
 
-    def module(self, result: Tensor) -> GraphModule:
-        """The graph so far, which returns ``result``."""
-        self.graph.output((self._nodes[id(result)],))
+    def module(self, results: Sequence[Tensor]) -> GraphModule:
+        """The graph so far, which returns ``results``."""
+        self.graph.output(tuple(self._nodes[id(result)] for result in results))
         return GraphModule({}, self.graph)
 
     def __torch_function__(

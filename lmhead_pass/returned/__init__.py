@@ -6,8 +6,8 @@ stands for a ``Cell`` (``cells``), a value that is computed when it is read. ``h
 autograd sees of it, ``lazy_gradient`` what comes back, and ``joint_gradients`` what that comes to
 where several results were taken. ``steps`` says which functions are written down, ``likes`` what
 they return, without values, and ``metadata`` and ``by_form`` what reads no values; ``readers`` asks
-for what computes a result, ``rows_alone`` reads a few rows; ``reading`` looks after late readings,
-and tells of all.
+for what computes a result, ``results`` has that done, and ``foresight`` with it what is asked for
+next; ``rows_alone`` reads a few rows; ``reading`` looks after late readings, and tells of all.
 Importing this registers the ops.
 """
 

@@ -95,6 +95,15 @@ class Call:
         )
         return replace(self, args=args, kwargs=kwargs)
 
+    def of_others(self, others: "dict[Cell, Cell]") -> "Call":
+        """The same with ``others`` in place of the cells that it was made of."""
+        for cell in self.cells:
+            if cell not in others:
+                assert isinstance(cell.source, Call)
+                call = cell.source.of_others(others)
+                others[cell] = Cell(call, cell.like, cell.device, is_detached=cell.is_detached)
+        return self._given_instead({id(cell): others[cell] for cell in self.cells})
+
     def gradients(self, gradient: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
         """Of each cell the gradient, from that of the result; None where it is not wanted."""
         with torch.enable_grad(), compat.autocast_as(self.autocast):
@@ -148,6 +157,12 @@ class Cell:
         backward, and would save other tensors if it found values."""
         self.is_differentiated = False
         """Whether the gradient of a call that was given this needs the value it had then."""
+        self.first_way: object = None
+        """How the first result that has no vocabulary was taken of these logits (``foresight``)."""
+        self.has_gradients = False
+        """Whether its gradients were computed with it."""
+        self.foreseen: dict[object, Tensor] = {}
+        """Results that were computed with the first, and that nobody has asked for yet."""
         self._original: Tensor | None = None
         self._version = 0
         self.numbers_alone = 0

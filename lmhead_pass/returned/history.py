@@ -214,12 +214,20 @@ class Consume(torch.autograd.Function):
         compute: Callable[..., Tensor],
         call: Call,
         tensors: Tensors,
+        value: Tensor | None,
         *logits: Tensor,
     ) -> Tensor:
-        """``compute`` reads ``tensors``. Those of which a gradient is wanted are leaves."""
+        """``compute`` reads ``tensors``. Those of which a gradient is wanted are leaves.
+
+        ``value`` is the result if it is known, without what its gradient needs.
+        """
         ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
         ctx.tensors, ctx.compute = tensors, compute
         ctx.versions = versions(call, tensors)
+        ctx.is_of_none = value is not None and value.dim() > 0
+        if value is not None:
+            ctx.result = None
+            return value.detach()
         if is_piece(call):
             # Gradients that are computed now would wait for the backward, one for each piece.
             with torch.no_grad():
@@ -233,13 +241,13 @@ class Consume(torch.autograd.Function):
     @staticmethod
     @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        needed, call, logits = ctx.needs_input_grad[3:], ctx.call, ctx.logits
+        needed, call, logits = ctx.needs_input_grad[4:], ctx.call, ctx.logits
         if call is None:
             raise _second_time()
         if torch.is_grad_enabled():
-            return None, None, None, *_differentiable(call, logits, gradient, needed)
+            return None, None, None, None, *_differentiable(call, logits, gradient, needed)
         if is_batched(gradient):
-            return None, None, None, *call.gradients(gradient, needed)
+            return None, None, None, None, *call.gradients(gradient, needed)
         # What has been computed has saved what it still needs.
         if ctx.result is None and ctx.versions != versions(call, ctx.tensors):
             raise RuntimeError(
@@ -264,10 +272,10 @@ class Consume(torch.autograd.Function):
         if not keep:
             ctx.compute = ctx.result = ctx.call = ctx.logits = ctx.tensors = None
         of = Sources(sources)
-        if result is not None and result.dim() > 0:
-            of = OfRows(sources, call, tensors, ctx.versions, gradient)
+        if ctx.is_of_none or (result is not None and result.dim() > 0):
+            of = OfRows(sources, call, tensors, ctx.versions, gradient, ctx.is_of_none)
         terms = [Term(lambda: gradient, of)]
-        return None, None, None, *_lazily(call, ctx.likes, needed, terms)
+        return None, None, None, None, *_lazily(call, ctx.likes, needed, terms)
 
 
 def _differentiable(

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..compat import lazy_tensors as compat
 from ..compat.compiling import is_compiling, is_inside_of_checkpoint, never_compiled
-from . import reading
+from . import reading, results
 from .by_form import run_by_form
 from .cells import Call, Cell
-from .history import Become, Consume, Derive, Gate, Head, Lose, Values, is_piece
+from .history import Become, Derive, Gate, Head, Lose, Values
 from .likes import likes_of
 from .metadata import METADATA
 from .readers import reader_of
@@ -236,7 +236,8 @@ def _without_reading(
             return _write_down(call, logits, likes)
     if func not in COMPUTED or any(cell.value is not None for cell in cells):
         return NotImplemented
-    return _compute(call, logits)
+    read = [_tensor_of(cell, logits) for cell in call.cells]
+    return results.compute(call, read, _is_recorded(logits))
 
 
 def _keeps_less(func: Callable[..., Any], likes: Any, call: Call) -> bool:
@@ -245,26 +246,6 @@ def _keeps_less(func: Callable[..., Any], likes: Any, call: Call) -> bool:
     if func in VIEWS | PIECES:
         return False
     return bool(likes.nbytes < sum(recipe.hidden.nbytes for recipe, _ in call.recipes))
-
-
-def _compute(call: Call, logits: Sequence[LazyLogits]) -> Any:
-    """The result of ``call``, which has no vocabulary, by the op; NotImplemented if it cannot."""
-    if is_piece(call) and _is_recorded(logits) and call.is_given_little:
-        call = call.with_copies()  # The backward runs it again.
-    reader = reader_of(call)
-    if reader is None:
-        return NotImplemented
-    tensors = _tensors_of(call)
-    given = [tensor for part in tensors.values() for tensor in part]
-    if not _is_recorded(logits) or not reader.like.is_floating_point():
-        with torch.no_grad():
-            return reader.run(*given).detach()
-    # A gradient ends at logits that are detached from what they are made of.
-    for part, (_, wanted) in zip(tensors.values(), call.recipes, strict=True):
-        for tensor, is_wanted in zip(part, wanted, strict=True):
-            tensor.requires_grad_(is_wanted)
-    read = [_tensor_of(cell, logits) for cell in call.cells]
-    return Consume.apply(lambda: reader.run(*given), call, tensors, *read)  # type: ignore[no-untyped-call]
 
 
 def _is_recorded(logits: Sequence[LazyLogits]) -> bool:
@@ -334,22 +315,11 @@ def _on_rows_alone(
         reader = reader_of(call)
         if reader is not None:
             with torch.no_grad():
-                tensors = _tensors_of(call).values()
-                cell.alone = reader.run(*(tensor for part in tensors for tensor in part))
+                tensors = results.tensors_of(call).values()
+                (cell.alone,) = reader.run(*(tensor for part in tensors for tensor in part))
     if cell.alone is None:
         return NotImplemented
     return run_apart(func, given, named, {id(cell): cell.alone})
-
-
-def _tensors_of(call: Call) -> dict[Cell, tuple[Tensor, ...]]:
-    """What each of the roots of ``call`` is computed from, detached; RuntimeError if that has
-    changed."""
-    tensors = {}
-    for root, (recipe, _) in zip(call.roots, call.recipes, strict=True):
-        # A loss in a training loop: no step is to wait for the device.
-        recipe.check_unchanged(at_once=root.is_late)
-        tensors[root] = tuple(tensor.detach() for tensor in recipe.tensors)
-    return tensors
 
 
 def _on_values_alone(

@@ -471,6 +471,11 @@ def hooks_of_saved_tensors():
     with torch.autograd.graph.save_on_cpu():
         assert compiling.are_saved_tensors_hooked()
         assert not compiling.is_inside_of_checkpoint()
+        with torch.autograd.graph.save_on_cpu(), compiling.without_saved_tensors_hooks():
+            assert not compiling.are_saved_tensors_hooked()
+            torch.func.grad(torch.sin)(torch.ones(()))  # refuses hooks
+        assert compiling.are_saved_tensors_hooked()
+    assert not compiling.are_saved_tensors_hooked()
 
     def region(x):
         seen.append(compiling.is_inside_of_checkpoint())
@@ -691,6 +696,8 @@ CANARIES = {
     "torch._C._autograd._get_current_graph_task_keep_graph": kept_graphs,
     "torch._C._functorch.is_legacy_batchedtensor": batched_gradients,
     "torch._C._autograd._top_saved_tensors_default_hooks": hooks_of_saved_tensors,
+    "torch._C._autograd._push_saved_tensors_default_hooks": hooks_of_saved_tensors,
+    "torch._C._autograd._pop_saved_tensors_default_hooks": hooks_of_saved_tensors,
     "torch._C._functorch.peek_interpreter_stack": modes,
     "torch._C._len_torch_dispatch_stack": modes,
     "torch._C._nn._parse_to": reads_of_to,
