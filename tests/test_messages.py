@@ -81,6 +81,8 @@ TABLE = [
      "returned/test_gradients.py::test_a_write_to_logits_of_which_a_piece_is_held"),
     ("returned/lazy_logits", "{} Variable that requires grad", "eager's",
      "returned/test_sequences.py::test_values_views_and_gradients"),
+    ("returned/lazy_logits", "lmhead_pass: logits that a compiled model", "or set {}",
+     "outside/test_writes.py::test_another_form_in_place"),
     ("returned/recipe", "lmhead_pass: these logits were returned without", "or set {}",
      "returned/test_changes.py::test_reading_after_a_change_raises"),
     ("rewrite/report", "lmhead_pass failed on a graph, which", "lmhead_pass.config.strict",

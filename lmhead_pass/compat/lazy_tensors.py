@@ -26,7 +26,7 @@ is_fake = find("torch._subclasses.fake_tensor.is_fake", NO_LAZY_LOGITS)
 """Whether a tensor, or what it wraps, is a fake one."""
 
 _map = find("torch.fx.node.map_aggregate", NO_LAZY_LOGITS)
-_swap = find("torch.utils.swap_tensors", NO_LAZY_LOGITS)
+_swap = find("torch._C._swap_tensor_impl", NO_LAZY_LOGITS)
 find("torch.Tensor._version", NO_LAZY_LOGITS)
 _parse_to = find("torch._C._nn._parse_to", "to() computes logits that are not read yet")
 new_fake_mode = find("torch._subclasses.fake_tensor.FakeTensorMode", NO_LAZY_LOGITS)
@@ -122,8 +122,12 @@ def memory_of(tensor: Tensor) -> int:
 
 
 def give_history(tensor: Tensor, other: Tensor) -> None:
-    """Let ``tensor``, wherever it is held, be what ``other`` is, and the other way round."""
+    """Let ``tensor``, wherever it is held, be what ``other`` is, and the other way round.
+
+    As ``torch.utils.swap_tensors``, also where somebody has a weak reference to one.
+    """
     _swap(tensor, other)
+    tensor.__dict__, other.__dict__ = other.__dict__, tensor.__dict__
 
 
 def holds_tensors(value: Any) -> bool:

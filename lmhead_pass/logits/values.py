@@ -147,7 +147,11 @@ def _sub(logits: Logits, node: Node) -> Logits:
 
 
 def _addition(other: Any, sign: int) -> ValueStep:
-    return AddNumber(sign * number_of(other)) if is_number(other) else AddTensor(other, sign)
+    if not is_number(other):
+        return AddTensor(other, sign)
+    if not math.isfinite(number := number_of(other)):
+        raise Refused(f"adds {number} to the logits, which is not understood")
+    return AddNumber(sign * number)
 
 
 def _tanh(logits: Logits, node: Node) -> Logits:

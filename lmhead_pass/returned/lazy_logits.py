@@ -27,11 +27,12 @@ from .history import Become, Derive, Gate, Head, Lose, Values
 from .likes import likes_of
 from .metadata import METADATA
 from .readers import reader_of
-from .recipe import Recipe
+from .recipe import SETTING, Recipe
 from .rows_alone import run_apart, run_on_rows_alone
 from .steps import (
     COMPUTED,
     DETACHING,
+    NEW_SHAPES,
     PIECES,
     VIEWS,
     WRITTEN_DOWN,
@@ -48,6 +49,9 @@ class LazyLogits(Tensor):
     _untouched: tuple[Recipe, Recipe] | None
     """Of logits that were just returned, also without a history: theirs is put in at the first
     touch. When they are made, the hidden states do not have theirs yet."""
+    _plain: tuple[Tensor, Any] | None
+    """The values as a plain tensor with a history, once somebody has had them, and its grad_fn
+    then: another one if it was written to, by whatever name."""
 
     @staticmethod
     def __new__(cls, cell: Cell) -> "LazyLogits":
@@ -63,7 +67,7 @@ class LazyLogits(Tensor):
         # It has no memory: code that takes its address is to fail.
         compat.forbid_address(self)
         self._cell = cell
-        self._untouched = None
+        self._untouched = self._plain = None
         cell.owner = weakref.ref(self)
         return self
 
@@ -88,9 +92,12 @@ class LazyLogits(Tensor):
     @never_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not args and "input" in kwargs and "condition" not in kwargs:
+            args, kwargs = (kwargs["input"],), {n: v for n, v in kwargs.items() if n != "input"}
         logits = _lazy_in((args, kwargs))
         for tensor in logits:
             _touch(tensor)
+            _follow_writes(tensor)
         if is_compiling():
             # torch.compile looks at an input: it gets the values from __tensor_flatten__.
             if func is Tensor.__repr__:
@@ -100,7 +107,11 @@ class LazyLogits(Tensor):
         if func in METADATA or func in _OF_AUTOGRAD:
             with compat.without_torch_function():
                 return func(*args, **kwargs)
-        if is_in_place(func) or kwargs.get("out") is not None:
+        if func in NEW_SHAPES:
+            return _reshape(func, args, kwargs)
+        if func == _SET_DATA and isinstance(args[0], cls):
+            return _set_data(*args)
+        if is_in_place(func, kwargs) or kwargs.get("out") is not None:
             return _write(func, args, kwargs)
         if func is Tensor.__deepcopy__:
             return _deep_copy(*args, **kwargs)
@@ -146,8 +157,10 @@ class LazyLogits(Tensor):
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: None, outer_size: Any, outer_stride: Any
     ) -> "LazyLogits":
-        value = inner["_value"]
-        return LazyLogits(Cell(None, value, value.device, value))
+        value = like = inner["_value"]
+        if value.stride() != outer_stride:  # Of a view, where torch.compile has copied its values.
+            like = torch.empty_strided(outer_size, outer_stride, dtype=value.dtype, device="meta")
+        return LazyLogits(Cell(None, like, value.device, value))
 
 
 # What a call that is written down may be given, beside lists, tuples and dictionaries of these.
@@ -155,6 +168,8 @@ _UNCHANGING = (
     *(Cell, Tensor, Number, str, slice, type(None), type(...)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 # They get lazy logits as they are, and autograd finds their history.
 _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
@@ -266,8 +281,15 @@ def _with_cells(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
 
 def _call(func: Any, args: Any, kwargs: Any, device: torch.device) -> Call:
     args, kwargs = _with_cells(args, kwargs)
+    args, kwargs = compat.map_arguments(args, kwargs, _plain_number)
     autocast, needs_no_values = compat.autocast_state(device.type), is_linear(func, args, kwargs)
     return Call(func, args, kwargs, autocast=autocast, needs_no_values=needs_no_values)
+
+
+def _plain_number(leaf: Any) -> Any:
+    """NumPy's numbers as Python's: a graph's code does not know the others."""
+    is_of_numpy = isinstance(leaf, Number) and type(leaf).__module__ == "numpy"
+    return leaf.item() if is_of_numpy else leaf
 
 
 def _write_down(call: Call, logits: Sequence[LazyLogits], likes: Any) -> Any:
@@ -373,7 +395,68 @@ def _read(func: Callable[..., Any], cell: Cell) -> None:
 
 def _values(logits: LazyLogits) -> Tensor:
     """The values, with their gradient where it is recorded."""
-    return _with_history(logits, logits._cell.read())
+    value = logits._cell.read()
+    if logits._plain is not None and torch.is_grad_enabled() and not is_compiling():
+        return logits._plain[0]
+    made = _with_history(logits, value)
+    if made is not value and not is_compiling():
+        logits._plain = made, made.grad_fn
+    return made
+
+
+def _follow_writes(logits: LazyLogits) -> None:
+    """Give ``logits`` and their views the history of what is in them, if their values were written
+    to by a name that is not followed (``ravel``, ``torch._foreach_mul_``)."""
+    if logits._plain is None or logits._plain[0].grad_fn is logits._plain[1]:
+        return
+    with compat.without_torch_function(), torch.enable_grad():
+        _become(_views_of(logits._cell), logits)
+
+
+def _become(pairs: Sequence[tuple[LazyLogits, Tensor]], written: LazyLogits) -> None:
+    """Give each lazy tensor the history of the plain one beside it."""
+    for logits, value in pairs:
+        logits._plain = None
+        if value.requires_grad:
+            try:
+                Become.apply(logits, value)  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                if logits is written:
+                    raise
+                Lose.apply(logits, str(error))  # type: ignore[no-untyped-call]
+
+
+def _set_data(logits: LazyLogits, data: Tensor) -> None:
+    """Other values for ``logits``, with the history that they had."""
+    like = logits._cell.like
+    if (data.shape, data.dtype) != (like.shape, like.dtype):
+        raise _no_other_form()
+    _read(_SET_DATA, logits._cell)
+    logits._cell.keep_original()
+    logits._cell.value, logits._plain = data.detach(), None
+
+
+def _no_other_form() -> RuntimeError:
+    return RuntimeError(
+        "lmhead_pass: logits that a compiled model returned cannot be given another size or dtype "
+        f"in place. Change a clone of them, or set {SETTING}."
+    )
+
+
+def _reshape(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Let the first argument be what ``func`` makes of it."""
+    view_of = NEW_SHAPES[func]
+    if view_of is None:
+        raise _no_other_form()
+    logits, *others = args
+    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+        return _on_values(func, args, kwargs)  # autograd refuses it
+    view = view_of(logits, *others, **kwargs)
+    view._cell.owner = logits._cell.owner = lambda: None
+    with compat.without_torch_function():
+        compat.give_history(logits, view)
+    logits._cell.owner = weakref.ref(logits)
+    return logits
 
 
 def _with_history(logits: LazyLogits, value: Tensor) -> Tensor:
@@ -390,8 +473,13 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
     All that shares its memory gets the history of what is in it afterwards.
     """
-    written = kwargs["out"] if kwargs.get("out") is not None else args[0]
+    written = (
+        kwargs["out"] if kwargs.get("out") is not None else next(iter((*args, *kwargs.values())))
+    )
     if not isinstance(written, LazyLogits):
+        for logits in _lazy_in(written):  # a list (torch._foreach_mul_): _follow_writes
+            _read(func, logits._cell)
+            logits._cell.keep_original()
         return _on_values(func, args, kwargs)
     _read(func, written._cell)
     written._cell.keep_original()
@@ -412,14 +500,7 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     result_args = compat.tree_map(lambda leaf: owned.get(id(leaf), leaf), (args, kwargs))
     result = _on_values(func, *result_args)
     with compat.without_torch_function():
-        for logits, value in values:
-            if value.requires_grad:
-                try:
-                    Become.apply(logits, value)  # type: ignore[no-untyped-call]
-                except RuntimeError as error:
-                    if logits is written:
-                        raise
-                    Lose.apply(logits, str(error))  # type: ignore[no-untyped-call]
+        _become(values, written)
     owners = {id(value): logits for logits, value in values}
     return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 

@@ -58,7 +58,8 @@ def _keep_what_a_step_changes(optimizer: Any) -> None:
     cells = [cell for cell in _unread if cell.value is None]
     if not cells:
         return
-    changed = {memory_of(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    changed = {memory_of(p) for p in parameters if p.grad is not None}
     copies: dict[int, Tensor] = {}
 
     def kept(tensor: Tensor) -> Tensor:

@@ -96,8 +96,19 @@ def is_linear(func: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> boo
     return func in _LINEAR
 
 
-def is_in_place(func: Callable[..., Any]) -> bool:
+NEW_SHAPES: dict[Any, Callable[..., Any] | None] = {
+    getattr(Tensor, f"{name}_"): getattr(Tensor, name)
+    for name in ("squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t")
+}
+"""These write a form alone, and no values: each with the function that returns such a view."""
+NEW_SHAPES |= dict.fromkeys((Tensor.resize_, Tensor.resize_as_, Tensor.set_, Tensor.as_strided_))
+
+
+def is_in_place(func: Callable[..., Any], kwargs: Any) -> bool:
     """Whether ``func`` writes to its first argument."""
+    schema = getattr(func, "_schema", None)
+    if kwargs.get("inplace") or (schema is not None and schema.is_mutable):
+        return True
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITERS)

@@ -2,7 +2,7 @@
 
 Compiled, such a function reads them. Two kinds are run as they are instead: one that takes a loss
 of the logits and does little else, since the op then computes the loss without them; and one that
-writes to them under one of several names.
+writes to them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,8 +37,8 @@ def leave_lazy_inputs_to_eager(graph: Graph) -> None:
     ]
     if not lazy:
         return
-    if node := _writer_to_one_of_several(graph, lazy):
-        why = "it writes to returned logits that have another name in the same function"
+    if (node := _writer(graph, lazy)) and (may_be_left_to_eager() or len(_names(graph, lazy)) > 1):
+        why = "it writes to returned logits"
     elif may_be_left_to_eager() and (losses := losses_of_inputs(graph, lazy)):
         node, why = losses[0], "it takes a loss of returned logits, which are not computed for it"
     else:
@@ -52,21 +52,24 @@ def losses_of_inputs(graph: Graph, logits: Sequence[Node]) -> list[Node]:
     return _losses(graph, logits) if _does_little_else(graph, logits) else []
 
 
-def _writer_to_one_of_several(graph: Graph, lazy: Sequence[Node]) -> Node | None:
-    """What writes to lazy logits that have more names in ``graph``.
+def _writer(graph: Graph, lazy: Sequence[Node]) -> Node | None:
+    """What writes to lazy logits in ``graph``.
 
-    Compiled, the other names would keep the old values: AOTAutograd compares the memory of its
-    inputs, and a tensor that is computed later has none.
+    Compiled, other names of theirs would keep the old values: AOTAutograd compares the memory of
+    its inputs, and a tensor that is computed later has none. Nor does it know views of them.
     """
-    memory = {memory for node in lazy for memory in memory_of(node)}
-    # Two lazy logits may share memory in the next call, if not in this one.
-    names = [
-        node
-        for node in graph.find_nodes(op="placeholder")
-        if node in lazy or not memory.isdisjoint(memory_of(node))
-    ]
-    writers = (node for node in graph.nodes if not memory.isdisjoint(mutation.memory_written(node)))
-    return next(writers, None) if len(names) > 1 else None
+    memory = _memory(lazy)
+    return next((n for n in graph.nodes if not memory.isdisjoint(mutation.memory_written(n))), None)
+
+
+def _names(graph: Graph, lazy: Sequence[Node]) -> list[Node]:
+    """The inputs of ``graph`` that may share memory with lazy logits, in the next call at least."""
+    memory, inputs = _memory(lazy), graph.find_nodes(op="placeholder")
+    return [node for node in inputs if node in lazy or not memory.isdisjoint(memory_of(node))]
+
+
+def _memory(lazy: Sequence[Node]) -> set[int]:
+    return {memory for node in lazy for memory in memory_of(node)}
 
 
 def _does_little_else(graph: Graph, logits: Sequence[Node]) -> bool:

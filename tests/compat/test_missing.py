@@ -63,7 +63,7 @@ RETURNS_NO_LAZY_LOGITS = [
     "torch._C.DisableTorchFunctionSubclass",
     "torch._C._disabled_torch_function_impl",
     "torch.Tensor._version",
-    "torch.utils.swap_tensors",
+    "torch._C._swap_tensor_impl",
     "torch.fx.node.map_aggregate",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch._C._autograd._get_current_graph_task_keep_graph",

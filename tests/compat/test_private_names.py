@@ -690,7 +690,7 @@ CANARIES = {
     "torch._dynamo.utils.guard_failures": forgotten_by_reset,
     "torch._dynamo.exc.SkipFrame": functions_left_to_eager,
     "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": functions_left_to_eager,
-    "torch.utils.swap_tensors": swapped_tensors,
+    "torch._C._swap_tensor_impl": swapped_tensors,
     "torch.fx.node.map_aggregate": arguments_of_calls,
     "torch._subclasses.fake_tensor.FakeTensorMode": fake_tensors,
     "torch._C._autograd._get_current_graph_task_keep_graph": kept_graphs,

@@ -1,10 +1,15 @@
 """Logits that are written to after something was made of them, as eager PyTorch allows it."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from ..backend import rewrite
-from .test_losses import Model, batch
+from .test_losses import Model, V, batch
 
 
 def of_two_batches(z):
@@ -91,3 +96,182 @@ def test_a_write_to_a_part_is_one_to_the_logits(part, autocast):
         loss = (z * torch.arange(z.size(-1))).sum() + z.logsumexp(-1).sum()
         found.append([z.detach() + 0, *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(*found)
+
+
+def cross_entropy(z, y):
+    return F.cross_entropy(z.reshape(-1, z.size(-1)), y.reshape(-1))
+
+
+def assert_as_eager(program):
+    """The same loss and gradients; ``program`` takes logits and targets."""
+    model, (inputs, y) = Model(), batch()
+    found = []
+    for function in (model, rewrite(model)):
+        torch.manual_seed(3)
+        loss = program(function(inputs), y)
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*found)
+
+
+IN_PLACE = {
+    "relu": nn.ReLU(inplace=True),
+    "dropout": nn.Dropout(0.5, inplace=True),
+    "silu": lambda z: F.silu(z, inplace=True),
+    "hardtanh": lambda z: F.hardtanh(z, -0.5, 0.5, True),
+    "foreach": lambda z: torch._foreach_mul_([z, torch.ones(2)], 2.0),
+    "overload": lambda z: torch.ops.aten.mul_.Tensor(z, 2.0),
+    "packet": lambda z: torch.ops.aten.mul_(z, 2.0),
+    "keyword": lambda z: torch.clamp_(input=z, min=0.1),
+    "initialization": lambda z: nn.init.uniform_(z.data),
+}
+
+
+@pytest.mark.parametrize("write", IN_PLACE.values(), ids=IN_PLACE)
+def test_functions_that_write(write):
+    def program(z, y):
+        write(z)
+        return z.square().mean() + cross_entropy(z[:, :-1], y[:, 1:])
+
+    assert_as_eager(program)
+
+
+@pytest.mark.parametrize("name", ["relu", "dropout", "silu", "hardtanh"])
+def test_what_a_function_that_writes_returns(name):
+    assert_as_eager(lambda z, y: cross_entropy(IN_PLACE[name](z) * 2, y))
+
+
+OTHER_VIEWS = {
+    "ravel": lambda z: z.ravel(),
+    "diagonal": lambda z: z.diagonal(dim1=1, dim2=2),
+    "hsplit": lambda z: z.hsplit([3])[0],
+    "unfold": lambda z: z.unfold(-1, 8, 8),
+    "broadcast_to": lambda z: z.broadcast_to(z.shape),
+    "adjoint": lambda z: z.adjoint(),
+    "as_strided": lambda z: z.as_strided((V,), (1,)),
+    "overload": lambda z: torch.ops.aten.select.int(z, 0, 1),
+}
+
+
+@pytest.mark.parametrize("view", OTHER_VIEWS.values(), ids=OTHER_VIEWS)
+@pytest.mark.parametrize("reads", [lambda z: z, lambda z: z[:, :-1]], ids=["whole", "part"])
+def test_a_write_to_another_view(view, reads):
+    """Views that are not written down are plain tensors, in the same memory."""
+
+    def program(z, y):
+        view(z).mul_(3)
+        part = reads(z)
+        return cross_entropy(part, y[:, : part.size(1)])
+
+    assert_as_eager(program)
+
+
+@pytest.mark.parametrize("view", OTHER_VIEWS.values(), ids=OTHER_VIEWS)
+def test_a_write_while_another_view_is_held(view):
+    def program(z, y):
+        held = view(z)
+        z.mul_(3)
+        return held.square().mean() + cross_entropy(z, y)
+
+    assert_as_eager(program)
+
+
+def test_a_hook_behind_a_write_to_another_view():
+    seen = []
+
+    def program(z, y):
+        z.ravel().mul_(3)
+        z.register_hook(lambda gradient: seen.append(gradient.clone()))
+        return cross_entropy(z, y)
+
+    assert_as_eager(program)
+    torch.testing.assert_close(*seen)
+
+
+@pytest.mark.parametrize("records", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z.unsqueeze_(0),
+        lambda z: z.transpose_(1, 2),
+        lambda z: z.swapaxes_(0, 1),
+        lambda z: z[:1].squeeze_(0),
+        lambda z: z[0].t_(),
+        lambda z: setattr(z, "data", torch.ones_like(z)),
+    ],
+)
+def test_forms_and_data(change, records):
+    model, (x, _) = Model(), batch()
+    found = []
+    for function in (model, rewrite(model)):
+        with torch.set_grad_enabled(records):
+            z = function(x)
+            result = change(z)
+            z = z if result is None else result
+            found.append([torch.tensor(z.shape), z.detach() + 0])
+            if records:
+                found[-1] += torch.autograd.grad(z.exp().sum(), list(model.parameters()))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda z: z.resize_(5), lambda z: z.as_strided_((2,), (1,))),
+        lambda z: setattr(z, "data", torch.ones(3)),
+    ],
+)
+def test_another_form_in_place(change):
+    model, (x, _) = Model(), batch()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be given another size"):
+        change(rewrite(model)(x))
+
+
+OF_NUMPY = {
+    "temperature": lambda z, y: cross_entropy(z / np.float64(0.7), y),
+    "factor": lambda z, y: cross_entropy(z * np.float32(0.5), y),
+    "slice": lambda z, y: cross_entropy(z[:, : np.int64(3)], y[:, :3]),
+    "chunks": lambda z, y: cross_entropy(z.chunk(np.int64(2), 1)[0], y[:, :4]),
+}
+
+
+@pytest.mark.parametrize("program", OF_NUMPY.values(), ids=OF_NUMPY)
+def test_numbers_of_numpy(program):
+    assert_as_eager(program)
+
+
+def test_the_first_argument_by_its_name():
+    assert_as_eager(lambda z, y: cross_entropy(torch.mul(input=z, other=2.0), y))
+    assert_as_eager(lambda z, y: F.cross_entropy(input=z.transpose(1, 2), target=y))
+    assert_as_eager(lambda z, y: torch.where(condition=z > 0, input=z, other=0.1).sum())
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_added_to_all_words_shows_if_it_is_not_finite(number):
+    model, (x, y) = Model(), batch()
+    assert cross_entropy(rewrite(model)(x) + number, y).isnan()
+
+
+def test_a_weak_reference_before_anything_else():
+    held = []
+
+    def program(z, y):
+        held.append(weakref.ref(z))
+        return cross_entropy(z, y)
+
+    assert_as_eager(program)
+
+
+def test_a_step_that_changes_others():
+    """One optimizer for two models, whose turns follow each other."""
+    actor, critic, (x, y) = Model(hidden=64), Model(hidden=64), batch((1, 4), hidden=64)
+    gradients = []
+    for function in (actor, rewrite(actor)):
+        optimizer = torch.optim.AdamW([*actor.parameters(), *critic.parameters()])
+        policy = function(x)
+        cross_entropy(critic(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cross_entropy(policy, y).backward()
+        gradients.append([p.grad.clone() for p in actor.parameters()])
+        optimizer.zero_grad()
+    torch.testing.assert_close(*gradients)
