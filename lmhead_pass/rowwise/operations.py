@@ -85,7 +85,8 @@ _TABLE: dict[str, Callable[[Context, Call], Any]] = {
     **_names(reduction_of_all, "sum.default", "mean.default", "max.default", "min.default"),
     # Other shapes.
     **_names(same_values, "alias", "detach"),
-    **_names(reshape, "view", "_unsafe_view", "unsqueeze", "squeeze"),
+    # Not view.dtype, which looks at bits.
+    **_names(reshape, "view.default", "_unsafe_view", "unsqueeze", "squeeze"),
     **_names(permute, "permute", "transpose", "t"),
     **_names(expand, "expand"),
     **_names(slice_of, "slice"),

@@ -148,6 +148,8 @@ def pick(context: Context, call: Call) -> Result:
         place, index = given[0]
         is_plain = index.dtype in (torch.int64, torch.int32) and index.dim() == 1
         if is_plain and dims[place] is None and context.traced(index) is None:
+            with context.outside():  # index_select counts none from the end
+                index = torch.where(index < 0, index + call.named["self"].size(place), index)
             made = context.make(
                 "aten.index_select.default",
                 *(context.read(held), needed(dims, place, call)),

@@ -205,6 +205,8 @@ class Tracer(DispatchMode):  # type: ignore[misc]
             return known[source] if source in known else self._outside(source)
 
         args, kwargs = tree_map(_wide, map_arg((node.args, node.kwargs), given))
+        if str(getattr(node.target, "__name__", node.target)).startswith("nan_to_num"):
+            kwargs = _largest_of(tensor_of(node).dtype, args, kwargs)
         function = node.target
         if node.op == "call_method":
             function = getattr(torch.Tensor, _WIDE_METHODS.get(str(function), str(function)))
@@ -496,6 +498,17 @@ def _is_large(node: Node, head: Head) -> bool:
 
 def _wide(argument: Any) -> Any:
     return torch.float32 if isinstance(argument, torch.dtype) and argument in _NARROW else argument
+
+
+def _largest_of(dtype: torch.dtype, args: Any, kwargs: Any) -> dict[str, Any]:
+    """What ``nan_to_num`` puts in place of infinities if it is not told: the largest numbers of the
+    model's ``dtype``, not of FP32."""
+    if dtype not in _NARROW:
+        return dict(kwargs)
+    largest = {"posinf": torch.finfo(dtype).max, "neginf": torch.finfo(dtype).min}
+    given = {"input", "nan", *list(largest)[: max(0, len(args) - 2)]}
+    told = {name: number for name, number in kwargs.items() if number is not None}
+    return {**{n: v for n, v in largest.items() if n not in given}, **told}
 
 
 def _has_gradient(nodes: Iterable[Node]) -> bool:

@@ -13,6 +13,7 @@ from .test_losses import V, inputs
 from .test_refusals import reason
 
 WORDS = torch.tensor([5, 0, 9])
+WORDS_FROM_END = torch.tensor([5, 0, -1])
 
 # Of logits ``z [*rows, V]`` and a word for each row ``y [*rows]``: numbers of each row.
 GROUPS = {
@@ -82,7 +83,7 @@ GROUPS = {
     "in another shape": {
         "alias": lambda z, y: torch.ops.aten.alias(z).sum(-1),
         "detach": lambda z, y: (z * z.detach()).sum(-1),
-        "view": lambda z, y: z.view(*z.shape[:-1], 4, -1).amax(-1).sum(-1),
+        "view.default": lambda z, y: z.view(*z.shape[:-1], 4, -1).amax(-1).sum(-1),
         "_unsafe_view": lambda z, y: torch.ops.aten._unsafe_view(z, [*z.shape, 1]).sum((-1, -2)),
         "unsqueeze": lambda z, y: z.unsqueeze(0).exp().sum(-1).squeeze(0),
         "squeeze": lambda z, y: z.unsqueeze(-2).exp().squeeze(-2).sum(-1),
@@ -95,7 +96,7 @@ GROUPS = {
         "split": lambda z, y: z.split(50, -1)[1].softmax(-1)[..., 0],
         "split_with_sizes": lambda z, y: z.split([100, 28], -1)[1].softmax(-1)[..., 0],
         "unbind": lambda z, y: z.unflatten(-1, (4, 32)).unbind(-2)[1].softmax(-1)[..., 0],
-        "index": lambda z, y: z[..., WORDS],
+        "index": lambda z, y: z[..., WORDS_FROM_END],
     },
     "filled, copied, joined": {
         "zeros_like": lambda z, y: (torch.zeros_like(z) + z).sum(-1),
@@ -233,6 +234,7 @@ OVER_ROWS = {
     "cat": lambda z: torch.cat([z, z.sin()], 1),
     "index": lambda z: z[torch.tensor([2, 0])],
     "roll": lambda z: z.roll(1, 1),
+    "view": lambda z: z.view(torch.int32),  # bits
     "diff": lambda z: z.diff(dim=1),
     "repeat": lambda z: z.repeat(2, 1, 1),
     "cdist": lambda z: torch.cdist(z, z),
@@ -248,3 +250,32 @@ def test_what_mixes_rows_is_refused_by_name(name):
     h, w, *_ = inputs()
     (why,) = reason(lambda h, w: OVER_ROWS[name](F.linear(h, w)).float().square().mean(), (h, w))
     assert name in why
+
+
+@pytest.mark.parametrize("told", [{}, {"posinf": 9.0}, {"neginf": -9.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_infinities_become_the_largest_numbers_of_the_models_dtype(dtype, told):
+    h, w, *_ = (tensor.to(dtype) for tensor in inputs())
+
+    def step(h, w):
+        z = F.linear(h, w).masked_fill(torch.arange(V) > 99, -torch.inf)
+        return z.log_softmax(-1).nan_to_num(**told).clamp(-6e4).amin(-1)
+
+    ours = rewrite(step)(h, w)
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+    torch.testing.assert_close(ours.float(), step(h, w).float())
+
+
+def test_an_ignore_index_that_changes_is_refused():
+    h, w, y, *_ = inputs()
+    step = rewrite(
+        lambda h, w, y, n: F.cross_entropy(
+            F.linear(h, w).flatten(0, 1).clamp(-9, 9), y.flatten(), ignore_index=n
+        )
+    )
+    with lmhead_pass.config.patch(strict=True):
+        for ignored in (1, 2, 3):
+            expected = F.cross_entropy(
+                F.linear(h, w).flatten(0, 1).clamp(-9, 9), y.flatten(), ignore_index=ignored
+            )
+            torch.testing.assert_close(step(h, w, y, ignored), expected)
