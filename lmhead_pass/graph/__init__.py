@@ -3,8 +3,8 @@
 ``canonical_ops`` maps every spelling of an operation to one name, ``tensors`` reads what Dynamo
 knows of a node's value, ``mutation`` tells which nodes may write to a tensor, ``randomness`` which
 draw random numbers, ``gradients`` which pass gradients on, and ``SameValues`` which hold the same
-values; ``stack_trace`` finds the user's line, and ``Emitter`` inserts nodes. What cannot be said
-raises ``Refused``.
+values; ``in_fp32`` says what a node calls with more digits; ``stack_trace`` finds the user's line,
+and ``Emitter`` inserts nodes. What cannot be said raises ``Refused``.
 """
 
 from ..compat.graphs import ENTER_AUTOCAST
@@ -12,6 +12,7 @@ from . import mutation
 from .canonical_ops import arguments, canonical_op, describe, is_in_place, is_pieces
 from .emitter import Emitter, move_before, size_of
 from .gradients import passing
+from .in_fp32 import NARROW, in_fp32
 from .randomness import draws
 from .refusal import Refusal, Refused
 from .same_values import SameValues
@@ -40,6 +41,7 @@ from .tensors import (
 __all__ = [
     "AUTOCAST_SWITCHES",
     "ENTER_AUTOCAST",
+    "NARROW",
     "Emitter",
     "Place",
     "Refusal",
@@ -52,6 +54,7 @@ __all__ = [
     "draws",
     "gradients_are_recorded",
     "hint",
+    "in_fp32",
     "in_inference",
     "is_cut_off",
     "is_in_place",

@@ -50,6 +50,10 @@ class Reader:
     is_given_tensors: bool
     """Whether the calls were given tensors beside the logits."""
 
+    def run_first(self, *tensors: Tensor) -> Tensor:
+        """The first result."""
+        return self.run(*tensors)[0]
+
 
 _MOST = 64
 _readers: OrderedDict[Any, _Rewritten | None] = OrderedDict()

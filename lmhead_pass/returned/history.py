@@ -224,7 +224,7 @@ class Consume(torch.autograd.Function):
         ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
         ctx.tensors, ctx.compute = tensors, compute
         ctx.versions = versions(call, tensors)
-        ctx.is_of_none = value is not None and value.dim() > 0
+        ctx.is_recomputed = value is not None and value.dim() > 0
         if value is not None:
             ctx.result = None
             return value.detach()
@@ -272,8 +272,8 @@ class Consume(torch.autograd.Function):
         if not keep:
             ctx.compute = ctx.result = ctx.call = ctx.logits = ctx.tensors = None
         of = Sources(sources)
-        if ctx.is_of_none or (result is not None and result.dim() > 0):
-            of = OfRows(sources, call, tensors, ctx.versions, gradient, ctx.is_of_none)
+        if ctx.is_recomputed or (result is not None and result.dim() > 0):
+            of = OfRows(sources, call, tensors, ctx.versions, gradient, ctx.is_recomputed)
         terms = [Term(lambda: gradient, of)]
         return None, None, None, None, *_lazily(call, ctx.likes, needed, terms)
 

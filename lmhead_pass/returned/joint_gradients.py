@@ -35,14 +35,14 @@ class OfRows(Sources):
         tensors: Tensors,
         before: list[int],
         gradient: Tensor,
-        is_of_none: bool,
+        is_recomputed: bool,
     ) -> None:
         """``call`` was computed from ``tensors``, of which those that a gradient is wanted of are
-        leaves. ``before`` are the versions then; ``gradient`` is that of the result. ``is_of_none``
-        if the forward has left nothing for it."""
+        leaves. ``before`` are the versions then; ``gradient`` is that of the result.
+        ``is_recomputed`` if the forward has left nothing for it."""
         super().__init__(compute)
         self.call, self.tensors, self.gradient = call, tensors, gradient
-        self.is_of_none = is_of_none
+        self.is_recomputed = is_recomputed
         self._before = before
 
     @property
@@ -58,7 +58,7 @@ class OfRows(Sources):
 def take_all(sources: Sequence[Sources]) -> Iterator[Gradients]:
     """What ``sources``, of the same logits, come to: the terms of a sum."""
     of_rows = [one for one in sources if isinstance(one, OfRows) and one.may_be_joined]
-    pays = len(of_rows) > 1 or any(one.is_of_none for one in of_rows)
+    pays = len(of_rows) > 1 or any(one.is_recomputed for one in of_rows)
     joined = _joined(of_rows) if pays else None
     if joined is not None:
         yield joined
@@ -85,7 +85,7 @@ def _joined(results: Sequence[OfRows]) -> Gradients | None:
         return None
     tensors = {cell: part for one in results for cell, part in one.tensors.items()}
     with torch.enable_grad():
-        (value,) = reader.run(*(tensor for cell in total.roots for tensor in tensors[cell]))
+        value = reader.run_first(*(tensor for cell in total.roots for tensor in tensors[cell]))
     asked = [tensor for tensor in tensors[root] if tensor.requires_grad]
     given = iter(torch.autograd.grad(value, asked))
     return tuple(next(given) if tensor.requires_grad else None for tensor in tensors[root])

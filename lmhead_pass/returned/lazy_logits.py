@@ -23,35 +23,35 @@ from ..compat.compiling import is_compiling, is_inside_of_checkpoint, never_comp
 from . import reading, results
 from .by_form import run_by_form
 from .cells import Call, Cell
-from .history import Become, Derive, Gate, Head, Lose, Values
+from .history import Derive, Gate, Head
+from .lazy_tensor import LazyTensor, lazy_in
 from .likes import likes_of
 from .metadata import METADATA
+from .plain_values import on_values, with_history
 from .readers import reader_of
-from .recipe import SETTING, Recipe
+from .recipe import Recipe
 from .rows_alone import run_apart, run_on_rows_alone
 from .steps import (
     COMPUTED,
     DETACHING,
     NEW_SHAPES,
     PIECES,
+    RESIZING,
     VIEWS,
     WRITTEN_DOWN,
     is_in_place,
     is_linear,
     is_written_down,
 )
+from .writes import SET_DATA, follow_writes, reshape, set_data, write
 
 
-class LazyLogits(Tensor):
+class LazyLogits(LazyTensor):
     """A tensor whose values are computed when they are first needed, and kept."""
 
-    _cell: Cell
     _untouched: tuple[Recipe, Recipe] | None
     """Of logits that were just returned, also without a history: theirs is put in at the first
     touch. When they are made, the hidden states do not have theirs yet."""
-    _plain: tuple[Tensor, Any] | None
-    """The values as a plain tensor with a history, once somebody has had them, and its grad_fn
-    then: another one if it was written to, by whatever name."""
 
     @staticmethod
     def __new__(cls, cell: Cell) -> "LazyLogits":
@@ -92,12 +92,11 @@ class LazyLogits(Tensor):
     @never_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not args and "input" in kwargs and "condition" not in kwargs:
-            args, kwargs = (kwargs["input"],), {n: v for n, v in kwargs.items() if n != "input"}
-        logits = _lazy_in((args, kwargs))
+        args, kwargs = _input_first(args, kwargs)
+        logits: Any = lazy_in((args, kwargs))
         for tensor in logits:
             _touch(tensor)
-            _follow_writes(tensor)
+            follow_writes(tensor)
         if is_compiling():
             # torch.compile looks at an input: it gets the values from __tensor_flatten__.
             if func is Tensor.__repr__:
@@ -107,19 +106,19 @@ class LazyLogits(Tensor):
         if func in METADATA or func in _OF_AUTOGRAD:
             with compat.without_torch_function():
                 return func(*args, **kwargs)
-        if func in NEW_SHAPES:
-            return _reshape(func, args, kwargs)
-        if func == _SET_DATA and isinstance(args[0], cls):
-            return _set_data(*args)
+        if func in NEW_SHAPES or func in RESIZING:
+            return reshape(func, args, kwargs)
+        if func == SET_DATA and isinstance(args[0], cls):
+            return set_data(*args)
         if is_in_place(func, kwargs) or kwargs.get("out") is not None:
-            return _write(func, args, kwargs)
+            return write(func, args, kwargs)
         if func is Tensor.__deepcopy__:
             return _deep_copy(*args, **kwargs)
         for attempt in (_by_form, _without_reading, _on_rows_alone, _on_values_alone):
             result = attempt(func, args, kwargs, logits)
             if result is not NotImplemented:
                 return result
-        return _on_values(func, args, kwargs)
+        return on_values(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -135,7 +134,7 @@ class LazyLogits(Tensor):
             cell = Cell(call, source.like, source.device, is_detached=is_detached)
             cell.identity = source.identity  # autograd hands a gradient on as it is
             return cls(cell)
-        return _on_values(func, args, kwargs or {})
+        return on_values(func, args, kwargs or {})
 
     # As inputs of another compiled function, torch.compile flattens lazy logits to their values.
 
@@ -169,14 +168,15 @@ _UNCHANGING = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-
 # They get lazy logits as they are, and autograd finds their history.
 _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
-def _lazy_in(arguments: Any) -> list[LazyLogits]:
-    return [leaf for leaf in compat.leaves_of(arguments) if isinstance(leaf, LazyLogits)]
+def _input_first(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call with the first one by its place."""
+    if args or "input" not in kwargs or "condition" in kwargs:  # where's first
+        return args, kwargs
+    return (kwargs["input"],), {name: v for name, v in kwargs.items() if name != "input"}
 
 
 def _touch(logits: LazyLogits) -> None:
@@ -338,7 +338,7 @@ def _on_rows_alone(
         if reader is not None:
             with torch.no_grad():
                 tensors = results.tensors_of(call).values()
-                (cell.alone,) = reader.run(*(tensor for part in tensors for tensor in part))
+                cell.alone = reader.run_first(*(tensor for part in tensors for tensor in part))
     if cell.alone is None:
         return NotImplemented
     return run_apart(func, given, named, {id(cell): cell.alone})
@@ -353,22 +353,8 @@ def _on_values_alone(
     values = {}
     for tensor in logits:
         reading.tell(func, tensor._cell)
-        values[id(tensor)] = _with_history(tensor, tensor._cell.look())
+        values[id(tensor)] = with_history(tensor, tensor._cell.look())
     return run_apart(func, args, kwargs, values)
-
-
-def _on_values(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call ``func`` with the values of the lazy logits among its arguments."""
-    lazy = _lazy_in((args, kwargs))
-    for logits in lazy:
-        _read(func, logits._cell)
-    values = {id(logits): _values(logits) for logits in lazy}
-    # Not map_arguments: the function may be any, and change lists and dictionaries.
-    args, kwargs = compat.tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
-    result = func(*args, **kwargs)
-    # A function that returns its argument returns the caller's own tensor.
-    owners = {id(values[id(logits)]): logits for logits in lazy}
-    return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
 
 
 def _deep_copy(logits: LazyLogits, memo: dict[int, Any]) -> Any:
@@ -378,163 +364,10 @@ def _deep_copy(logits: LazyLogits, memo: dict[int, Any]) -> Any:
     with compat.without_torch_function():
         is_leaf, requires_grad, grad = logits.is_leaf, logits.requires_grad, logits.grad
     if not is_leaf:
-        return _on_values(Tensor.__deepcopy__, (logits, memo), {})
+        return on_values(Tensor.__deepcopy__, (logits, memo), {})
     copied = memo[id(logits)] = logits._cell.read().detach().clone().requires_grad_(requires_grad)
     if isinstance(logits, torch.nn.Parameter):  # A copy of one has no gradient.
         memo[id(logits)] = torch.nn.Parameter(copied.detach(), requires_grad)
     else:
         copied.grad = copy.deepcopy(grad, memo)
     return memo[id(logits)]
-
-
-def _read(func: Callable[..., Any], cell: Cell) -> None:
-    if cell.value is None:
-        reading.tell(func, cell)
-    cell.read()
-
-
-def _values(logits: LazyLogits) -> Tensor:
-    """The values, with their gradient where it is recorded."""
-    value = logits._cell.read()
-    if logits._plain is not None and torch.is_grad_enabled() and not is_compiling():
-        return logits._plain[0]
-    made = _with_history(logits, value)
-    if made is not value and not is_compiling():
-        logits._plain = made, made.grad_fn
-    return made
-
-
-def _follow_writes(logits: LazyLogits) -> None:
-    """Give ``logits`` and their views the history of what is in them, if their values were written
-    to by a name that is not followed (``ravel``, ``torch._foreach_mul_``)."""
-    if logits._plain is None or logits._plain[0].grad_fn is logits._plain[1]:
-        return
-    with compat.without_torch_function(), torch.enable_grad():
-        _become(_views_of(logits._cell), logits)
-
-
-def _become(pairs: Sequence[tuple[LazyLogits, Tensor]], written: LazyLogits) -> None:
-    """Give each lazy tensor the history of the plain one beside it."""
-    for logits, value in pairs:
-        logits._plain = None
-        if value.requires_grad:
-            try:
-                Become.apply(logits, value)  # type: ignore[no-untyped-call]
-            except RuntimeError as error:
-                if logits is written:
-                    raise
-                Lose.apply(logits, str(error))  # type: ignore[no-untyped-call]
-
-
-def _set_data(logits: LazyLogits, data: Tensor) -> None:
-    """Other values for ``logits``, with the history that they had."""
-    like = logits._cell.like
-    if (data.shape, data.dtype) != (like.shape, like.dtype):
-        raise _no_other_form()
-    _read(_SET_DATA, logits._cell)
-    logits._cell.keep_original()
-    logits._cell.value, logits._plain = data.detach(), None
-
-
-def _no_other_form() -> RuntimeError:
-    return RuntimeError(
-        "lmhead_pass: logits that a compiled model returned cannot be given another size or dtype "
-        f"in place. Change a clone of them, or set {SETTING}."
-    )
-
-
-def _reshape(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Let the first argument be what ``func`` makes of it."""
-    view_of = NEW_SHAPES[func]
-    if view_of is None:
-        raise _no_other_form()
-    logits, *others = args
-    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
-        return _on_values(func, args, kwargs)  # autograd refuses it
-    view = view_of(logits, *others, **kwargs)
-    view._cell.owner = logits._cell.owner = lambda: None
-    with compat.without_torch_function():
-        compat.give_history(logits, view)
-    logits._cell.owner = weakref.ref(logits)
-    return logits
-
-
-def _with_history(logits: LazyLogits, value: Tensor) -> Tensor:
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return value
-    # What is traced stays in the modes that trace it.
-    modes = contextlib.nullcontext() if is_compiling() else compat.outside_of_modes()
-    with modes, compat.without_torch_function():
-        return Values.apply(logits, value) if logits.requires_grad else value  # type: ignore[no-untyped-call]
-
-
-def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call ``func``, which writes to one of its arguments.
-
-    All that shares its memory gets the history of what is in it afterwards.
-    """
-    written = (
-        kwargs["out"] if kwargs.get("out") is not None else next(iter((*args, *kwargs.values())))
-    )
-    if not isinstance(written, LazyLogits):
-        for logits in _lazy_in(written):  # a list (torch._foreach_mul_): _follow_writes
-            _read(func, logits._cell)
-            logits._cell.keep_original()
-        return _on_values(func, args, kwargs)
-    _read(func, written._cell)
-    written._cell.keep_original()
-    if not torch.is_grad_enabled():
-        return _on_values(func, args, kwargs)
-    for logits in _lazy_in((args, kwargs)):
-        _read(func, logits._cell)
-    with compat.without_torch_function():
-        first = _first_owner(written._cell)
-        for leaf in (written, first.owner()):
-            if leaf is not None and leaf.is_leaf and leaf.requires_grad:
-                what = "a leaf" if leaf is written else "a view of a leaf"
-                raise RuntimeError(
-                    f"{what} Variable that requires grad is being used in an in-place operation."
-                )
-        values = _views_of(first)
-    owned = {id(logits): value for logits, value in values}
-    result_args = compat.tree_map(lambda leaf: owned.get(id(leaf), leaf), (args, kwargs))
-    result = _on_values(func, *result_args)
-    with compat.without_torch_function():
-        _become(values, written)
-    owners = {id(value): logits for logits, value in values}
-    return compat.tree_map(lambda leaf: owners.get(id(leaf), leaf), result)
-
-
-def _first_owner(cell: Cell) -> Cell:
-    """The first in the same memory whose tensor somebody holds."""
-    first = cell
-    while cell.is_view:
-        assert isinstance(cell.source, Call)
-        if cell.source.function in DETACHING:
-            break  # What is written has no history there, and may be a leaf.
-        (cell,) = cell.source.cells
-        if cell.owner() is not None:
-            first = cell
-    return first
-
-
-def _views_of(cell: Cell) -> list[tuple[LazyLogits, Tensor]]:
-    """The tensor of ``cell`` and those that are views of it, with their values and histories."""
-    owner = cell.owner()
-    assert isinstance(owner, LazyLogits)
-    value = _values(owner)
-    if value is cell.value:
-        value = value.detach()
-    found: list[tuple[LazyLogits, Tensor]] = [(owner, value)]
-    pending = [(cell, value)]
-    while pending:
-        parent, of_parent = pending.pop()
-        for made in parent.made:
-            if made.is_view:
-                assert isinstance(made.source, Call)
-                view = made.source.run({parent: of_parent})
-                pending.append((made, view))
-                tensor = made.owner()
-                if isinstance(tensor, LazyLogits):
-                    found.append((tensor, view))
-    return found

@@ -25,29 +25,26 @@ def compute(call: Call, read: Sequence[Tensor], is_recorded: bool) -> Any:
     if reader is None:
         return NotImplemented
     is_differentiated = is_recorded and reader.like.is_floating_point()
-    value, run = foresee(call, reader, is_differentiated)
+    value, joint = foresee(call, reader, is_differentiated)
     if value is not None and not is_differentiated:
         return value
     tensors = tensors_of(call)
     given = [tensor for part in tensors.values() for tensor in part]
+    run = joint or reader.run_first
     if not is_differentiated:
         with torch.no_grad():
-            return (run(*given) if run else reader.run(*given)[0]).detach()
-    if run and reader.like.dim() > 0:
+            return run(*given).detach()
+    if joint and reader.like.dim() > 0:
         with torch.no_grad():
-            value = run(*given)
+            value = joint(*given)
     if value is not None:
         call = call.with_copies()
-        reader, run = reader_of(call), None
+        run = reader_of(call).run_first
     # A gradient ends at logits that are detached from what they are made of.
     for part, (_, wanted) in zip(tensors.values(), call.recipes, strict=True):
         for tensor, is_wanted in zip(part, wanted, strict=True):
             tensor.requires_grad_(is_wanted)
-
-    def result() -> Tensor:
-        return run(*given) if run else reader.run(*given)[0]
-
-    return Consume.apply(result, call, tensors, value, *read)  # type: ignore[no-untyped-call]
+    return Consume.apply(lambda: run(*given), call, tensors, value, *read)  # type: ignore[no-untyped-call]
 
 
 def tensors_of(call: Call) -> Tensors:

@@ -96,12 +96,12 @@ def is_linear(func: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> boo
     return func in _LINEAR
 
 
-NEW_SHAPES: dict[Any, Callable[..., Any] | None] = {
+NEW_SHAPES = {
     getattr(Tensor, f"{name}_"): getattr(Tensor, name)
     for name in ("squeeze", "unsqueeze", "transpose", "swapaxes", "swapdims", "t")
 }
 """These write a form alone, and no values: each with the function that returns such a view."""
-NEW_SHAPES |= dict.fromkeys((Tensor.resize_, Tensor.resize_as_, Tensor.set_, Tensor.as_strided_))
+RESIZING = {Tensor.resize_, Tensor.resize_as_, Tensor.set_, Tensor.as_strided_}
 
 
 def is_in_place(func: Callable[..., Any], kwargs: Any) -> bool:

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from ..compat.aten_trace import tree_map
 from ..compat.graphs import EXAMPLE_VALUE
 from ..graph import (
+    NARROW,
     Emitter,
     Refused,
     memory_of,
@@ -23,8 +24,6 @@ from ..graph import (
 from ..logits import Head
 from ..op import RowInput
 from ..rowwise import ConstantLeaf, Dim, Exit, Label, Outer, Region, RowCall, RowLeaf, Space, finest
-
-_NARROW = (torch.bfloat16, torch.float16)
 
 
 def emit_region(graph: Graph, region: Region) -> tuple[dict[Node, Node], list[list[Node]]]:
@@ -133,7 +132,7 @@ def _outer(emit: Emitter, outer: Outer | Exit, made: dict[Any, Node]) -> Any:
             if not isinstance(leaf, Outer | Exit):
                 return _size(emit, leaf) if isinstance(leaf, torch.SymInt) else leaf
             node = _outer(emit, leaf, made)
-            is_narrow = tensor_of(node).dtype in _NARROW
+            is_narrow = tensor_of(node).dtype in NARROW
             return emit("to", node, torch.float32) if is_narrow else node
 
         args, kwargs = tree_map(argument, (args, kwargs))

@@ -10,12 +10,14 @@ from torch.fx import Node, map_arg
 from ..compat.aten_trace import DispatchMode, by_symbols, tree_map
 from ..compat.graphs import fake_mode_of, tree_leaves
 from ..graph import (
+    NARROW,
     Refused,
     canonical_op,
     describe,
     draws,
     gradients_are_recorded,
     hint,
+    in_fp32,
     is_cut_off,
     mutation,
     same,
@@ -46,8 +48,6 @@ from .values import (
 
 # A node is run once more for each input that turns out to be as wide as the logits.
 _MOST_RUNS = 32
-_NARROW = (torch.bfloat16, torch.float16)
-_WIDE_METHODS = {"half": "float", "bfloat16": "float"}
 _CREATES_NOTHING = ("requires_grad_", "retain_grad", "register_hook", "backward", "detach_")
 
 
@@ -204,12 +204,7 @@ class Tracer(DispatchMode):  # type: ignore[misc]
         def given(source: Node) -> Any:
             return known[source] if source in known else self._outside(source)
 
-        args, kwargs = tree_map(_wide, map_arg((node.args, node.kwargs), given))
-        if str(getattr(node.target, "__name__", node.target)).startswith("nan_to_num"):
-            kwargs = _largest_of(tensor_of(node).dtype, args, kwargs)
-        function = node.target
-        if node.op == "call_method":
-            function = getattr(torch.Tensor, _WIDE_METHODS.get(str(function), str(function)))
+        function, args, kwargs = in_fp32(node, *map_arg((node.args, node.kwargs), given))
         with fake_mode_of([self._like]), by_symbols(), self, torch.no_grad(), torch.autocast(
             self._like.device.type, enabled=False
         ):  # fmt: skip
@@ -260,7 +255,7 @@ class Tracer(DispatchMode):  # type: ignore[misc]
         return self._nodes[node]
 
     def _fake(self, value: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float32 if value.dtype in _NARROW else value.dtype
+        dtype = torch.float32 if value.dtype in NARROW else value.dtype
         with fake_mode_of([value]), torch.no_grad():
             return torch.empty_like(value, dtype=dtype, requires_grad=False)
 
@@ -494,21 +489,6 @@ class NeedsHead(Exception):
 def _is_large(node: Node, head: Head) -> bool:
     """Whether ``node`` has about as many numbers as the logits of ``head``."""
     return 4 * hint(tensor_of(node).numel()) >= hint(tensor_of(head.node).numel())
-
-
-def _wide(argument: Any) -> Any:
-    return torch.float32 if isinstance(argument, torch.dtype) and argument in _NARROW else argument
-
-
-def _largest_of(dtype: torch.dtype, args: Any, kwargs: Any) -> dict[str, Any]:
-    """What ``nan_to_num`` puts in place of infinities if it is not told: the largest numbers of the
-    model's ``dtype``, not of FP32."""
-    if dtype not in _NARROW:
-        return dict(kwargs)
-    largest = {"posinf": torch.finfo(dtype).max, "neginf": torch.finfo(dtype).min}
-    given = {"input", "nan", *list(largest)[: max(0, len(args) - 2)]}
-    told = {name: number for name, number in kwargs.items() if number is not None}
-    return {**{n: v for n, v in largest.items() if n not in given}, **told}
 
 
 def _has_gradient(nodes: Iterable[Node]) -> bool:

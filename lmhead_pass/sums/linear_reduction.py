@@ -20,14 +20,15 @@ from torch.fx import Graph, Node, map_arg
 
 from ..compat.aten_trace import bind_unbacked, trace
 from ..compat.graphs import UNBACKED_BINDINGS, fake_mode_of, tree_leaves
-from ..compat.lazy_tensors import tree_map
 from ..graph import (
+    NARROW,
     Emitter,
     Refused,
     arguments,
     canonical_op,
     draws,
     gradients_are_recorded,
+    in_fp32,
     is_cut_off,
     memory_of,
     mutation,
@@ -245,12 +246,10 @@ class _Tail:
         for node in self.steps:
             if node in found:
                 continue
-            args, kwargs = tree_map(_wide, map_arg((node.args, node.kwargs), found.__getitem__))
-            function = node.target
+            given = map_arg((node.args, node.kwargs), found.__getitem__)
+            function, args, kwargs = in_fp32(node, *given)
             if canonical_op(node) == "setitem" and not isinstance(args[2], torch.Tensor):
                 args = (*args[:2], args[0].new_full((), args[2]))  # it would become a constant
-            if node.op == "call_method":
-                function = getattr(torch.Tensor, _WIDE_METHODS.get(node.target, node.target))
             with torch.set_grad_enabled(gradients_are_recorded(node)):
                 result = found[node] = function(*args, **kwargs)
             bind_unbacked(value_of(self.numbers[0]), node, result)
@@ -262,16 +261,8 @@ def _one(total: torch.Tensor) -> torch.Tensor:
     return torch.ones((), dtype=total.dtype, device=total.device)
 
 
-_NARROW = (torch.bfloat16, torch.float16)
-_WIDE_METHODS = {"half": "float", "bfloat16": "float"}
-
-
-def _wide(argument: Any) -> Any:
-    return torch.float32 if argument in _NARROW else argument
-
-
 def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _NARROW else value
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in NARROW else value
 
 
 def _check(node: Node) -> None:

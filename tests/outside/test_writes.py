@@ -275,3 +275,22 @@ def test_a_step_that_changes_others():
         gradients.append([p.grad.clone() for p in actor.parameters()])
         optimizer.zero_grad()
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("becomes_a_leaf", [True, False])
+def test_detached_in_place_after_a_reading(becomes_a_leaf):
+    model, (x, _) = Model(), batch()
+    found = []
+    for function in (model, rewrite(model)):
+        z = function(x)
+        first = z.sort(-1).values.square().sum()
+        z.detach_()
+        assert not z.requires_grad
+        if becomes_a_leaf:
+            z.requires_grad_()
+        loss = first + z.sort(-1).values.exp().sum()
+        loss.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        found[-1].append(z.grad + 0 if becomes_a_leaf else torch.tensor(z.grad is None))
+        model.zero_grad()
+    torch.testing.assert_close(*found)
