@@ -1,7 +1,8 @@
 """Losses that are taken outside of the compiled function, of logits that it returned.
 
-What was done to the logits is written down (``returned``); ``recording`` makes a graph of it, as
-Dynamo would have, and ``fused_reader`` gives that to the pass that rewrites any graph.
+What was done to the logits is written down (``returned``). ``ways`` says what of it makes a graph
+another one, ``recording`` makes that graph, as Dynamo would have, and ``rewriting`` gives it to the
+pass that rewrites any graph. ``fused_reader`` keeps what comes of it.
 """
 
 from .fused_reader import reader_of

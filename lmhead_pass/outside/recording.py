@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
@@ -14,8 +14,15 @@ from ..compat import lazy_tensors as compat
 from ..compat.graphs import EXAMPLE_VALUE
 
 
+class NumberOfSymbols(Exception):
+    """A graph cannot have the argument of a call."""
+
+
 class Recorder(TorchFunctionMode):
-    """Inside of it, calls on tensors that it knows, and of ``arange``, go into its graph."""
+    """Inside of it, calls on tensors that it knows, and of ``arange``, go into its graph.
+
+    NumberOfSymbols if a call is given a number that is computed of symbols, and has no node.
+    """
 
     def __init__(self, stack_trace: str) -> None:
         super().__init__()
@@ -44,6 +51,9 @@ class Recorder(TorchFunctionMode):
             args, kwargs = compat.map_arguments(
                 args, kwargs, lambda leaf: self._nodes.get(id(leaf), leaf)
             )
+            leaves = compat.leaves_of((args, kwargs))
+            if any(isinstance(leaf, SymInt | SymFloat) for leaf in leaves):
+                raise NumberOfSymbols
             kind, target, *more = _target(func)
             self._know(result, self.graph.create_node(kind, target, (*args, *more), kwargs))
         return result

@@ -27,6 +27,7 @@ from lmhead_pass.compat import (
     kernels,
     lazy_tensors,
     settings,
+    symbols,
 )
 from lmhead_pass.compat.versions import TRANSPOSING_ATTRIBUTES
 from lmhead_pass.graph_pass import the_pass
@@ -156,6 +157,18 @@ def fake_tensors():
     with mode:
         assert lazy_tensors.is_fake(torch.ones(2))
     assert mode.from_tensor(torch.ones(3)).shape == (3,)
+
+
+def symbols_of_sizes():
+    found, x = symbols.Symbols(), torch.ones(3, 5)[1:]
+    fake, number = found.tensor(x, (False, True)), found.number(2.5)
+    with found.block():
+        assert (fake * number).shape[0] == 2
+    found.take_as_equal([found.tensor(torch.ones(5), (True,)), fake])
+    holds = found.condition()
+    assert holds([torch.ones(2, 7), 0.5, torch.ones(7)])
+    assert not holds([torch.ones(2, 7), 0.5, torch.ones(8)])
+    assert not holds([torch.ones(3, 7), 0.5, torch.ones(7)])
 
 
 def example_values():
@@ -693,6 +706,10 @@ CANARIES = {
     "torch._C._swap_tensor_impl": swapped_tensors,
     "torch.fx.node.map_aggregate": arguments_of_calls,
     "torch._subclasses.fake_tensor.FakeTensorMode": fake_tensors,
+    "torch.fx.experimental.symbolic_shapes.ShapeEnv": symbols_of_sizes,
+    "torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext": symbols_of_sizes,
+    "torch.fx.experimental.symbolic_shapes.DimDynamic": symbols_of_sizes,
+    "torch._dynamo.source.ConstantSource": symbols_of_sizes,
     "torch._C._autograd._get_current_graph_task_keep_graph": kept_graphs,
     "torch._C._functorch.is_legacy_batchedtensor": batched_gradients,
     "torch._C._autograd._top_saved_tensors_default_hooks": hooks_of_saved_tensors,

@@ -137,9 +137,10 @@ def test_a_metric_beside_the_loss_of_a_training_step():
 
 def test_the_same_way_of_use_is_traced_once(monkeypatch):
     model, traced = Model(), []
-    record = fused_reader._record
-    monkeypatch.setattr(fused_reader, "_record", lambda *a: traced.append(1) or record(*a))
-    monkeypatch.setattr(fused_reader, "_readers", type(fused_reader._readers)())
+    rewritten = fused_reader.rewritten
+    monkeypatch.setattr(fused_reader, "rewritten", lambda *a: traced.append(1) or rewritten(*a))
+    for name in ("_readers", "_forms"):
+        monkeypatch.setattr(fused_reader, name, type(fused_reader._readers)())
     monkeypatch.setattr(fused_reader, "_MOST", 4)
     compiled = rewrite(model, dynamic=True)
     for _ in range(3):
@@ -150,6 +151,7 @@ def test_the_same_way_of_use_is_traced_once(monkeypatch):
         x, y = batch((2, rows))
         shifted(compiled(x), y)
     assert len(fused_reader._readers) == fused_reader._MOST
+    assert len(fused_reader._forms) == 1
 
 
 def test_a_reset_forgets_ways_of_use():
