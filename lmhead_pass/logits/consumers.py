@@ -49,10 +49,12 @@ def _take_along_dim(logits: Logits, node: Node) -> Consumer:
     call = arguments(node, lambda input, index=None, dim=None, *, indices=None: locals())
     if call is not None and call["index"] is None:
         call["index"] = call["indices"]
-    return _word_along(logits, node, call)
+    return _word_along(logits, node, call, _count_of_words(logits, node))
 
 
-def _word_along(logits: Logits, node: Node, call: dict[str, Any] | None) -> Consumer:
+def _word_along(
+    logits: Logits, node: Node, call: dict[str, Any] | None, words: int | None = None
+) -> Consumer:
     shape = tensor_of(logits.node).shape
     if call is None or not isinstance(call["dim"], int) or call["input"] is not logits.node:
         raise Refused(f"{describe(node)} is called with arguments that are not understood")
@@ -62,7 +64,7 @@ def _word_along(logits: Logits, node: Node, call: dict[str, Any] | None) -> Cons
     expected = [1 if dim == logits.vocab_dim else size for dim, size in enumerate(shape)]
     if index.dim() != len(shape) or not all(map(same, index.shape, expected)):
         raise Refused(f"{describe(node)} picks other than one word of each row")
-    return _word(logits, node, call["index"], keeps_dim=True)
+    return _word(logits, node, call["index"], words, keeps_dim=True)
 
 
 def _word(
@@ -105,10 +107,15 @@ def _getitem(logits: Logits, node: Node) -> Consumer | None:
         or not all(_counts(part, dim, sizes) for dim, part in enumerate(numbers))
     ):
         raise Refused("the logits are indexed with tensors that are not one word for each row")
-    words = shape[logits.vocab_dim]
+    return _word(logits, node, target, _count_of_words(logits, node))
+
+
+def _count_of_words(logits: Logits, node: Node) -> int:
+    """From the end of which ``node`` counts negative words."""
+    words = tensor_of(logits.node).size(logits.vocab_dim)
     if not isinstance(words, int):
         raise Refused(f"{describe(node)} may count from the end of a vocabulary of unknown size")
-    return _word(logits, node, target, words)
+    return words
 
 
 def _counts(part: Node | range | list[Any], dim: int, sizes: list[Any]) -> bool:

@@ -26,6 +26,7 @@ from .cells import Call, Cell
 from .history import Derive, Gate, Head
 from .lazy_tensor import LazyTensor, lazy_in
 from .likes import likes_of
+from .masks import by_numbers
 from .metadata import METADATA
 from .plain_values import on_values, with_history
 from .readers import reader_of
@@ -114,7 +115,7 @@ class LazyLogits(LazyTensor):
             return write(func, args, kwargs)
         if func is Tensor.__deepcopy__:
             return _deep_copy(*args, **kwargs)
-        for attempt in (_by_form, _without_reading, _on_rows_alone, _on_values_alone):
+        for attempt in (_by_form, _by_numbers, _without_reading, _on_rows_alone, _on_values_alone):
             result = attempt(func, args, kwargs, logits)
             if result is not NotImplemented:
                 return result
@@ -215,6 +216,13 @@ def _by_form(func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[
         return tensor._cell.form()
 
     return run_by_form(func, args, kwargs, form_of)
+
+
+def _by_numbers(
+    func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]
+) -> Any:
+    is_unread = func is Tensor.__getitem__ and args[0] is logits[0] and logits[0]._cell.is_unread
+    return by_numbers(*args) if is_unread else NotImplemented
 
 
 def _without_reading(

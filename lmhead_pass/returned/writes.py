@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..compat import lazy_tensors as compat
 from .cells import Call, Cell
-from .history import Become, Lose
+from .history import Become, Lose, Values
 from .lazy_tensor import LazyTensor, lazy_in
 from .plain_values import on_values, read, values
 from .recipe import SETTING
@@ -102,16 +102,29 @@ def follow_writes(logits: LazyTensor) -> None:
 
 
 def _become(pairs: Sequence[tuple[LazyTensor, Tensor]], written: LazyTensor) -> None:
-    """Give each lazy tensor the history of the plain one beside it."""
-    for logits, value in pairs:
-        logits._plain = None
-        if value.requires_grad:
-            try:
-                Become.apply(logits, value)  # type: ignore[no-untyped-call]
-            except RuntimeError as error:
-                if logits is written:
-                    raise
-                Lose.apply(logits, str(error))  # type: ignore[no-untyped-call]
+    """Give lazy tensors the history of the plain ones beside them. All but the first are views of
+    it: theirs goes through its own."""
+    (first, value), *views = pairs
+    _take_history(first, value, value, written)
+    if views:
+        value = Values.apply(first, value.detach()) if value.requires_grad else value  # type: ignore[no-untyped-call]
+        again = _views_of(first._cell, value)[1:]
+        for (logits, before), (_, view) in zip(views, again, strict=True):
+            _take_history(logits, view, before, written)
+
+
+def _take_history(logits: LazyTensor, value: Tensor, plain: Tensor, written: LazyTensor) -> None:
+    """Give ``logits`` the history of ``value``. ``plain`` is what was written to in its place."""
+    logits._plain = None
+    if not plain.requires_grad:
+        return
+    try:
+        _ = plain.grad_fn  # An error where autograd has none.
+        Become.apply(logits, value)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if logits is written:
+            raise
+        Lose.apply(logits, str(error))  # type: ignore[no-untyped-call]
 
 
 def _first_owner(cell: Cell) -> Cell:
@@ -127,13 +140,17 @@ def _first_owner(cell: Cell) -> Cell:
     return first
 
 
-def _views_of(cell: Cell) -> list[tuple[LazyTensor, Tensor]]:
-    """The tensor of ``cell`` and those that are views of it, with their values and histories."""
+def _views_of(cell: Cell, value: Tensor | None = None) -> list[tuple[LazyTensor, Tensor]]:
+    """The tensor of ``cell`` and those that are views of it, with their values and histories.
+
+    ``value`` is that of the first, if it is not to be its own.
+    """
     owner = cell.owner()
     assert isinstance(owner, LazyTensor)
-    value = values(owner)
-    if value is cell.value:
-        value = value.detach()
+    if value is None:
+        value = values(owner)
+        if value is cell.value:
+            value = value.detach()
     found: list[tuple[LazyTensor, Tensor]] = [(owner, value)]
     pending = [(cell, value)]
     while pending:

@@ -127,9 +127,8 @@ def _value(
             assert_never(consumer.kind)
     if consumer.factor != 1:
         value = emit("mul", value, consumer.factor)
-    if consumer.is_summed:
-        return emit("sum", value)
-    return of_each_row(emit, match, consumer, rows, value)
+    value = of_each_row(emit, match, consumer, rows, value)
+    return emit("sum", value) if consumer.is_summed else value
 
 
 def _mean_logit(emit: Emitter, consumer: Consumer, rows: Node) -> Node:

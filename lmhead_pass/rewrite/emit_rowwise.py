@@ -54,13 +54,13 @@ def _keep_memory_apart(emit: Emitter, values: dict[Node, Node]) -> None:
 
 
 def _emit_call(emit: Emitter, region: Region, call: RowCall, made: dict[Any, Node]) -> list[Node]:
-    hidden = [_hidden_rows(emit, region, call, head) for head in call.heads]
+    hidden = [_hidden_rows(emit, region, call, head, made) for head in call.heads]
     weights = [_weight(emit, head) for head in call.heads]
     by_row, leads = [], []
     for leaf in call.by_row:
         assert isinstance(leaf.op, RowLeaf) and leaf.space is not None
         tensor = _outer(emit, leaf.op.outer, made)
-        rows, lead = _rows(emit, tensor, leaf.op.dims, leaf.space, call.space)
+        rows, lead = _rows(emit, tensor, leaf.op.dims, leaf.space, call.space, made)
         by_row.append(rows)
         leads.append(RowInput(lead))
     constants = [_constant(emit, leaf, made) for leaf in call.constants]
@@ -92,10 +92,12 @@ def _reached(emit: Emitter, tensor: Node, is_reached: bool) -> Node:
     return tensor if is_reached or not value.is_floating_point() else emit("detach", tensor)
 
 
-def _hidden_rows(emit: Emitter, region: Region, call: RowCall, head: Head) -> Node:
+def _hidden_rows(
+    emit: Emitter, region: Region, call: RowCall, head: Head, made: dict[Any, Node]
+) -> Node:
     """``[N, H]``"""
     hidden, dims = _hidden(emit, head), _hidden_dims(region, head)
-    rows, _ = _rows(emit, hidden, dims, region.root, call.space)
+    rows, _ = _rows(emit, hidden, dims, region.root, call.space, made)
     is_flat = tensor_of(rows).dim() == 2
     return rows if is_flat else emit("reshape", rows, -1, tensor_of(rows).size(-1))
 
@@ -152,7 +154,12 @@ def _constant(emit: Emitter, leaf: ConstantLeaf, made: dict[Any, Node]) -> Node:
 
 
 def _rows(
-    emit: Emitter, tensor: Node, dims: tuple[Dim, ...], space: Space, wanted: Space
+    emit: Emitter,
+    tensor: Node,
+    dims: tuple[Dim, ...],
+    space: Space,
+    wanted: Space,
+    made: dict[Any, Node],
 ) -> tuple[Node, int]:
     """``tensor``, of rows ``space``, as ``[*rows, ...]`` of the rows ``wanted``, and how many
     dimensions of rows these are."""
@@ -178,7 +185,14 @@ def _rows(
         place = current.index(moved[0])
         if len(moved) > 1:
             tensor = emit("flatten", tensor, place, place + len(moved) - 1)
-        index: Any = move.numbers[0] if move.kind == "select" else slice(*move.numbers)
+        match move.kind:
+            case "slice":
+                index: Any = slice(*move.numbers)
+            case "select":
+                (index,) = move.numbers
+            case _:
+                (picked,) = move.numbers
+                index = _outer(emit, picked, made)
         tensor = emit(operator.getitem, tensor, (*([slice(None)] * place), index))
         if len(left) > 1:
             sizes = _sizes(emit, [label.size for label in left])

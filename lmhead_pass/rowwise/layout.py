@@ -32,14 +32,14 @@ Dim = Rows | None
 
 @dataclass(frozen=True)
 class Move:
-    """Takes some of the rows: what ``slice`` or ``select`` does to a dimension of them."""
+    """Takes some of the rows: what a slice, a number or an index does to a dimension of them."""
 
     kind: str
-    """``"slice"`` or ``"select"``."""
+    """``"slice"``, ``"select"`` or ``"pick"``."""
     labels: Rows
     """Of the dimension."""
-    numbers: tuple[int | None, ...]
-    """Start, stop and step; or the place."""
+    numbers: tuple[Any, ...]
+    """Start, stop and step; or the place; or a tensor of places (``values.Outer``)."""
 
 
 @dataclass(eq=False)
@@ -58,6 +58,12 @@ class Space:
     @property
     def finest(self) -> Rows:
         return tuple(fine for label in self.labels for fine in label.finest())
+
+    @property
+    def picks(self) -> list[Any]:
+        """The tensors by which rows were picked on the way to these."""
+        own = self.move.numbers if self.move is not None and self.move.kind == "pick" else ()
+        return [*(self.parent.picks if self.parent is not None else ()), *own]
 
     def after(self, move: Move, result: Label | None) -> "Space":
         """The rows that ``move`` takes: the same object for the same rows.

@@ -18,6 +18,7 @@ from .new_values import cat, copy, fill, index_put, like, stack
 from .shapes import (
     copied,
     expand,
+    index_select,
     permute,
     pick,
     reshape,
@@ -74,7 +75,7 @@ _TABLE: dict[str, Callable[[Context, Call], Any]] = {
     **_names(scan, "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax"),
     **_names(scan, "cummin", "sort", "topk", "flip", "gather", "scatter", "scatter_add"),
     **_names(scan, "scatter_reduce", "glu"),
-    **_names(scan_with_index, "index_select", "index_fill", "index_add", "index_copy"),
+    **_names(scan_with_index, "index_fill", "index_add", "index_copy"),
     # Over a dimension that goes.
     **_names(reduction, "sum.dim_IntList", "mean.dim", "amax", "amin", "logsumexp", "prod.dim_int"),
     **_names(reduction, "any.dim", "any.dims", "all.dim", "all.dims", "argmax", "argmin"),
@@ -94,6 +95,7 @@ _TABLE: dict[str, Callable[[Context, Call], Any]] = {
     **_names(split, "split", "split_with_sizes"),
     **_names(unbind, "unbind"),
     **_names(pick, "index"),
+    **_names(index_select, "index_select"),
     # Other values.
     **_names(like, "zeros_like", "ones_like", "full_like", "empty_like"),
     **_names(like, "new_zeros", "new_ones", "new_full", "new_empty"),

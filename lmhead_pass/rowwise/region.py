@@ -363,8 +363,12 @@ class _Carver:
         sources = {
             source
             for call in calls
-            for leaf in (*(one.op.outer for one in call.by_row), *(c.outer for c in call.constants))
-            for source in nodes_of(leaf)
+            for outer in (
+                *(one.op.outer for one in call.by_row),
+                *(one.outer for one in call.constants),
+                *call.space.picks,
+            )
+            for source in nodes_of(outer)
         }
         for head in self.heads:
             sources |= {head.hidden, head.weight}

@@ -1,11 +1,13 @@
 """What looks at the same values in another shape, or at some of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..graph import same
-from .alignment import along, check_rows, chunk_dim, ints, needed
+from .alignment import aligned, along, check_rows, chunk_dim, ints, needed
+from .along_words import scan_with_index
 from .call import Call, Context, Mixes, New, Result, describe_call, plain
 from .layout import Dim, Label, Move, Rows, Space, reshaped
 from .values import Traced, View, rest_of
@@ -144,16 +146,75 @@ def pick(context: Context, call: Call) -> Result:
     held, indices = along(context, call), call.named["indices"]
     dims = held.finest
     given = [(place, index) for place, index in enumerate(indices) if index is not None]
+    if any(one.dtype not in (torch.int64, torch.int32) or one.dim() != 1 for _, one in given):
+        raise Mixes(f"{describe_call(call.function)} picks rows by other than vectors of numbers")
+    (first, index), *_ = given
+    if len(given) > 1 or dims[first] is not None:
+        return _picked(context, call, dict(given))
+    if context.traced(index) is not None:
+        raise Mixes(f"{describe_call(call.function)} has an index that is made of rows")
+    with context.outside():  # index_select counts none from the end
+        index = _from_start(index, call.named["self"].size(first))
+    made = context.make(
+        "aten.index_select.default",
+        *(context.read(held), needed(dims, first, call)),
+        context.constant(context.outer(index), ints(index.shape)),
+    )
+    return New(made, dims, held.space)
+
+
+def _from_start(index: torch.Tensor, size: Any) -> torch.Tensor:
+    """``index`` with numbers that are counted from the end."""
+    return torch.where(index < 0, index + size, index)
+
+
+def index_select(context: Context, call: Call) -> Result | list[Result]:
+    held, index = along(context, call), call.named["index"]
+    place = call.named["dim"] % len(held.dims)
+    if held.finest[place] is None or index.dim() != 1:
+        return scan_with_index(context, call)
+    return _picked(context, call, {place: index})
+
+
+def _picked(context: Context, call: Call, given: dict[int, torch.Tensor]) -> New:
+    """Rows by a vector for each of some dimensions, or single words by one more for the words."""
+    source, held = call.named["self"], along(context, call)
+    dims, places = held.finest, [*given]
+    of_rows = [place for place in places if dims[place] is not None]
+    of_words = places[len(of_rows) :]
+    first, behind = places[0], places[-1] + 1
+    if (
+        of_rows + of_words != [*range(first, behind)]
+        or (of_words and (len(of_words) > 1 or places != [*range(source.dim())]))
+        or any(not same(one.size(0), call.out.size(first)) for one in given.values())
+    ):
+        raise Mixes(f"{describe_call(call.function)} picks rows in a way that is not understood")
+    if any(context.traced(one) is not None for one in given.values()):
+        raise Mixes(f"{describe_call(call.function)} has an index that is made of rows")
+    rows = tuple(label for place in of_rows for label in _rows(dims, place))
+    index = _number_of_row(context, [(source.size(place), given[place]) for place in of_rows])
+    move = Move("pick", rows, (context.outer(index),))
+    space = held.space.after(move, Label(call.out.size(first)))
+    assert space.result is not None
+    taken, picked = context.read(held), (*dims[:first], (space.result,), *dims[behind:])
+    for place in of_words:
+        with context.outside():
+            word = _from_start(given[place].long(), source.size(place)).unsqueeze(1)
+        words = aligned(context, word, (*picked, None), (*call.out.shape, 1), space)
+        taken = context.make("aten.gather.default", taken, 1, words)
+        taken = context.make("aten.select.int", taken, 1, 0)
+    return New(taken, picked, space)
+
+
+def _number_of_row(context: Context, given: Sequence[tuple[Any, torch.Tensor]]) -> torch.Tensor:
+    """Where rows are among all, from where they are in each dimension, and the sizes of these."""
     if len(given) == 1:
-        place, index = given[0]
-        is_plain = index.dtype in (torch.int64, torch.int32) and index.dim() == 1
-        if is_plain and dims[place] is None and context.traced(index) is None:
-            with context.outside():  # index_select counts none from the end
-                index = torch.where(index < 0, index + call.named["self"].size(place), index)
-            made = context.make(
-                "aten.index_select.default",
-                *(context.read(held), needed(dims, place, call)),
-                context.constant(context.outer(index), ints(index.shape)),
-            )
-            return New(made, dims, held.space)
-    raise Mixes(f"{describe_call(call.function)} picks rows")
+        return given[0][1]
+    with context.outside():
+        number = torch.zeros_like(given[0][1]).long()
+        is_none = number < 0
+        for size, index in given:
+            index = _from_start(index.long(), size)
+            number, is_none = number * size + index, is_none | (index < 0) | (index >= size)
+        # A place that there is not must not become one of the next row: this is an error, too.
+        return number.masked_fill(is_none, torch.iinfo(torch.int64).max)

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 
 from .. import forms, reference
 from ..backend import rewrite
-from ..checks import check
+from ..checks import assert_as_eager, check
 
 V = forms.V
 
@@ -58,6 +58,7 @@ MEASURES = {
     "entropy_mean": lambda z, y: -(z.log_softmax(-1) * F.softmax(z, -1)).sum(-1).mean(),
     "entropy_sum": lambda z, y: (z.log_softmax(-1) * F.softmax(z, -1)).sum(),
     "entropy_from_logits": entropy_from_logits,
+    "entropy_of_some": lambda z, y: (z[:, 1:].log_softmax(-1) * F.softmax(z[:, 1:], -1)).sum(),
     "log_probabilities": lambda z, y: F.log_softmax(z, -1).gather(-1, y[..., None]).squeeze(-1),
     "target_logits": lambda z, y: z.gather(-1, y[..., None]).squeeze(-1),
     "top_5": lambda z, y: (z.topk(5, dim=-1).indices == y[..., None]).any(-1).float().mean(),
@@ -86,6 +87,8 @@ MEANS = {
     "mean_log_probability": lambda z, y: z.log_softmax(-1).mean(-1),
     "mean_log_probability_of_all": lambda z, y: z.log_softmax(-1).mean(),
     "sum_of_log_probabilities": lambda z, y: z.log_softmax(-1).sum(-1),
+    "mean_of_some": lambda z, y: z[:, :-1].mean(),
+    "mean_log_probability_of_some": lambda z, y: z[:, :-1].log_softmax(-1).mean(),
 }
 
 
@@ -359,6 +362,7 @@ INDEXED = {
     "cut": lambda z, y: z.view(-1, V)[:, : V - 5].log_softmax(-1)[
         torch.arange(y.numel()), y.flatten()
     ],
+    "along": lambda z, y: torch.take_along_dim(z[..., : V - 5].log_softmax(-1), y[..., None], -1),
     "grid": lambda z, y: z.log_softmax(-1)[
         torch.arange(len(y))[:, None], torch.arange(y.size(1)), y
     ],
@@ -423,3 +427,23 @@ def test_an_inference_block_inside_another_mode():
     results = rewrite(function, graphs)(*tensors)
     assert counters["lmhead_pass"] == {"rewritten": 1}
     torch.testing.assert_close(results, expected)
+
+
+def smoothed_by_hand(h, w, b, y):
+    """A loss of some rows, of which one term is a total, beside a logged one of all."""
+    z = F.linear(h, w, b)
+    logged = F.cross_entropy(z.detach().flatten(0, 1), y.flatten())
+    some = z[:, :-1]
+    right = F.cross_entropy(some.flatten(0, 1), y[:, 1:].flatten())
+    return 0.9 * right - 0.1 * some.log_softmax(-1).mean(), logged
+
+
+def totals_of_some_and_all(h, w, b, y):
+    z = F.linear(h, w, b)
+    words = z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return words.square().mean() + z[1:].log_softmax(-1).sum() * 1e-3 + z[:, 1:].mean()
+
+
+@pytest.mark.parametrize("function", [smoothed_by_hand, totals_of_some_and_all])
+def test_totals_of_some_of_the_rows(function):
+    assert_as_eager(function, forms.inputs(), rewrite(function, dynamic=False))

@@ -120,6 +120,17 @@ def test_entropy_of_logits_that_are_minus_infinity():
     reference.assert_no_worse([entropy], [unfused], [exact], torch.float32)
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("-inf")])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logsumexp_of_infinite_logits(number, reduction):
+    hidden, weight = torch.ones(4, 2, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.float64)
+    bias = torch.zeros(5, dtype=torch.float64)
+    bias[2 if number > 0 else slice(None)] = number
+    target = torch.tensor([0, 1, -100, 3])
+    _, lse = call(hidden, weight, bias, target, reduction=reduction, measures=["logsumexp"])
+    assert torch.equal(lse, torch.full_like(lse, number))
+
+
 @pytest.mark.parametrize("lead", [20.0, 40.0])
 def test_entropy_of_confident_rows_keeps_its_digits(lead):
     """In FP32 the probability is 1: what is left of the entropy is all in the others."""

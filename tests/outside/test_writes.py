@@ -294,3 +294,38 @@ def test_detached_in_place_after_a_reading(becomes_a_leaf):
         found[-1].append(z.grad + 0 if becomes_a_leaf else torch.tensor(z.grad is None))
         model.zero_grad()
     torch.testing.assert_close(*found)
+
+
+def _after_a_write(use):
+    def program(z, y):
+        part = z[:, :-1]
+        part.mul_(1.5)
+        return use(z, F.cross_entropy(part.flatten(0, 1), y[:, 1:].flatten()))
+
+    return program
+
+
+def _kept(z, loss):
+    z.retain_grad()
+    loss.backward()
+    return z.grad
+
+
+def _hooked(z, loss):
+    z.register_hook(lambda gradient: gradient * 3)
+    return torch.autograd.grad(loss, z)[0]
+
+
+GRADIENTS_AT_LOGITS = {
+    "grad": lambda z, loss: torch.autograd.grad(loss, z)[0],
+    "retain_grad": _kept,
+    "hook": _hooked,
+}
+
+
+@pytest.mark.parametrize("use", GRADIENTS_AT_LOGITS)
+def test_the_gradient_of_logits_whose_view_was_written_to(use):
+    model, (x, y) = Model(), batch()
+    program = _after_a_write(GRADIENTS_AT_LOGITS[use])
+    ours, theirs = program(rewrite(model)(x), y), program(model(x), y)
+    torch.testing.assert_close(ours * 1, theirs)

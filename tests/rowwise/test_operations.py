@@ -223,7 +223,6 @@ OVER_ROWS = {
     "topk": lambda z: z.topk(2, 1).values,
     "flip": lambda z: z.flip((0, 2)),
     "gather": lambda z: z.gather(1, torch.zeros(3, 2, V, dtype=torch.int64)),
-    "index_select": lambda z: z.index_select(1, WORDS % 7),
     "logsumexp": lambda z: z.logsumexp(1),
     "argmax": lambda z: z.argmax(0) * z,
     "max": lambda z: z.max(0).values,
@@ -232,7 +231,7 @@ OVER_ROWS = {
     "vector_norm": lambda z: torch.linalg.vector_norm(z, dim=1),
     "amax": lambda z: z.amax(0),
     "cat": lambda z: torch.cat([z, z.sin()], 1),
-    "index": lambda z: z[torch.tensor([2, 0])],
+    "index": lambda z: z[torch.tensor([[2, 0]])],
     "roll": lambda z: z.roll(1, 1),
     "view": lambda z: z.view(torch.int32),  # bits
     "diff": lambda z: z.diff(dim=1),

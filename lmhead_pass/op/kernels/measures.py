@@ -160,7 +160,8 @@ class Measures:
             if measure.kind is MeasureKind.LOSSES:
                 result.copy_(losses)
             elif measure.kind is MeasureKind.LOGSUMEXP:
-                torch.add(row_max, log_sum, out=result)
+                # Of an infinite logit, or none but -inf, differences are NaN.
+                torch.where(row_max.isinf(), row_max, row_max + log_sum, out=result)
         return list(self._results.values())
 
 
