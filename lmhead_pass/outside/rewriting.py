@@ -68,7 +68,9 @@ def rewritten(calls: Sequence[Call], way: Way, may_change: Sequence[bool]) -> Re
             heads, given, inputs = _fakes(call, way, symbols, iter(may_change))
             roots = dict(zip(call.roots, heads, strict=True))
             module = _record(calls, roots, given, inputs, symbols)
-            if not rewrite_graph(module.graph, of_loss_alone=False):
+            # What is refused of symbols may still be rewritten for constants.
+            tells = not any(may_change)
+            if not rewrite_graph(module.graph, of_loss_alone=False, tells_refusals=tells):
                 return None
             if len(calls) > 1 and not _takes_logits_once(module.graph, call.roots[0]):
                 return None

@@ -31,7 +31,12 @@ from .report import EmittedCall, EmittedRegion
 from .rowwise_sums import sum_in_forward
 
 
-def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = False) -> bool:
+def rewrite_graph(
+    graph: Graph,
+    of_loss_alone: bool = True,
+    keeps_note: bool = False,
+    tells_refusals: bool = True,
+) -> bool:
     """Rewrite every match in ``graph``, report on it, and return whether there were any.
 
     A checkpointed region is left to the graph that calls it. With ``keeps_note`` the graph can
@@ -55,7 +60,7 @@ def rewrite_graph(graph: Graph, of_loss_alone: bool = True, keeps_note: bool = F
         edit.roll_back()
         report.failure(error)
         return False
-    for refusal in refusals:
+    for refusal in refusals if tells_refusals else ():
         report.refused(refusal)
     for call in calls:
         report.rewritten(call)

@@ -173,3 +173,13 @@ def test_sizes_that_were_equal_by_chance(traced):
     compiled = rewrite(model, dynamic=True)
     for size in ((7, 7), (9, 9), (9, 4), (4, 9), (1, 22), (30, 1), (16, 16)):
         _assert_as_eager(model, compiled, log_probabilities, batch(size))
+
+
+def test_what_only_constants_have_is_not_told_as_refused(caplog):
+    model, inputs = Model(), batch()
+    compiled = rewrite(model)
+    with caplog.at_level("INFO", logger="lmhead_pass"):
+        for number in (20.0, 30.0, 40.0):
+            _assert_as_eager(model, compiled, partial(capped, number=number), inputs)
+    assert caplog.text.count("rewritten: cross_entropy") == 3
+    assert "left alone" not in caplog.text

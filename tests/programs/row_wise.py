@@ -108,6 +108,16 @@ class _RowWiseWriter(Writer):
         self._other, self._states = other, known
         return loss
 
+    def _picks(self, logits: Logits) -> list[tuple[str, str, Callable[..., tuple[int, ...]]]]:
+        """Rows by their numbers."""
+        numbers = self._assign("torch.tensor([1, 0, -1, 1])", "i")
+        first = f"{{x}}[{numbers}]"
+        found = [(first, first, lambda n, *others: (4, *others))]
+        if len(logits.rows) == 2:
+            second, both = f"{{x}}[:, {numbers}]", f"{{x}}[{numbers}, {numbers}.abs()]"
+            found += [(second, second, lambda b, s: (b, 4)), (both, both, lambda b, s: (4,))]
+        return found
+
     def _chained(self, logits: Logits) -> Logits:
         kind = self._draw(st.integers(0, 31))
         if kind == 31:
@@ -123,7 +133,8 @@ class _RowWiseWriter(Writer):
             return logits
         if kind >= 22 and (len(logits.rows) == 1 or logits.rows[1] > 2) and logits.rows[0] > 3:
             table = tables.FLAT_ROW_STEPS if len(logits.rows) == 1 else tables.ROW_STEPS
-            text, rows_text, rows = self._one(list(table.values()))
+            steps = [*table.values(), *self._picks(logits)]
+            text, rows_text, rows = self._one(steps)
             self._other = self._assign(text.format(x=self._other), "o")
             return self._on_rows(logits, text, rows_text, rows)
         if kind >= 21 and len(logits.rows) == 2:
