@@ -53,7 +53,7 @@ class _Form:
     is_refused: bool = False
 
 
-_MOST = 64
+_MOST = 256
 _readers: OrderedDict[Any, Rewritten | None] = OrderedDict()
 """For each way of use, the latest last. Old ones are let go: numbers may change in every step. All
 go where Dynamo forgets what it has compiled."""

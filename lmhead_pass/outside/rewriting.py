@@ -87,6 +87,8 @@ def rewritten(calls: Sequence[Call], way: Way, may_change: Sequence[bool]) -> Re
         )
         return None
     module.recompile()
+    for node in module.graph.nodes:
+        node.meta.clear()  # Nobody looks at these any more, and they keep a lot.
     return Rewritten(module.forward, like, inputs, way.numbers, may_change, condition)
 
 
