@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lmhead_pass.compat import symbols
 from lmhead_pass.outside import fused_reader
 
 from ..backend import rewrite
@@ -183,3 +184,12 @@ def test_what_only_constants_have_is_not_told_as_refused(caplog):
             _assert_as_eager(model, compiled, partial(capped, number=number), inputs)
     assert caplog.text.count("rewritten: cross_entropy") == 3
     assert "left alone" not in caplog.text
+
+
+def test_without_symbols_each_size_is_traced(traced, monkeypatch):
+    monkeypatch.setattr(symbols, "_found", lambda: [None] * len(symbols._NAMES))
+    model = Model()
+    compiled = rewrite(model, dynamic=True)
+    for count, size in enumerate(SIZES, start=1):
+        _assert_as_eager(model, compiled, shifted, batch(size))
+        assert len(traced) == count

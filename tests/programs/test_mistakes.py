@@ -44,7 +44,7 @@ IN_THE_OP = COMMON | {
     "without_softcap": any_kind(
         "softcap", "softcap_left", "softcap_sigmoid", "softcap_", "softcap_float"
     ),
-    "without_masks": any_kind("masked_where", "masked_fill_tensor", "setitem_list"),
+    "without_masks": any_kind("masked_where", "masked_index_fill", "setitem_list"),
     "without_gradient_of_logsumexp": any_kind(
         "z_loss", "z_loss_float", "z_loss_keepdim", "logsumexp"
     ),
