@@ -180,23 +180,27 @@ def _picked(context: Context, call: Call, given: dict[int, torch.Tensor]) -> New
     """Rows by a vector for each of some dimensions, or single words by one more for the words."""
     source, held = call.named["self"], along(context, call)
     dims, places = held.finest, [*given]
-    of_rows = [place for place in places if dims[place] is not None]
+    of_rows = [p for p in places if dims[p] is not None or same(source.size(p), 1)]
     of_words = places[len(of_rows) :]
     first, behind = places[0], places[-1] + 1
     if (
         of_rows + of_words != [*range(first, behind)]
         or (of_words and (len(of_words) > 1 or places != [*range(source.dim())]))
+        or all(dims[place] is None for place in of_rows)
         or any(not same(one.size(0), call.out.size(first)) for one in given.values())
     ):
         raise Mixes(f"{describe_call(call.function)} picks rows in a way that is not understood")
     if any(context.traced(one) is not None for one in given.values()):
         raise Mixes(f"{describe_call(call.function)} has an index that is made of rows")
-    rows = tuple(label for place in of_rows for label in _rows(dims, place))
+    rows = tuple(label for place in of_rows for label in dims[place] or ())
     index = _number_of_row(context, [(source.size(place), given[place]) for place in of_rows])
     move = Move("pick", rows, (context.outer(index),))
     space = held.space.after(move, Label(call.out.size(first)))
     assert space.result is not None
     taken, picked = context.read(held), (*dims[:first], (space.result,), *dims[behind:])
+    for place in reversed(of_rows):
+        if dims[place] is None:  # of size 1
+            taken = context.make("aten.select.int", taken, chunk_dim(dims, place), 0)
     for place in of_words:
         with context.outside():
             word = _from_start(given[place].long(), source.size(place)).unsqueeze(1)

@@ -99,6 +99,16 @@ def test_picked_rows(function, dtype):
     assert "lmhead_pass.rowwise" in code
 
 
+@pytest.mark.parametrize(("batch", "length"), [(1, 7), (7, 1)])
+def test_dimensions_of_size_one(batch, length):
+    def function(h, w, y, *_):
+        numbers = torch.tensor([0, 3, -1])
+        places = (numbers * 0, numbers) if batch == 1 else (numbers, numbers * 0 - 1)
+        return bonus(F.linear(h, w)[places].log_softmax(-1))
+
+    check(function, inputs(batch=batch, length=length), torch.float32)
+
+
 def test_numbers_that_are_none():
     h, w, *_ = inputs()
 
