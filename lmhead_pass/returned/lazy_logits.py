@@ -131,7 +131,8 @@ class LazyLogits(LazyTensor):
             is_detached = func is torch.ops.aten.detach.default
             same, more = (Tensor.detach, ()) if is_detached else (Tensor.view, (logits.shape,))
             source = logits._cell
-            call = _call(same, (logits, *more), {}, source.device)
+            autocast = compat.autocast_state(source.device.type)
+            call = Call(same, (source, *more), {}, autocast=autocast, needs_no_values=True)
             cell = Cell(call, source.like, source.device, is_detached=is_detached)
             cell.identity = source.identity  # autograd hands a gradient on as it is
             return cls(cell)
