@@ -183,6 +183,8 @@ def _sum(logits: Logits, node: Node) -> Consumer | None:
         count = words if dim is not None else all_of_it
         if not isinstance(count, int):
             raise Refused(f"{describe(node)} is taken over logits of dynamic sizes")
+        if count == 0:
+            raise Refused(f"{describe(node)} is taken of no logits")
         factor /= count
     return replace(consumer, factor=factor)
 

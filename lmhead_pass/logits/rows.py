@@ -97,6 +97,8 @@ def _cast(logits: Logits, node: Node) -> Logits:
         raise Refused(f"{describe(node)} changes the shape of the logits")
     if after.dtype == before.dtype:
         return logits
+    if after.dtype.itemsize < 2:
+        raise Refused(f"{describe(node)} rounds logits to {after.dtype}")
     return logits.then(Cast(after.dtype))
 
 

@@ -5,7 +5,7 @@ and ``losses`` say what each of these is on a chunk of rows, and ``alignment`` h
 ``call`` lie beside each other. ``tracer`` runs nodes again on fake tensors, and writes that down
 (``layout`` knows which dimensions are rows, ``values`` which expression each tensor holds).
 ``region`` goes from a head to numbers without a vocabulary, and describes what it finds
-(``types``).
+(``types``); ``dependents`` knows what depends on which head.
 """
 
 from .call import Mixes

@@ -52,6 +52,8 @@ def nll_loss(context: Context, call: Call) -> list[Result]:
     value = make("aten.reshape.default", context.read(held), [RowCount(), words])
     index = aligned(context, target, others, sizes, held.space)
     index = make("aten.reshape.default", index, [RowCount()])
+    if target.dtype != torch.uint8:  # Inductor takes other integers than ATen's.
+        index = make("aten._to_copy.default", index, dtype=torch.int64)
     if not isinstance(ignored, int):
         raise Mixes("nll_loss has an ignore_index that changes")
     given = None

@@ -31,6 +31,7 @@ from ..op import Chunks, Output, RowInput, RowPart, Step, Value, plan_chunks
 from ..plan import run_the_same_behind
 from ..sums import sums
 from .call import Mixes
+from .dependents import Dependents
 from .expressions import collect, exits_of, heads_of, is_head, nodes_of, with_gradient
 from .layout import Dim, Label, Space
 from .tracer import NeedsHead, Tracer
@@ -66,17 +67,11 @@ def carve(head: Head, heads: Sequence[Head]) -> Region:
     Refused if there is none.
     """
     graph = head.node.graph
-    dependents = {one.node: _dependents(one.node) for one in heads}
-    of_others = {
-        node: one
-        for one in heads
-        # What another head reads is no logits.
-        if dependents[one.node].isdisjoint(other.node for other in heads if other is not one)
-        for node in (*dependents[one.node], one.node)
-    }
+    dependents = Dependents(heads)
+    of_others = dependents.of_single_heads()
     roots = [head]
     while True:
-        of_roots = set().union(*(dependents[one.node] for one in roots))
+        of_roots = dependents.of(roots)
         others = {node: one for node, one in of_others.items() if one not in roots}
         try:
             region = _Carver(graph, roots, of_roots, others).region()
@@ -97,20 +92,8 @@ def ends_in_a_sum(region: Region) -> bool:
     none."""
     on_the_way = passing(region.node.graph)
     ends = [node for node in region.results if tensor_of(node).requires_grad and node in on_the_way]
-    known_later = set().union(*(_dependents(head.node) for head in region.heads))
+    known_later = Dependents(region.heads).of(region.heads)
     return not ends or any(known_later.isdisjoint(found.reads) for found in sums(ends))
-
-
-def _dependents(head: Node) -> set[Node]:
-    """The nodes that depend on ``head``, or read memory that such nodes write to."""
-    found, written = {head}, set[int]()
-    for node in mutation.nodes_between(head, head.graph._root):
-        inputs = node.all_input_nodes
-        if not found.isdisjoint(inputs) or any(memory_of(one) & written for one in inputs):
-            found.add(node)
-            if not found.isdisjoint(inputs):
-                written |= mutation.memory_written(node)
-    return found - {head}
 
 
 class _Carver:

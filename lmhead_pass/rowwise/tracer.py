@@ -278,6 +278,8 @@ class Tracer(DispatchMode):  # type: ignore[misc]
         if held and func is torch.ops.aten._local_scalar_dense.default:
             raise Mixes("item takes a number out of the rows")
         out = func(*args, **kwargs)
+        if out is None and (held or func._schema.is_mutable):
+            raise Mixes(f"{func} returns nothing, and does something that is not understood")
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
             return out
         if held and (func.namespace != "aten" or func._overloadname.endswith("out")):

@@ -94,6 +94,20 @@ def test_results_used_freely_have_theirs_in_the_backward():
     assert "rowwise_sum" not in code
 
 
+def rounded(h, w, y, *_):
+    """As a head in FP8."""
+    z = (F.linear(h, w) / 4).to(torch.float8_e4m3fn).float()
+    return F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+
+def test_logits_in_eight_bits_keep_their_rounding():
+    tensors = inputs()
+    ours, theirs = gradients(rewrite(rounded), tensors), gradients(rounded, tensors)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert counters["lmhead_pass"] == {"rewritten": 1}
+
+
 @pytest.mark.parametrize("function", [given_teacher, entropy_bonus, squared_ratio])
 def test_dynamic_batch(function):
     compiled = rewrite(function)
