@@ -101,7 +101,8 @@ class Call:
         for argument in self.function._schema.arguments:
             value = changed.get(argument.name, self.named[argument.name])
             if argument.kwarg_only:
-                if argument.name not in _PLACES and value is not None:
+                is_needed = value is not None or not argument.has_default_value()
+                if argument.name not in _PLACES and is_needed:
                     kwargs[argument.name] = plain(value)
             else:
                 args.append(plain(value))

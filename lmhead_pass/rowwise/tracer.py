@@ -282,6 +282,8 @@ class Tracer(DispatchMode):  # type: ignore[misc]
             raise Mixes(f"{func} returns nothing, and does something that is not understood")
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
             return out
+        if held and any(map(_is_complex, tree_leaves(out))):
+            raise Mixes(f"{func} makes complex numbers")
         if held and (func.namespace != "aten" or func._overloadname.endswith("out")):
             raise Mixes(f"{func} is not known to treat rows apart")
         if func._schema.is_mutable:
@@ -518,6 +520,10 @@ def _check(node: Node) -> None:
         and not _has_gradient(node.all_input_nodes)
     ):
         raise Refused(f"{describe(node)} is where a gradient ends")
+
+
+def _is_complex(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 def _call(func: Any, args: Any, kwargs: Any, out: Any) -> Call:

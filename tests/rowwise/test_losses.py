@@ -94,6 +94,13 @@ def test_results_used_freely_have_theirs_in_the_backward():
     assert "rowwise_sum" not in code
 
 
+def test_a_rounding_that_is_none():
+    def function(h, w, *_):
+        return torch.div(F.linear(h, w), 2.0, rounding_mode=None).std(-1).mean()
+
+    check(function, inputs(), torch.float32)
+
+
 def rounded(h, w, y, *_):
     """As a head in FP8."""
     z = (F.linear(h, w) / 4).to(torch.float8_e4m3fn).float()
