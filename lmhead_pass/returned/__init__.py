@@ -8,7 +8,7 @@ such tensors (``lazy_tensor``), ``writes`` writes to them. ``history`` is what a
 were taken. ``steps`` says which functions are written down, ``likes`` what they return, without
 values, and ``metadata`` and ``by_form`` what reads no values; ``readers`` asks for what computes a
 result, ``results`` has that done, and ``foresight`` with it what is asked for next; ``rows_alone``
-reads a few rows; ``reading`` looks after late readings, and tells of all.
+reads a few rows; ``masks`` picks rows; ``reading`` looks after late readings, and tells of all.
 Importing this registers the ops.
 """
 
