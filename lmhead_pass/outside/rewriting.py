@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from torch import Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch.fx import Graph, GraphModule
 
 from .. import config
@@ -74,6 +74,8 @@ def rewritten(calls: Sequence[Call], way: Way, may_change: Sequence[bool]) -> Re
                 return None
             if len(calls) > 1 and not _takes_logits_once(module.graph, call.roots[0]):
                 return None
+            if _has_symbols(module.graph):
+                return None
             condition = symbols.condition() if any(may_change) else (lambda inputs: True)
     except MemoryBudgetTooSmall:
         raise
@@ -119,6 +121,12 @@ def _fakes(
             inputs.append(next(may_change))
             given.append(symbols.number(one) if inputs[-1] else one)
     return heads, given, inputs
+
+
+def _has_symbols(graph: Graph) -> bool:
+    """Whether a node is given a symbol itself, which code has no name for."""
+    leaves = compat.leaves_of([(node.args, node.kwargs) for node in graph.nodes])
+    return any(isinstance(leaf, SymFloat | SymInt) for leaf in leaves)
 
 
 def _takes_logits_once(graph: Graph, logits: Cell) -> bool:

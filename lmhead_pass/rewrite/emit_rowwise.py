@@ -132,7 +132,8 @@ def _outer(emit: Emitter, outer: Outer | Exit, made: dict[Any, Node]) -> Any:
 
         def argument(leaf: Any) -> Any:
             if not isinstance(leaf, Outer | Exit):
-                return _size(emit, leaf) if isinstance(leaf, torch.SymInt) else leaf
+                is_symbol = isinstance(leaf, torch.SymInt | torch.SymFloat)
+                return _size(emit, leaf) if is_symbol else leaf
             node = _outer(emit, leaf, made)
             is_narrow = tensor_of(node).dtype in NARROW
             return emit("to", node, torch.float32) if is_narrow else node
@@ -247,13 +248,14 @@ def _sizes(emit: Emitter, sizes: Sequence[Any]) -> list[Any]:
 
 
 def _size(emit: Emitter, size: Any) -> Any:
+    """A node for a size, or another number that may change."""
     if isinstance(size, int):
         return size
     for node in emit.graph.nodes:
         if node is emit.place:
             break
         value = value_of(node)
-        if isinstance(value, torch.SymInt) and same(value, size):
+        if isinstance(value, type(size)) and same(value, size):
             return node
         if isinstance(value, torch.Tensor) and node.op == "placeholder":
             for dim, own in enumerate(value.shape):

@@ -28,6 +28,9 @@ STEPS = {
     "temperature_of_each_row": lambda h, w, y, t: F.cross_entropy(
         F.linear(h, w) / t, y, reduction="none"
     ).mean(),
+    "filled_in_chunks": lambda h, w, y, t: (
+        torch.where(torch.arange(V) % 3 == 0, -7.0 * t, F.linear(h, w)).std(-1).mean()
+    ),
     "returned": _returning,
 }
 
