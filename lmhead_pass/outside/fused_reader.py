@@ -51,6 +51,7 @@ class _Form:
     is_fixed: bool = False
     """Whether each number takes a graph of its own."""
     is_refused: bool = False
+    """Whether there is none at all."""
 
 
 _MOST = 256
@@ -58,7 +59,7 @@ _readers: OrderedDict[Any, Rewritten | None] = OrderedDict()
 """For each way of use, the latest last. Old ones are let go: numbers may change in every step. All
 go where Dynamo forgets what it has compiled."""
 _forms: OrderedDict[Any, _Form] = OrderedDict()
-# A number that makes a graph another one (a dimension) is no symbol in it, whatever it changes.
+# A symbol may turn out to be a constant of its graph (a dimension): the next number takes another.
 _MOST_GRAPHS = 4
 
 

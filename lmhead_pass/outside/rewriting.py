@@ -103,9 +103,8 @@ def _fakes(
     """
 
     def fake(tensor: Tensor) -> Tensor:
-        sizes = list(islice(may_change, tensor.dim()))
-        _strides = list(islice(may_change, tensor.dim()))
-        return symbols.tensor(tensor, sizes)
+        sizes_and_strides = list(islice(may_change, 2 * tensor.dim()))
+        return symbols.tensor(tensor, sizes_and_strides[: tensor.dim()])
 
     heads = []
     for recipe, wanted in call.recipes:

@@ -1,7 +1,9 @@
 """Which nodes depend on which heads, or read memory that such nodes write to."""
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 from torch.fx import Node
 
@@ -19,22 +21,18 @@ class Dependents:
         """For each node the bits of the heads that it depends on."""
         written: dict[int, int] = defaultdict(int)
         for node in heads[0].node.graph.nodes:
-            read = self._any(node.all_input_nodes)
-            through_memory = 0
-            if written:
-                for source in node.all_input_nodes:
-                    for storage in memory_of(source):
-                        through_memory |= written.get(storage, 0)
-            if read:
-                for storage in mutation.memory_written(node):
-                    written[storage] |= read
+            read = through_memory = 0
+            for source in node.all_input_nodes:
+                read |= self._behind[source] | self._bits.get(source, 0)
+                for storage in memory_of(source) if written else ():
+                    through_memory |= written.get(storage, 0)
+            for storage in mutation.memory_written(node) if read else ():
+                written[storage] |= read
             self._behind[node] = read | through_memory
 
     def of(self, heads: Iterable[Head]) -> set[Node]:
         """What depends on any of ``heads``."""
-        wanted = 0
-        for head in heads:
-            wanted |= self._bits[head.node]
+        wanted = reduce(operator.or_, (self._bits[head.node] for head in heads))
         return {node for node, bits in self._behind.items() if bits & wanted}
 
     def of_single_heads(self) -> dict[Node, Head]:
@@ -51,9 +49,3 @@ class Dependents:
             if bits:
                 found[node] = self._heads[bits.bit_length() - 1]
         return found
-
-    def _any(self, nodes: Iterable[Node]) -> int:
-        bits = 0
-        for node in nodes:
-            bits |= self._behind[node] | self._bits.get(node, 0)
-        return bits
