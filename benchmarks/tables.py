@@ -172,7 +172,7 @@ def overheads(measured: dict[str, Any]) -> str:
             "| | |",
             "|---|--:|",
             f"| a loss taken outside: Python, in each step of any size | {found['step']:.2f} ms |",
-            "| watching hidden states and weight, 2048 tokens x 512 hidden x 32000 words |"
+            "| watching the weight, 2048 tokens x 512 hidden x 32000 words |"
             f" {100 * found['watching']:.1f} % of a step |",
             "| generating a token at a time (such heads are left as they are) |"
             f" {found['generation']:.3f} of the time without the pass |",

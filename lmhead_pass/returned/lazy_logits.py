@@ -53,6 +53,8 @@ class LazyLogits(LazyTensor):
     _untouched: tuple[Recipe, Recipe] | None
     """Of logits that were just returned, also without a history: theirs is put in at the first
     touch. When they are made, the hidden states do not have theirs yet."""
+    _alias: "LazyLogits | None"
+    """What is to be the next alias of it."""
 
     @staticmethod
     def __new__(cls, cell: Cell) -> "LazyLogits":
@@ -68,7 +70,7 @@ class LazyLogits(LazyTensor):
         # It has no memory: code that takes its address is to fail.
         compat.forbid_address(self)
         self._cell = cell
-        self._untouched = self._plain = None
+        self._untouched = self._plain = self._alias = None
         cell.owner = weakref.ref(self)
         return self
 
@@ -83,9 +85,11 @@ class LazyLogits(LazyTensor):
             return cls(cell)
         with torch.enable_grad(), compat.without_torch_function():
             gated = Gate.apply(cls(cell), torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
+            gated._alias = cls(cell)
             # Autograd detaches the results of a compiled function that are no views.
             alias: LazyLogits = torch.ops.aten.alias(gated)
-        alias._cell, alias._untouched = cell, (recipe, made)
+            gated._alias = None
+        alias._untouched = recipe, made
         cell.owner = lambda: None
         return alias
 
@@ -128,6 +132,8 @@ class LazyLogits(LazyTensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             # Autograd, which runs before this, gives the result its history.
             (logits,) = args
+            if logits._alias is not None:
+                return logits._alias
             is_detached = func is torch.ops.aten.detach.default
             same, more = (Tensor.detach, ()) if is_detached else (Tensor.view, (logits.shape,))
             source = logits._cell

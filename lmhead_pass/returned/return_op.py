@@ -21,9 +21,8 @@ from torch import Tensor
 from ..compat.lazy_tensors import is_fake, make_wrapper, no_torch_function
 from ..compat.library import define
 from ..log import tell_from_cache
-from ..op import fingerprint
 from .lazy_logits import LazyLogits
-from .recipe import Recipe
+from .recipe import Recipe, fingerprint_of
 
 _TENSORS = ("hidden", "weight", "bias", "fingerprint")
 _OPTIONS = (
@@ -98,7 +97,7 @@ def _return_lazily(
         weight=weight,
         weight_is_transposed=weight_is_transposed,
         bias=bias,
-        fingerprint=fingerprint([tensor.detach() for tensor in tensors]),
+        fingerprint=fingerprint_of([tensor.detach() for tensor in tensors]),
         steps=tuple(steps),
         vocab_dim=vocab_dim,
         strides=tuple(strides),

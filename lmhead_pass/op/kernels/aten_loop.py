@@ -235,10 +235,12 @@ def _blocks(
     written to ``logits``.
     """
     dtype = problem.accumulate_dtype
-    # Small beside the chunk, too: a block may be a copy.
-    most = _BLOCK_BYTES // (logits.size(1) * dtype.itemsize)
-    size = max(1, min(most, logits.size(0) // 16))
     in_place = logits.dtype == dtype
+    most = _BLOCK_BYTES // (logits.size(1) * dtype.itemsize)
+    if not in_place or problem.softcap is not None:
+        # What is held of a block beside the chunk is to be small.
+        most = min(most, logits.size(0) // 16)
+    size = max(1, most)
     scratch = logits if in_place else logits.new_empty((size, logits.size(1)), dtype=dtype)
     for start in range(0, logits.size(0), size):
         part = logits[start : start + size]
