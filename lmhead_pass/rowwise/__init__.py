@@ -2,8 +2,9 @@
 
 ``operations`` is the table of what treats rows apart; ``along_words``, ``shapes``, ``new_values``
 and ``losses`` say what each of these is on a chunk of rows, and ``alignment`` how the tensors of a
-``call`` lie beside each other. ``tracer`` runs nodes again on fake tensors, and writes that down
-(``layout`` knows which dimensions are rows, ``values`` which expression each tensor holds).
+``call`` lie beside each other. ``tracer`` runs nodes again on fake tensors, and ``call_tracer``
+writes down the calls that they make (``layout`` knows which dimensions are rows, ``values`` which
+expression each tensor holds).
 ``region`` goes from a head to numbers without a vocabulary, and describes what it finds
 (``types``); ``dependents`` knows what depends on which head.
 """

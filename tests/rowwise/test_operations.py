@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import lmhead_pass
-from lmhead_pass.rowwise import operations, tracer
+from lmhead_pass.rowwise import call_tracer, operations
 
 from ..backend import rewrite
 from .test_losses import V, inputs
@@ -157,7 +157,7 @@ def seen(monkeypatch):
         names.update((call.name, call.name.split(".")[0]))
         return result
 
-    monkeypatch.setattr(tracer, "rowwise", rowwise)
+    monkeypatch.setattr(call_tracer, "rowwise", rowwise)
     return names
 
 
