@@ -6,7 +6,8 @@ and ``losses`` say what each of these is on a chunk of rows, and ``alignment`` h
 writes down the calls that they make (``layout`` knows which dimensions are rows, ``values`` which
 expression each tensor holds).
 ``region`` goes from a head to numbers without a vocabulary, and describes what it finds
-(``types``); ``dependents`` knows what depends on which head.
+(``types``): ``row_calls`` what is computed of each row, ``placing`` where that comes in the graph;
+``dependents`` knows what depends on which head.
 """
 
 from .call import Mixes

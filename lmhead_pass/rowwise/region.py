@@ -1,9 +1,8 @@
 """Carves out of a graph what can be run in chunks of rows: from heads to numbers without a
 vocabulary."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -15,28 +14,26 @@ from ..graph import (
     at,
     canonical_op,
     describe,
-    gradients_are_recorded,
     hint,
     in_inference,
     memory_of,
     mutation,
     passing,
-    product,
     same,
     tensor_of,
     value_of,
 )
 from ..logits import Head
-from ..op import Chunks, Output, RowInput, RowPart, Step, Value, plan_chunks
-from ..plan import run_the_same_behind
 from ..sums import sums
 from .call import Mixes
 from .dependents import Dependents
-from .expressions import collect, exits_of, heads_of, is_head, nodes_of, with_gradient
+from .expressions import exits_of, nodes_of
 from .layout import Dim, Label, Space
+from .placing import Placing
+from .row_calls import row_calls
 from .tracer import NeedsHead, Tracer
 from .types import Region, RowCall
-from .values import ConstantLeaf, Exit, Expression, Outer, RowLeaf
+from .values import Exit, Outer
 
 # What has at most this share of a vocabulary has none.
 _SHARE = 4
@@ -126,10 +123,13 @@ class _Carver:
         self._check_memory(nodes)
         results = self._results(nodes)
         exits = self._exits(results)
-        calls = tuple(self._calls(exits))
+        calls = tuple(row_calls(self.heads, exits))
         self._check_shared_memory(nodes, results)
         sources = self._sources(calls, results)
-        place, moved = self._place(nodes, sources, results, any(exits.values()))
+        inside = {*nodes, *self.tracer.absorbed}
+        place, moved = Placing(self.graph, inside, set(nodes)).place(
+            sources, results, is_differentiated=any(exits.values())
+        )
         return Region(
             node=next(iter(results), self.heads[0].node),
             heads=tuple(self.heads),
@@ -254,93 +254,6 @@ class _Carver:
                 found[exit] = found.get(exit, False) or has_gradient
         return found
 
-    def _calls(self, exits: Mapping[Exit, bool]) -> Iterator[RowCall]:
-        groups: list[tuple[Space, set[int], list[Exit]]] = []
-        for exit in exits:
-            space, heads = exit.traced.space, set(heads_of(exit.expression))
-            heads = heads or {0}
-            joined = [g for g in groups if g[0] is space and g[1] & heads]
-            merged: tuple[Space, set[int], list[Exit]] = (space, heads, [exit])
-            for group in joined:
-                groups.remove(group)
-                merged = (space, merged[1] | group[1], [*group[2], *merged[2]])
-            groups.append(merged)
-        for space, heads, of_group in groups:
-            yield self._call(space, sorted(heads), {exit: exits[exit] for exit in of_group})
-
-    def _call(self, space: Space, heads: Sequence[int], exits: Mapping[Exit, bool]) -> RowCall:
-        steps: dict[Expression, None] = {}
-        for exit in exits:
-            collect(exit.expression, steps)
-        by_row = [one for one in steps if isinstance(one.op, RowLeaf)]
-        constants = [one for one in steps if isinstance(one.op, ConstantLeaf)]
-        given = [
-            *(next((one for one in steps if is_head(one, number)), number) for number in heads),
-            *(*by_row, *constants),
-        ]
-        numbers: dict[Any, int] = {one: number for number, one in enumerate(given)}
-        made: list[Step] = []
-        for one in steps:
-            if isinstance(one.op, str):
-                numbers[one] = len(given) + len(made)
-                args, kwargs = _numbered((one.args, one.kwargs), numbers)
-                made.append(Step(one.op, args, kwargs))
-        outputs: dict[tuple[int, torch.dtype], tuple[bool, list[Exit]]] = {}
-        for exit, has_gradient in exits.items():
-            key = numbers[exit.expression], exit.value.dtype
-            before, alike = outputs.get(key, (False, []))
-            has_gradient &= exit.value.is_floating_point()
-            outputs[key] = (before or has_gradient, [*alike, exit])
-        part = RowPart(
-            products=tuple(tensor_of(self.heads[number].node).dtype for number in heads),
-            by_row=tuple(RowInput(1) for _ in by_row),
-            constants=len(constants),
-            steps=tuple(made),
-            outputs=tuple(
-                Output(number, dtype, has_gradient)
-                for (number, dtype), (has_gradient, _) in outputs.items()
-            ),
-        )
-        of_call = [self.heads[number] for number in heads]
-        ends = [exit.expression for exit, has_gradient in exits.items() if has_gradient]
-        reached = with_gradient(ends)
-        if ends and reached.isdisjoint(given[: len(heads)]):
-            raise Refused("what is made of the logits has a gradient, but one of 0")
-        return RowCall(
-            heads=tuple(of_call),
-            space=space,
-            by_row=tuple(by_row),
-            constants=tuple(one.op for one in constants),
-            part=part,
-            exits=tuple(tuple(alike) for _, alike in outputs.values()),
-            with_gradient=tuple(one in reached for one in given),
-            rows_per_chunk=self._chunks(of_call, space, bool(ends)).rows,
-        )
-
-    def _chunks(self, heads: Sequence[Head], space: Space, has_gradient: bool) -> Chunks:
-        tokens = product(label.size for label in space.finest)
-        weights = [tensor_of(head.weight) for head in heads]
-        device = tensor_of(heads[0].node).device
-        words = sum(hint(head.vocab_size) for head in heads)
-        # On a CPU the gradients of FP16 logits are in FP32, beside them: 6 bytes instead of 2.
-        if device.type == "cpu" and has_gradient:
-            halves = (head for head in heads if tensor_of(head.node).dtype == torch.float16)
-            words += sum(2 * hint(head.vocab_size) for head in halves)
-        # On a GPU the logits come out of the products in FP32.
-        least = torch.float32 if device.type != "cpu" else torch.bfloat16
-        dtypes = [torch.promote_types(tensor_of(head.node).dtype, least) for head in heads]
-        summed = [w.dtype for w in weights if has_gradient and w.requires_grad] or [torch.float32]
-        return plan_chunks(
-            -(-sum(hint(weight.numel()) for weight in weights) // words),
-            words,
-            max(dtypes, key=lambda dtype: dtype.itemsize),
-            device,
-            tokens=hint(tokens),
-            is_dynamic=not isinstance(tokens, int),
-            gradient_dtype=min(summed, key=lambda dtype: dtype.itemsize),
-            needs_whole_rows=True,
-        )
-
     def _sources(self, calls: Sequence[RowCall], results: Mapping[Node, Exit | Outer]) -> set[Node]:
         """What is read of the rest of the graph."""
         sources = {
@@ -369,61 +282,6 @@ class _Carver:
             if node in sources or not all(u in inside or u in alone for u in node.users):
                 del alone[node]
         return tuple(alone)
-
-    def _place(
-        self,
-        nodes: Sequence[Node],
-        sources: set[Node],
-        results: Mapping[Node, Exit | Outer],
-        is_differentiated: bool,
-    ) -> tuple[Node, tuple[Node, ...]]:
-        """Where the calls come, and what moves behind them."""
-        order, inside = self.order, {*nodes, *self.tracer.absorbed}
-        read = {source: self._read_by(source, inside) for source in sources}
-        since = [self._known_since(source, first) for source, (first, _) in read.items()]
-        last = max(since, key=order.__getitem__)
-        first = min(results, key=order.__getitem__, default=None)
-        if first is None:
-            raise Refused("nothing is made of the logits")
-        place = first if order[first] > order[last] else last.next
-        while is_differentiated and not gradients_are_recorded(place) and place.op != "output":
-            place = place.next
-        moved = sorted(self._moved(results, place), key=order.__getitem__)
-        if moved and not run_the_same_behind(place.prev, tuple(moved)):
-            raise Refused("what reads one loss has to run before another one is known")
-        end = self.graph.output_node() if is_differentiated else place
-        for source, (start, stop) in read.items():
-            stop = max(stop, end, key=order.__getitem__)
-            for writer in mutation.writers(mutation.nodes_between(start, stop), of=[source]):
-                if writer not in inside:
-                    raise Refused(
-                        f"{describe(writer)}{at(writer)} may change what the head and its losses "
-                        "read in place"
-                    )
-        return place, tuple(moved)
-
-    def _read_by(self, source: Node, inside: set[Node]) -> tuple[Node, Node]:
-        """The first and the last of those ``inside`` that read ``source``."""
-        readers = [user for user in source.users if user in inside] or inside
-        return min(readers, key=self.order.__getitem__), max(readers, key=self.order.__getitem__)
-
-    def _known_since(self, source: Node, first: Node) -> Node:
-        """The node behind which ``source`` holds what its reader ``first`` reads."""
-        between = mutation.nodes_between(source, first)
-        return max([source, *mutation.writers(between, of=[source])], key=self.order.__getitem__)
-
-    def _moved(self, results: Iterable[Node], place: Node) -> set[Node]:
-        """What depends on the results and stands before ``place``."""
-        found, pending = set[Node](), list(results)
-        inside = set(self.tracer.results)
-        while pending:
-            for user in pending.pop().users:
-                if self.order[user] < self.order[place] and user not in found | inside:
-                    if canonical_op(user) is None or not tree_leaves(value_of(user)):
-                        raise Refused(f"{describe(user)} has to run before the losses are known")
-                    found.add(user)
-                    pending.append(user)
-        return found
 
 
 def _rows_of(heads: Sequence[Head]) -> tuple[Space, tuple[tuple[Dim, ...], ...]]:
@@ -466,16 +324,3 @@ def _same_size(graph: Graph, node: Node) -> Node:
         if isinstance(value, int | torch.SymInt) and same(value, wanted):
             return other
     raise Refused(f"{describe(node)}{at(node)} reads a size of the logits")
-
-
-def _numbered(argument: Any, numbers: Mapping[Any, int]) -> Any:
-    match argument:
-        case Expression():
-            return Value(numbers[argument])
-        case list():
-            return [_numbered(part, numbers) for part in argument]
-        case tuple():
-            return tuple(_numbered(part, numbers) for part in argument)
-        case dict():
-            return {name: _numbered(part, numbers) for name, part in argument.items()}
-    return argument
