@@ -94,7 +94,7 @@ TABLE = [
 NO_TEXT_OF_THEIRS = {
     "Refused",
     "Mixes",
-    "_IsWide",
+    "IsWide",
     "NeedsHead",
     "AssertionError",
     "_too_late",

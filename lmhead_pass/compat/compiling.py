@@ -135,6 +135,17 @@ def may_be_left_to_eager() -> bool:
     return not (translator.one_graph or translator.error_on_graph_break)
 
 
+def names_in_function() -> tuple[str, ...]:
+    """The globals and attributes that the function names which Dynamo compiles."""
+    current = find(_TRANSLATOR, _NOT_LEFT)
+    code = getattr(current() if current else None, "f_code", None)
+    if code is None:
+        report_missing(f"{_TRANSLATOR}.f_code", _NOT_LEFT)
+        return ()
+    names: tuple[str, ...] = code.co_names
+    return names
+
+
 def leave_to_eager(why: str) -> NoReturn:
     """Have Dynamo run the function that it compiles as it is, from now on, or raise an error."""
     raise (find(_SKIP, _NOT_LEFT) or RuntimeError)(why)

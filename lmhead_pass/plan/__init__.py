@@ -3,8 +3,8 @@
 ``matcher`` goes from each head to a ``Rewrite``. ``call_planning`` decides which consumers share a
 call of the op, and where it stands; ``call_fusion`` which calls become one, because they end in one
 sum, and ``call_memory`` which ones leave their gradients to the backward; ``returned_plan`` whether
-logits that leave the graph can be computed later. ``unreached`` tells of losses that no head was
-followed to. Nothing is changed here.
+logits that leave the graph can be computed later, and ``returned_views`` which of them are views of
+which. ``unreached`` tells of losses that no head was followed to. Nothing is changed here.
 """
 
 from .call_fusion import (
@@ -14,7 +14,13 @@ from .call_fusion import (
     run_the_same_behind,
 )
 from .matcher import check_derivatives, find, unread_heads
-from .returned_plan import is_differentiable, is_frozen_view, is_whole, recipe_of
+from .returned_plan import (
+    ends_in_a_break,
+    is_differentiable,
+    is_frozen_view,
+    is_whole,
+    recipe_of,
+)
 from .types import Match, Rewrite
 from .unreached import has_no_head, way_up
 
@@ -23,6 +29,7 @@ __all__ = [
     "Match",
     "Rewrite",
     "check_derivatives",
+    "ends_in_a_break",
     "find",
     "has_no_head",
     "is_differentiable",

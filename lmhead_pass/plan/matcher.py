@@ -22,10 +22,10 @@ from ..logits import (
 from .call_planning import plan_calls
 from .returned_plan import (
     check_returned,
-    check_together,
     is_whole,
     is_worth_deferring,
 )
+from .returned_views import views_among
 from .types import Rewrite
 from .unreached import unreached
 
@@ -108,14 +108,13 @@ def check_derivatives(graph: Graph) -> None:
 def _rewrite(flow: Flow) -> Rewrite:
     nodes = tuple(node for node in flow.head.node.graph.nodes if node in flow.nodes)
     returned = tuple(check_returned(logits) for logits in flow.returned)
-    if config.returned_logits == "lazy":
-        check_together(returned)
+    views = views_among(returned) if config.returned_logits == "lazy" else {}
     consumers, lazily = flow.consumers, returned
     if config.returned_logits == "detach":
         computed = [Consumer(logits.node, logits, ConsumerKind.RETURNED) for logits in returned]
         consumers, lazily = [*consumers, *computed], ()
     calls = plan_calls(consumers, returns_logits=bool(returned)) if consumers else ()
-    return Rewrite(calls, lazily, nodes, flow.metadata_uses)
+    return Rewrite(calls, lazily, views, nodes, flow.metadata_uses)
 
 
 def _only_leave(flow: Flow) -> bool:

@@ -1,10 +1,8 @@
 """Logits that leave the graph: whether they can be computed when they are read, and what then
 stands for them."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch.fx import Graph, Node
 from typing_extensions import assert_never
 
@@ -38,13 +36,12 @@ from ..logits import (
     Sigmoid,
     Stage,
     Tanh,
-    take_different_rows,
 )
 from ..returned import Step, StepKind
 
 # A vocabulary is at least so many times as large as hidden states, or its head may be no head.
 _WIDER = 6
-_INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
+INSTEAD = "Return the loss alone, or set lmhead_pass.config.returned_logits to 'detach'"
 
 
 def check_returned(logits: Logits) -> Logits:
@@ -52,7 +49,7 @@ def check_returned(logits: Logits) -> Logits:
     if logits.stage is not Stage.LOGITS:
         raise Refused("the compiled function returns log-probabilities. Return the loss alone")
     if config.returned_logits == "detach":
-        if tensor_of(logits.node).requires_grad and _ends_in_a_break(logits.node.graph):
+        if tensor_of(logits.node).requires_grad and ends_in_a_break(logits.node.graph):
             raise Refused(
                 "a graph break follows, and code after it that uses the logits would lose their "
                 "gradient, since config.returned_logits is 'detach'. Remove the break "
@@ -62,10 +59,10 @@ def check_returned(logits: Logits) -> Logits:
     if tensor_of(logits.head.node).requires_grad and _has_no_history(logits.node):
         raise Refused(
             f"the logits are returned, and {describe(logits.node)} makes a view of them under "
-            f"no_grad, through which no gradient gets back. {_INSTEAD}"
+            f"no_grad, through which no gradient gets back. {INSTEAD}"
         )
     if lacking := why_not_lazy():
-        raise Refused(f"the logits are returned, and this torch has no {lacking}. {_INSTEAD}")
+        raise Refused(f"the logits are returned, and this torch has no {lacking}. {INSTEAD}")
     if is_part_of_ddp() and not _are_returned_from_a_part(logits.node):
         raise Refused(
             "the logits are returned, and DistributedDataParallel has the graph cut at the borders "
@@ -77,30 +74,13 @@ def check_returned(logits: Logits) -> Logits:
     for writer in mutation.writers(later, of=logits.inputs):
         raise Refused(
             f"the logits are returned, and {describe(writer)} may change the head's input, weight "
-            f"or bias in place, so that they cannot be computed afterwards. {_INSTEAD}"
+            f"or bias in place, so that they cannot be computed afterwards. {INSTEAD}"
         )
     return logits
 
 
 def _has_no_history(node: Node) -> bool:
     return is_cut_off(node) or node in in_inference(node.graph)
-
-
-def _results(graph: Graph) -> list[Node]:
-    """The tensors that the graph returns, each once."""
-    leaves = dict.fromkeys(tree_leaves(graph.output_node().args))
-    return [leaf for leaf in leaves if isinstance(value_of(leaf), torch.Tensor)]
-
-
-def _are_views_alone(alike: Sequence[Node]) -> bool:
-    """Whether ``alike``, in the same memory, are views of what is no input and no result itself."""
-    differentiable = [value for value in map(value_of, alike) if value.requires_grad]
-    if not differentiable or not all(map(graphs.is_view, differentiable)):
-        return False
-    memory = memory_of(alike[0])
-    return not any(
-        is_input(node) and not memory.isdisjoint(memory_of(node)) for node in alike[0].graph.nodes
-    )
 
 
 def is_worth_deferring(flow: Flow) -> bool:
@@ -114,29 +94,6 @@ def is_worth_deferring(flow: Flow) -> bool:
     rows = hint(tensor_of(flow.head.hidden).numel()) // max(1, hidden_size)
     is_wide = hint(flow.head.vocab_size) >= _WIDER * hidden_size
     return is_wide and (tensor_of(flow.head.node).requires_grad or rows >= hidden_size)
-
-
-def check_together(returned: Sequence[Logits]) -> None:
-    """Refused if logits that leave the graph share numbers and are not the same, or if what leaves
-    it beside them does so."""
-    nodes = [logits.node for logits in returned]
-    results = [r for node in nodes[:1] for r in _results(node.graph) if r not in nodes]
-    for result in results:
-        alike = [other for other in results if memory_of(other) & memory_of(result)]
-        if len(alike) > 1 and _are_views_alone(alike):
-            raise Refused(
-                "the logits are returned, and other results are views of the same memory, which "
-                f"torch.compile takes with no tensors that are computed later. {_INSTEAD}"
-            )
-    for number, logits in enumerate(returned):
-        for other in returned[:number]:
-            if logits.node is other.node or take_different_rows(logits.steps, other.steps):
-                continue
-            if memory_of(logits.node) & memory_of(other.node):
-                raise Refused(
-                    f"{describe(logits.node)} and {describe(other.node)} are returned, two views "
-                    f"of the same logits. {_INSTEAD}"
-                )
 
 
 def _for_later(logits: Logits) -> Logits:
@@ -163,7 +120,7 @@ def _are_returned_from_a_part(logits: Node) -> bool:
     return compat.DDP_PARTS_RETURN_SUBCLASSES and results[-1] is logits
 
 
-def _ends_in_a_break(graph: Graph) -> bool:
+def ends_in_a_break(graph: Graph) -> bool:
     """Whether what ``graph`` returns goes to the rest of the function, or may do so."""
     end = graphs.end_of(graph.owning_module)
     return end is None or end.is_break
@@ -195,12 +152,12 @@ def recipe_of(logits: Logits) -> tuple[Node | None, list[str]]:
             case Algebraic():
                 raise Refused(
                     "the logits are returned after an algebraic softcap, and cannot be computed "
-                    f"afterwards. {_INSTEAD}"
+                    f"afterwards. {INSTEAD}"
                 )
             case AddTensor() | Fill():
                 raise Refused(
                     "the logits are returned after a second bias or a mask of the vocabulary, and "
-                    f"cannot be computed afterwards. {_INSTEAD}"
+                    f"cannot be computed afterwards. {INSTEAD}"
                 )
             case _:
                 assert_never(step)
@@ -232,7 +189,7 @@ def _kept_weight(logits: Logits) -> tuple[Node, bool]:
         raise Refused(
             f"the logits are returned, and the head's weight is computed in the graph (by "
             f"{describe(node)}): to compute them afterwards, it would have to be kept, and it is "
-            f"no smaller than they are. {_INSTEAD}"
+            f"no smaller than they are. {INSTEAD}"
         )
     return node, is_transposed
 

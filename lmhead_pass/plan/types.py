@@ -74,6 +74,8 @@ class Rewrite:
     matches: tuple[Match, ...]
     returned: tuple[Logits, ...]
     """Logits that leave the graph, and are computed when they are read."""
+    views: dict[Node, tuple[Node, str]]
+    """Which of these are views of others of these: of which, and how (``returned.encode_view``)."""
     nodes: tuple[Node, ...]
     """What computes and holds the logits, in graph order: nobody needs it any more."""
     metadata_uses: dict[Node, MetadataUse]

@@ -2,8 +2,9 @@
 
 ``return_op`` has the op that makes them in a graph, with ``own_memory`` for what it takes,
 ``recipe`` what they are computed from, and ``lazy_logits`` the tensor that the caller gets: it
-stands for a ``Cell`` (``cells``), a value that is computed when it is read. ``plain_values`` reads
-such tensors (``lazy_tensor``), ``writes`` writes to them. ``history`` is what autograd sees of it,
+stands for a ``Cell`` (``cells``), a value that is computed when it is read. ``views`` knows those
+that leave beside it. ``plain_values`` reads such tensors (``lazy_tensor``), ``writes`` writes to
+them. ``history`` is what autograd sees of it,
 ``lazy_gradient`` what comes back, and ``joint_gradients`` what that comes to where several results
 were taken. ``steps`` says which functions are written down, ``likes`` what they return, without
 values, and ``metadata`` and ``by_form`` what reads no values; ``readers`` asks for what computes a
@@ -18,6 +19,7 @@ from .lazy_logits import LazyLogits
 from .likes import likes_of
 from .reading import user_stack
 from .recipe import Recipe, Step, StepKind
+from .views import encode as encode_view
 
 __all__ = [
     "Call",
@@ -26,6 +28,7 @@ __all__ = [
     "Recipe",
     "Step",
     "StepKind",
+    "encode_view",
     "likes_of",
     "own_memory",
     "return_op",

@@ -12,6 +12,7 @@ import copy
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Number
 from typing import Any
 
@@ -44,14 +45,15 @@ from .steps import (
     is_linear,
     is_written_down,
 )
+from .views import calls_of
 from .writes import SET_DATA, follow_writes, reshape, set_data, write
 
 
 class LazyLogits(LazyTensor):
     """A tensor whose values are computed when they are first needed, and kept."""
 
-    _untouched: tuple[Recipe, Recipe] | None
-    """Of logits that were just returned, also without a history: theirs is put in at the first
+    _untouched: Callable[[], Tensor] | None
+    """Of logits that were just returned: makes such as have a history, which is put in at the first
     touch. When they are made, the hidden states do not have theirs yet."""
     _alias: "LazyLogits | None"
     """What is to be the next alias of it."""
@@ -75,21 +77,51 @@ class LazyLogits(LazyTensor):
         return self
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe) -> Tensor:
-        """The logits of a compiled function that has just run."""
+    def returned(cls, recipe: Recipe, view: str = "", names: int = 1) -> "LazyLogits":
+        """The logits of a compiled function that has just run, or a ``view`` of them (``views``).
+
+        It is called for so many ``names`` of theirs, with the very same hidden states.
+        """
+        known = recipe.hidden.__dict__.pop(_WAITING, None)
+        logits, left = known or (cls._from_recipe(recipe), names)
+        if left > 1:
+            recipe.hidden.__dict__[_WAITING] = logits, left - 1
+        return cls._view(logits, view) if view else logits
+
+    @classmethod
+    def _from_recipe(cls, recipe: Recipe) -> "LazyLogits":
         # What is made of the logits and detached keeps nothing of the model's graph.
         made = recipe.without_history()
         cell = Cell(made, recipe.like(), recipe.hidden.device)
         reading.watch(cell)
         if not recipe.requires_grad:
             return cls(cell)
+        return cls._untouched_of(cell, lambda: _with_head(recipe, made, cell))
+
+    @classmethod
+    def _view(cls, logits: "LazyLogits", text: str) -> "LazyLogits":
+        cells = _cells_of_view(logits._cell, text)
+        if cells[-1].is_detached or logits._untouched is None:
+            return cls(cells[-1])
+
+        def with_history() -> Tensor:
+            _touch(logits)
+            view: Tensor = logits
+            for cell in cells:
+                view = Derive.apply(partial(cls, cell), cell.source, view)  # type: ignore[no-untyped-call]
+            return view
+
+        return cls._untouched_of(cells[-1], with_history)
+
+    @classmethod
+    def _untouched_of(cls, cell: Cell, with_history: Callable[[], Tensor]) -> "LazyLogits":
         with torch.enable_grad(), compat.without_torch_function():
             gated = Gate.apply(cls(cell), torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
             gated._alias = cls(cell)
             # Autograd detaches the results of a compiled function that are no views.
             alias: LazyLogits = torch.ops.aten.alias(gated)
             gated._alias = None
-        alias._untouched = recipe, made
+        alias._untouched = with_history
         cell.owner = lambda: None
         return alias
 
@@ -170,6 +202,9 @@ class LazyLogits(LazyTensor):
         return LazyLogits(Cell(None, like, value.device, value))
 
 
+# Where hidden states keep the logits that are made of them, until all their views are made.
+_WAITING = "_lmhead_pass_logits"
+
 # What a call that is written down may be given, beside lists, tuples and dictionaries of these.
 _UNCHANGING = (
     *(Cell, Tensor, Number, str, slice, type(None), type(...)),
@@ -191,19 +226,15 @@ def _touch(logits: LazyLogits) -> None:
     """Give logits that were just returned their history."""
     if logits._untouched is None:
         return
-    (recipe, made), cell = logits._untouched, logits._cell
+    with_history, cell = logits._untouched, logits._cell
     logits._untouched = None
-    pairs = zip(recipe.tensors, recipe.wanted, strict=True)
-    inputs = [tensor if is_wanted else tensor.detach() for tensor, is_wanted in pairs]
-    if recipe.lacks_history(made):
-        inputs.append(torch.empty(0, requires_grad=True))
     with (
         compat.outside_of_modes(),
         torch.inference_mode(False),
         torch.enable_grad(),
         compat.without_torch_function(),
     ):
-        twin = Head.apply(lambda: LazyLogits(cell), recipe, cell, *inputs)  # type: ignore[no-untyped-call]
+        twin = with_history()
         cell.owner = lambda: None
         named = {**logits.__dict__, **twin.__dict__}
         # Not if a function of autograd's holds it already: then a gradient is refused.
@@ -211,6 +242,29 @@ def _touch(logits: LazyLogits) -> None:
             compat.give_history(logits, twin)
             logits.__dict__.update(named)
     cell.owner = weakref.ref(logits)
+
+
+def _cells_of_view(source: Cell, text: str) -> list[Cell]:
+    """What a view of the logits of ``source`` goes through, itself the last."""
+    cells = [source]
+    autocast = compat.autocast_state(source.device.type)
+    for function, others, item in calls_of(text, source.like):
+        before = cells[-1]
+        call = Call(function, (before, *others), {}, item, autocast, needs_no_values=True)
+        like = call.run({before: before.like})
+        is_detached = function in DETACHING
+        cells.append(Cell(call, like, source.device, is_detached=is_detached))
+    return cells[1:]
+
+
+def _with_head(recipe: Recipe, made: Recipe, cell: Cell) -> Tensor:
+    """Lazy logits with the history of what they are computed from. ``made`` is without one."""
+    pairs = zip(recipe.tensors, recipe.wanted, strict=True)
+    inputs = [tensor if is_wanted else tensor.detach() for tensor, is_wanted in pairs]
+    if recipe.lacks_history(made):
+        inputs.append(torch.empty(0, requires_grad=True))
+    logits: Tensor = Head.apply(lambda: LazyLogits(cell), recipe, cell, *inputs)  # type: ignore[no-untyped-call]
+    return logits
 
 
 def _by_form(func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]) -> Any:

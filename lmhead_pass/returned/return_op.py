@@ -2,15 +2,16 @@
 
     return_lazily(
         hidden, weight, weight_is_transposed, bias, steps, vocab_dim, strides, requires_grad,
-        wanted, *, report
+        wanted, *, view, names, report
     )
 
-takes the fields of a ``Recipe``, except for the fingerprint, which it computes, and what a graph's
-first run tells where the graph comes from a cache (``log.py``). It has no kernel:
-when a graph is traced, all these tensors become outputs of the graph, and AOTAutograd's runtime
-makes lazy logits of them after each run. What the graph computes of these and requires a gradient
-(hidden states, mostly) has to be a result of the graph itself, too: autograd gives the very tensor
-that the lazy logits hold its history then.
+takes the fields of a ``Recipe``, except for the fingerprint, which it computes; the text of a view
+of the logits if it stands for one (``views``), and how many calls there are for the same logits,
+all with the very same hidden states; and what a graph's first run tells where the graph comes from
+a cache (``log.py``). It has no kernel: when a graph is traced, all these tensors become outputs of
+the graph, and AOTAutograd's runtime makes lazy logits of them after each run. What the graph
+computes of these and requires a gradient (hidden states, mostly) has to be a result of the graph
+itself, too: autograd gives the very tensor that the lazy logits hold its history then.
 """
 
 from typing import Any
@@ -38,15 +39,17 @@ class _TracedLogits(Tensor):
     """
 
     recipe: Recipe
-    report: str
+    rest: tuple[str, int, str]
+    """View, names and report."""
 
     @staticmethod
-    def __new__(cls, recipe: Recipe, report: str) -> "_TracedLogits":
+    def __new__(cls, recipe: Recipe, view: str, names: int, report: str) -> "_TracedLogits":
+        # Also for a view: nobody looks at its form here, and a trace would make sizes constants.
         like = recipe.like()
         self: _TracedLogits = make_wrapper(
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=recipe.hidden.device
         )
-        self.recipe, self.report = recipe, report
+        self.recipe, self.rest = recipe, (view, names, report)
         for name in _TENSORS:  # where __tensor_flatten__ says they are
             setattr(self, name, getattr(recipe, name))
         return self
@@ -54,15 +57,16 @@ class _TracedLogits(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         tensors = [name for name in _TENSORS if getattr(self, name) is not None]
         options = tuple(getattr(self.recipe, name) for name in _OPTIONS)
-        return tensors, (self.report, *options)
+        return tensors, (*self.rest, *options)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
     ) -> Tensor:
         tensors: dict[str, Any] = {name: inner.get(name) for name in _TENSORS}
-        report, *options = context
-        return _logits(Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True))), report)
+        view, names, report, *options = context
+        recipe = Recipe(**tensors, **dict(zip(_OPTIONS, options, strict=True)))
+        return _logits(recipe, view, names, report)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
@@ -74,7 +78,7 @@ class _TracedLogits(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return _TracedLogits(args[0].recipe, args[0].report)
+            return _TracedLogits(args[0].recipe, *args[0].rest)
         raise AssertionError(f"lazy logits are read in the graph that makes them, by {func}")
 
 
@@ -89,6 +93,8 @@ def _return_lazily(
     requires_grad: bool,
     wanted: list[bool],
     *,
+    view: str = "",
+    names: int = 1,
     report: str = "",
 ) -> Tensor:
     tensors = [part for part in (hidden, weight, bias) if part is not None]
@@ -104,21 +110,21 @@ def _return_lazily(
         requires_grad=requires_grad,
         wanted=tuple(wanted),
     )
-    return _logits(recipe, report)
+    return _logits(recipe, view, names, report)
 
 
-def _logits(recipe: Recipe, report: str) -> Tensor:
+def _logits(recipe: Recipe, view: str, names: int, report: str) -> Tensor:
     if is_fake(recipe.hidden):
-        return _TracedLogits(recipe, report)
+        return _TracedLogits(recipe, view, names, report)
     if report:
         tell_from_cache(report)
-    return LazyLogits.from_recipe(recipe)
+    return LazyLogits.returned(recipe, view, names)
 
 
 define(
     "return_lazily(Tensor hidden, Tensor weight, bool weight_is_transposed, Tensor? bias, "
     "str[] steps, int vocab_dim, int[] strides, bool requires_grad, bool[] wanted, "
-    "*, str report='') "
+    "*, str view='', int names=1, str report='') "
     "-> Tensor",
     _return_lazily,
     "CompositeImplicitAutograd",

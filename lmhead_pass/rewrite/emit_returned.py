@@ -10,11 +10,12 @@ from ..plan import is_differentiable, is_frozen_view, recipe_of
 from .emit_inputs import emit_hidden
 
 
-def emit_lazily(graph: Graph, logits: Logits) -> tuple[Node, list[Node]]:
+def emit_lazily(graph: Graph, logits: Logits, names: int) -> tuple[Node, list[Node]]:
     """Insert, at the end of the graph, what stands for ``logits`` until they are read.
 
-    Also returns what the graph is to return beside it, so that a gradient finds its way back: of
-    hidden states, weight and bias those that the graph computes and that require one.
+    They leave the graph by so many ``names``, if views of them leave it, too (``emit_view``). Also
+    returns what the graph is to return beside it, so that a gradient finds its way back: of hidden
+    states, weight and bias those that the graph computes and that require one.
     """
     emit = Emitter(graph, graph.output_node())
     head, value = logits.head, tensor_of(logits.node)
@@ -37,12 +38,21 @@ def emit_lazily(graph: Graph, logits: Logits) -> tuple[Node, list[Node]]:
                 *(hidden, kept[0], head.weight_is_transposed, *(kept[1:] or [None]), recipe),
                 *(logits.vocab_dim, strides, value.requires_grad, is_wanted),
             ),
+            {"names": names} if names > 1 else {},
         )
     node.meta.update(logits.node.meta)
     tensors = [tensor for tensor, wanted in zip((hidden, *kept), is_wanted, strict=True) if wanted]
     # A part into which DDP cuts a graph has to return what it did: there a gradient is refused.
     beside = [tensor for tensor in tensors if not (is_input(tensor) or is_part_of_ddp())]
     return node, beside
+
+
+def emit_view(graph: Graph, logits: Logits, whole: Node, view: str) -> Node:
+    """Insert what stands for ``logits``, a ``view`` of those that ``whole`` stands for."""
+    with graph.inserting_before(graph.output_node()):
+        node = graph.call_function(whole.target, whole.args, {**whole.kwargs, "view": view})
+    node.meta.update(logits.node.meta)
+    return node
 
 
 def _requires_gradient(logits: Logits) -> bool:

@@ -1,8 +1,8 @@
 """Compiled functions that are given logits which nobody has computed yet.
 
-Compiled, such a function reads them. Two kinds are run as they are instead: one that takes a loss
-of the logits and does little else, since the op then computes the loss without them; and one that
-writes to them.
+Compiled, such a function reads them. Some are run as they are instead: those that write to the
+logits; and those that do little else than take a loss of them, which the op then computes without
+them, or that are on their way to one when the graph breaks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,15 +14,18 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .. import config
-from ..compat.compiling import leave_to_eager, may_be_left_to_eager
+from ..compat.compiling import leave_to_eager, may_be_left_to_eager, names_in_function
 from ..compat.graphs import EXAMPLE_VALUE
 from ..graph import hint, memory_of, mutation, product, value_of
+from ..logits import Logits
+from ..plan import ends_in_a_break
 from ..returned import LazyLogits
 from . import report
 from .edit import GraphEdit
-from .report import EmittedCall
+from .report import EmittedCall, EmittedRegion
 from .rewriter import prepare
 
+_LOSSES = ("cross_entropy", "log_softmax", "logsumexp", "gather")
 # So many numbers for each row of the logits may a loss compute beside them.
 _NUMBERS_PER_ROW = 16
 _SOME_HIDDEN_SIZE = 8
@@ -41,6 +44,8 @@ def leave_lazy_inputs_to_eager(graph: Graph) -> None:
         why = "it writes to returned logits"
     elif may_be_left_to_eager() and (losses := losses_of_inputs(graph, lazy)):
         node, why = losses[0], "it takes a loss of returned logits, which are not computed for it"
+    elif may_be_left_to_eager() and (handed_on := _on_their_way(graph, lazy)):
+        node, why = handed_on[0], "a loss of returned logits follows, which are not computed for it"
     else:
         return
     report.left_to_eager(node, why)
@@ -50,6 +55,15 @@ def leave_lazy_inputs_to_eager(graph: Graph) -> None:
 def losses_of_inputs(graph: Graph, logits: Sequence[Node]) -> list[Node]:
     """What the op would compute of these inputs of ``graph``, if the function does little else."""
     return _losses(graph, logits) if _does_little_else(graph, logits) else []
+
+
+def _on_their_way(graph: Graph, logits: Sequence[Node]) -> list[Node]:
+    """Views of these inputs of ``graph`` that it returns to code which goes on to a loss."""
+    names_loss = any("loss" in name.lower() or name in _LOSSES for name in names_in_function())
+    if not (names_loss and ends_in_a_break(graph) and _does_little_else(graph, logits)):
+        return []
+    with _prepared(graph, logits) as (calls, deferred):
+        return [one.node for one in deferred] if not calls else []
 
 
 def _writer(graph: Graph, lazy: Sequence[Node]) -> Node | None:
@@ -87,18 +101,28 @@ def _does_little_else(graph: Graph, logits: Sequence[Node]) -> bool:
 
 
 def _losses(graph: Graph, logits: Sequence[Node]) -> list[Node]:
+    with _prepared(graph, logits) as (calls, _):
+        # What has no fused form may do what is not written down outside: it stays compiled.
+        fused = [call for call in calls if isinstance(call, EmittedCall)]
+        return [call.node for call in fused] if len(fused) == len(calls) else []
+
+
+@contextmanager
+def _prepared(
+    graph: Graph, logits: Sequence[Node]
+) -> Iterator[tuple[Sequence[EmittedCall | EmittedRegion], Sequence[Logits]]]:
+    """What would be rewritten and deferred, if linear layers made these inputs of ``graph``."""
     # The heads that are put there have any size: no budget is for them.
     any_budget = config.patch(memory_budget=None)
     with _heads_in_place_of(graph, logits), any_budget:
         edit = GraphEdit(graph)
         try:
             calls, _ = prepare(edit)
-            # What has no fused form may do what is not written down outside: it stays compiled.
-            fused = [call for call in calls if isinstance(call, EmittedCall)]
-            return [call.node for call in fused] if len(fused) == len(calls) else []
         except Exception as error:
             report.failure(error)
-            return []
+            calls, edit.deferred = [], []
+        try:
+            yield calls, edit.deferred
         finally:
             edit.roll_back()
 

@@ -1,5 +1,6 @@
 """Rewrites a graph: finds, plans, emits, and commits."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 
@@ -25,7 +26,7 @@ from .checkpoint_regions import find_across_regions, regions_of, will_be_seen_wi
 from .edit import GraphEdit
 from .emit_calls import emit_call, emit_fused_call, emit_root
 from .emit_inputs import emit_metadata_use
-from .emit_returned import emit_lazily
+from .emit_returned import emit_lazily, emit_view
 from .emit_rowwise import emit_region
 from .report import EmittedCall, EmittedRegion
 from .rowwise_sums import sum_in_forward
@@ -119,7 +120,7 @@ def prepare(
     fused = _emit_calls(edit, rewrites)
     for rewrite in rewrites:
         if not rewrite.matches:
-            edit.deferred += rewrite.returned
+            edit.deferred += (one for one in rewrite.returned if one.node not in rewrite.views)
         _replace_head(edit, rewrite)
     refusals = [item for item in found if isinstance(item, Refusal)]
     calls: list[EmittedCall | EmittedRegion] = [*fused, *emitted]
@@ -251,9 +252,16 @@ def _replace_head(edit: GraphEdit, rewrite: Rewrite) -> None:
             for consumer in match.consumers
             if consumer.kind is not ConsumerKind.RETURNED
         )
+    names = Counter(whole for whole, _ in rewrite.views.values())
     for logits in rewrite.returned:
-        edit.returned[logits.node], beside = emit_lazily(edit.graph, logits)
-        edit.beside += beside
+        if logits.node not in rewrite.views:
+            made, beside = emit_lazily(edit.graph, logits, 1 + names[logits.node])
+            edit.returned[logits.node] = made
+            edit.beside += beside
+    for logits in rewrite.returned:
+        if logits.node in rewrite.views:
+            whole, view = rewrite.views[logits.node]
+            edit.returned[logits.node] = emit_view(edit.graph, logits, edit.returned[whole], view)
     for node, use in rewrite.metadata_uses.items():
         edit.replaced[node] = emit_metadata_use(edit.graph, node, use)
         edit.erased.add(node)

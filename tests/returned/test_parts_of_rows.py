@@ -18,7 +18,6 @@ APART = {
     "flat before": lambda z: (z.flatten(0, 1)[:3], z.flatten(0, 1)[3:].view(-1, VOCAB)),
 }
 OVERLAPPING = {
-    "all and others": lambda z: (z, z[:, 1:]),
     "by one": lambda z: (z[:, :3], z[:, 2:]),
     "from different ends": lambda z: (z[:, :4], z[:, -1]),
     "every other": lambda z: (z[:, ::2], z[:, 1::2]),
