@@ -11,7 +11,7 @@ from ..compat.graphs import ENTER_AUTOCAST
 from . import mutation
 from .canonical_ops import arguments, canonical_op, describe, is_in_place, is_pieces
 from .emitter import Emitter, move_before, size_of
-from .gradients import passing
+from .gradients import given_a_gradient, passing
 from .in_fp32 import NARROW, in_fp32
 from .randomness import draws
 from .refusal import Refusal, Refused
@@ -52,6 +52,7 @@ __all__ = [
     "canonical_op",
     "describe",
     "draws",
+    "given_a_gradient",
     "gradients_are_recorded",
     "hint",
     "in_fp32",

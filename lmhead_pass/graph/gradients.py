@@ -7,7 +7,7 @@ from torch.fx import Graph, Node
 
 from ..compat.graphs import tree_leaves
 from . import mutation
-from .tensors import is_plain, value_of
+from .tensors import gradient_modes, is_input, is_plain, memory_of, value_of
 
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -26,6 +26,37 @@ def passing(graph: Graph) -> set[Node]:
         ):
             found.add(node)
     return found
+
+
+def given_a_gradient(graph: Graph) -> set[int]:
+    """The storages of tensors without a gradient that something with one is written into.
+
+    Dynamo runs the write on the fake tensor that it has left with earlier nodes, too: these say
+    then that they require a gradient.
+    """
+    if not any(map(mutation.writes, graph.nodes)):
+        return set()
+    had: set[Node] = set()
+    found: set[int] = set()
+    for node, is_recorded in gradient_modes(graph):
+        sources = had.intersection(node.all_input_nodes)
+        if is_input(node):
+            has = _may_have_gradient(value_of(node))
+        else:
+            has = is_recorded and not _detaches(node) and bool(sources)
+        if mutation.writes(node) and is_recorded and sources:
+            targets = [one for one in node.all_input_nodes if one not in had]
+            written = mutation.memory_written(node)
+            found |= {s for one in targets for s in memory_of(one) if s in written}
+            had.update(one for one in targets if not written.isdisjoint(memory_of(one)))
+        if has and _may_have_gradient(value_of(node)):
+            had.add(node)
+    return found
+
+
+def _detaches(node: Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.partition(".")[0] == "detach"
 
 
 def _differentiates(node: Node) -> bool:

@@ -163,8 +163,12 @@ def _modes(graph: Graph) -> Iterator[tuple[Node, _GradMode]]:
 
 def gradients_are_recorded(node: Node) -> bool:
     """Whether the graph is outside ``no_grad`` and ``inference_mode`` at ``node``."""
-    mode = next(mode for earlier, mode in _modes(node.graph) if earlier is node)
-    return mode.recorded and not mode.inference
+    return next(recorded for earlier, recorded in gradient_modes(node.graph) if earlier is node)
+
+
+def gradient_modes(graph: Graph) -> Iterator[tuple[Node, bool]]:
+    """Each node, and whether gradients are recorded there."""
+    return ((node, mode.recorded and not mode.inference) for node, mode in _modes(graph))
 
 
 def in_inference(graph: Graph) -> set[Node]:

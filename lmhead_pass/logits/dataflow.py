@@ -17,6 +17,7 @@ from ..graph import (
     canonical_op,
     describe,
     draws,
+    given_a_gradient,
     gradients_are_recorded,
     in_inference,
     is_cut_off,
@@ -114,6 +115,7 @@ class _LogitsTracker:
         self.without_history: set[Node] = set()
         """Made without autograd: no gradient gets through, even if the node requires one."""
         self.passing = passing(head.node.graph)
+        self.given_a_gradient = given_a_gradient(head.node.graph)
 
     def run(self) -> Flow:
         inference = in_inference(self.logits.node.graph)
@@ -227,6 +229,8 @@ class _LogitsTracker:
         self.flow.nodes.add(node)
 
     def _consume(self, consumer: Consumer, reader: Node) -> None:
+        if not memory_of(consumer.node).isdisjoint(self.given_a_gradient):
+            raise Refused(f"{describe(consumer.node)} is given a gradient by a write")
         if tensor_of(consumer.node).requires_grad and consumer.node in self.passing:
             consumer = differentiated(consumer, reader)
         self.flow.consumers.append(consumer)
@@ -296,6 +300,8 @@ class _LogitsTracker:
             node.all_input_nodes[1:]
         ):
             raise Refused(f"{describe(node)} puts logits into another tensor")
+        if not memory_of(written).isdisjoint(self.given_a_gradient):
+            raise Refused(f"{describe(node)} brings a gradient into detached logits")
         change = self._change_by(node, before)
         is_recorded = gradients_are_recorded(node) or not tensor_of(written).requires_grad
         for other, held in list(self.holds.items()):

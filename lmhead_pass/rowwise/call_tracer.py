@@ -10,6 +10,7 @@ from ..compat.aten_trace import DispatchMode, tree_map
 from ..compat.graphs import fake_mode_of, tree_leaves
 from ..graph import NARROW, Refused
 from .call import Call, Mixes, New, Quotient, Summed, describe_call
+from .expressions import reaches_a_head
 from .layout import Dim, Space, finest
 from .operations import rowwise
 from .values import (
@@ -205,6 +206,8 @@ class CallTracer(DispatchMode):  # type: ignore[misc]
             return
         match result:
             case New(expression, dims, space):
+                if not out.is_floating_point() and reaches_a_head(expression):
+                    expression = self.make("aten.detach.default", expression)
                 traced = Traced(Cell(expression, space), (), dims, tuple(out.shape), space)
                 self._hold(out, traced)
             case Traced():

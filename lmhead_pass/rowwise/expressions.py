@@ -64,6 +64,11 @@ def with_gradient(ends: Iterable[Expression]) -> set[Expression]:
     return found
 
 
+def reaches_a_head(expression: Expression) -> bool:
+    """Whether a gradient of ``expression`` may reach logits."""
+    return any(isinstance(one.op, HeadLeaf) for one in with_gradient([expression]))
+
+
 def _ends_gradients(one: Expression) -> bool:
     return isinstance(one.op, str) and not _DISCRETE.isdisjoint(one.op.split(".")[1:2])
 

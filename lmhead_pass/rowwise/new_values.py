@@ -112,7 +112,11 @@ def index_put(context: Context, call: Call) -> New:
             raise Mixes("a mask of rows is not understood")
         made = context.make("aten.where.self", mask, number, context.read(held))
         return New(made, dims, held.space)
-    if index.dim() == 1 and dims[place] is None and context.traced(index) is None:
+    if index.dtype == torch.int32 and context.traced(index) is None:
+        with context.outside():
+            index = index.long()
+    is_of_words = index.dtype == torch.int64 and dims[place] is None
+    if index.dim() == 1 and is_of_words and context.traced(index) is None:
         made = context.make(
             "aten.index_fill.int_Tensor",
             *(context.read(held), needed(dims, place, call)),

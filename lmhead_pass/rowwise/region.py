@@ -14,6 +14,7 @@ from ..graph import (
     at,
     canonical_op,
     describe,
+    given_a_gradient,
     hint,
     in_inference,
     memory_of,
@@ -151,15 +152,21 @@ class _Carver:
             source in tracer.results and isinstance(tracer.results[source], tuple | list)
             for source in node.all_input_nodes
         )
-        if not wide and not is_item:
+        written = self._wide_memory_written(node)
+        if not wide and not is_item and not written:
             return
+        if written:
+            self._visit_readers(node, written)
         if node.op == "output":
             raise Refused("the compiled function returns the logits, or what is made of them")
         if isinstance(value_of(node), int | torch.SymInt):
             self.sizes[node] = _same_size(self.graph, node)
             return
+        self._run(node)
+
+    def _run(self, node: Node) -> None:
         try:
-            tracer.run(node)
+            self.tracer.run(node)
         except Mixes as mixes:
             raise Mixes(f"{describe(node)}{at(node)} reads the logits, and {mixes}") from mixes
         except Refused as refused:
@@ -173,6 +180,21 @@ class _Carver:
             raise Refused(
                 f"{describe(node)}{at(node)} reads the logits, and cannot be traced: {error}"
             ) from error
+
+    def _wide_memory_written(self, node: Node) -> set[int]:
+        if not mutation.writes(node):
+            return set()
+        wide = filter(self.tracer.is_wide, self.tracer.results)
+        return mutation.memory_written(node) & {s for one in wide for s in memory_of(one)}
+
+    def _visit_readers(self, writer: Node, memory: set[int]) -> None:
+        """Run what reads ``memory`` before ``writer`` writes to it."""
+        for node in self.graph.nodes:
+            if node is writer:
+                return
+            sources = [source for source in node.all_input_nodes if self.tracer.is_traced(source)]
+            if node not in self.tracer.results and any(memory & memory_of(s) for s in sources):
+                self._run(node)
 
     def _go_on(self) -> None:
         """Run again what is computed of each row's numbers, but for writes."""
@@ -204,6 +226,10 @@ class _Carver:
     def _check_memory(self, nodes: Sequence[Node]) -> None:
         """Refused if others write to what is computed in chunks, or the modes are not plain."""
         inside, last = set(nodes), nodes[-1]
+        brought = given_a_gradient(self.graph)
+        for node in nodes:
+            if not brought.isdisjoint(memory_of(node)):
+                raise Refused(f"{describe(node)}{at(node)} is given a gradient by a write")
         memory = {storage for node in nodes for storage in memory_of(node)}
         wide = {s for node in nodes if self.tracer.is_wide(node) for s in memory_of(node)}
         for node in self.graph.nodes:

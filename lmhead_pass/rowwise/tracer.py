@@ -17,6 +17,7 @@ from ..graph import (
     hint,
     in_fp32,
     is_cut_off,
+    memory_of,
     mutation,
     same,
     tensor_of,
@@ -151,12 +152,35 @@ class Tracer(CallTracer):
                 args = (*args[:2], number)
             result = function(*args, **kwargs)
         if not mutation.writes(node):
+            result = self._in_memory_of(node, result)
             cells = {
                 held.cell for leaf in tree_leaves((args, kwargs)) if (held := self.traced(leaf))
             }
             self._stop_gradients(node, result, cells)
         elif not gradients_are_recorded(node) and _has_gradient(node.all_input_nodes):
             raise Refused(f"{describe(node)} writes where no gradients are recorded")
+        return result
+
+    def _in_memory_of(self, node: Node, result: Any) -> Any:
+        """``result``, in memory of its own if ``node`` makes some: a cast may do so in the model's
+        dtypes alone."""
+        held = self.traced(result)
+        if held is None or not isinstance(value_of(node), torch.Tensor):
+            return result
+        memory = memory_of(node)
+        for source in node.all_input_nodes:
+            given = self.traced(self.results.get(source))
+            if given is None:
+                continue
+            is_alike, is_shared = given.cell is held.cell, not memory.isdisjoint(memory_of(source))
+            if is_shared and not is_alike:
+                given.cell.is_shared = held.cell.is_shared = True
+            elif is_alike and not is_shared:
+                with fake_mode_of([self._like]):
+                    copy = torch.empty_like(result)
+                cell = Cell(self.read(held), held.space)
+                self._hold(copy, Traced(cell, (), held.dims, held.sizes, held.space))
+                return copy
         return result
 
     def _stop_gradients(self, node: Node, result: Any, cells: set[Cell]) -> None:
