@@ -115,8 +115,16 @@ class Call:
             }
             result = self.run(leaves)
         asked = [leaf for leaf in leaves.values() if leaf.requires_grad]
-        given = iter(torch.autograd.grad(result, asked, gradient))
+        given = iter(torch.autograd.grad(result, asked, gradient, materialize_grads=True))
         return [next(given) if leaf.requires_grad else None for leaf in leaves.values()]
+
+
+def written_to() -> RuntimeError:
+    return RuntimeError(
+        "lmhead_pass: one of the variables needed for gradient computation has been modified by an "
+        "inplace operation: logits that a compiled model returned. Write to a clone of them, or "
+        f"set {SETTING}."
+    )
 
 
 class Cell:
@@ -155,8 +163,7 @@ class Cell:
         self.is_used_again = False
         """Whether a checkpointed region has used these logits unread: it runs once more in the
         backward, and would save other tensors if it found values."""
-        self.is_differentiated = False
-        """Whether the gradient of a call that was given this needs the value it had then."""
+        self._differentiated: list[weakref.ref[Call]] = []
         self.first_way: object = None
         """How the first result that has no vocabulary was taken of these logits (``foresight``)."""
         self.has_gradients = False
@@ -185,6 +192,17 @@ class Cell:
                 cell._made.append(weakref.ref(self))
             if any(cell.value is not None for cell in cells):
                 self.read()
+
+    def is_needed_by(self, call: Call) -> None:
+        """The gradient of ``call`` needs the value that this has now, as long as somebody holds it
+        for a backward."""
+        self._differentiated = [ref for ref in self._differentiated if ref() is not None]
+        self._differentiated.append(weakref.ref(call))
+
+    @property
+    def is_differentiated(self) -> bool:
+        """Whether the gradient of a call that was given this needs the value it had then."""
+        return any(ref() is not None for ref in self._differentiated)
 
     @property
     def roots(self) -> "tuple[Cell, ...]":
@@ -247,11 +265,7 @@ class Cell:
         value = self.look()
         is_read = self.is_differentiated and self.value is not None
         if is_read and compat.version_of(value) != self._version:
-            raise RuntimeError(
-                "lmhead_pass: one of the variables needed for gradient computation has been "
-                "modified by an inplace operation: logits that a compiled model returned. Write to "
-                f"a clone of them, or set {SETTING}."
-            )
+            raise written_to()
         return value
 
     def undefined(self) -> Tensor:

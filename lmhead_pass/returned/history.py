@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..compat import lazy_tensors as compat
 from ..compat.compiling import is_batched, never_compiled
-from .cells import Call, Cell
+from .cells import Call, Cell, written_to
 from .joint_gradients import OfRows, Tensors, take_all, versions
 from .lazy_gradient import (
     Gradients,
@@ -39,13 +39,18 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, make: Callable[[], Tensor], recipe: Recipe, cell: Cell, *inputs: Tensor
+        ctx: Any,
+        make: Callable[[], Tensor],
+        recipe: Recipe,
+        cell: Cell,
+        is_cut_off: bool,
+        *inputs: Tensor,
     ) -> Tensor:
-        """``inputs`` may lack the way back to what they were made of, and have an empty tensor
-        after all then."""
+        """``inputs`` may lack the way back to what they were made of (``is_cut_off``). An empty
+        tensor that requires a gradient may come after all."""
         ctx.recipe, ctx.is_late, ctx.identity = recipe, cell.is_late, cell.identity
-        ctx.is_cut_off = len(inputs) > len(recipe.tensors)
-        ctx.save_for_backward(*_read_by_gradients(recipe, ctx.needs_input_grad[3:], inputs))
+        ctx.is_cut_off = is_cut_off
+        ctx.save_for_backward(*_read_by_gradients(recipe, ctx.needs_input_grad[4:], inputs))
         return make()
 
     @staticmethod
@@ -57,8 +62,8 @@ class Head(torch.autograd.Function):
         if not compat.keeps_graph():
             ctx.recipe = None
         count = len(recipe.tensors)
-        needed = ctx.needs_input_grad[3 : 3 + count]
-        extra = (None,) * (len(ctx.needs_input_grad) - 3 - count)
+        needed = ctx.needs_input_grad[4 : 4 + count]
+        extra = (None,) * (len(ctx.needs_input_grad) - 4 - count)
         terms = known_by(terms_of(gradient), ctx.identity)
         if ctx.is_cut_off:
             _refuse(
@@ -83,7 +88,7 @@ class Head(torch.autograd.Function):
                 pairs = zip(results, part, strict=True)
                 results = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
         wanted = (r if is_needed else None for r, is_needed in zip(results, needed, strict=True))
-        return None, None, None, *wanted, *extra
+        return None, None, None, None, *wanted, *extra
 
 
 def _refuse(terms: Sequence[Term], why: str) -> None:
@@ -154,6 +159,7 @@ class Derive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, make: Callable[[], Tensor], call: Call, *logits: Tensor) -> Tensor:
         ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
+        ctx.made_by = _made_by(logits)
         made: Any = make()
         ctx.identity = made._cell.identity
         result: Tensor = made
@@ -169,7 +175,7 @@ class Derive(torch.autograd.Function):
             # Who keeps the loss keeps this, and is to keep neither values nor hidden states.
             ctx.logits, ctx.call = None, call.without_values() if call.needs_no_values else None
         if torch.is_grad_enabled():
-            return None, None, *_differentiable(call, logits, gradient, needed)
+            return None, None, *_differentiable(ctx, gradient, needed)
         if not isinstance(gradient, LazyGradient):
             return None, None, *call.gradients(gradient, needed)
         terms = known_by(gradient.terms, ctx.identity)
@@ -222,6 +228,7 @@ class Consume(torch.autograd.Function):
         ``value`` is the result if it is known, without what its gradient needs.
         """
         ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
+        ctx.made_by = _made_by(logits)
         ctx.tensors, ctx.compute = tensors, compute
         ctx.versions = versions(call, tensors)
         ctx.is_recomputed = value is not None and value.dim() > 0
@@ -241,11 +248,11 @@ class Consume(torch.autograd.Function):
     @staticmethod
     @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        needed, call, logits = ctx.needs_input_grad[4:], ctx.call, ctx.logits
+        needed, call = ctx.needs_input_grad[4:], ctx.call
         if call is None:
             raise _second_time()
         if torch.is_grad_enabled():
-            return None, None, None, None, *_differentiable(call, logits, gradient, needed)
+            return None, None, None, None, *_differentiable(ctx, gradient, needed)
         if is_batched(gradient):
             return None, None, None, None, *call.gradients(gradient, needed)
         # What has been computed has saved what it still needs.
@@ -265,7 +272,12 @@ class Consume(torch.autograd.Function):
                 value = compute() if result is None else result
             if not asked or not value.requires_grad:
                 return ()
-            given = iter(torch.autograd.grad(value, asked, gradient, retain_graph=keep))
+            # Of a count of words, say, there is none.
+            given = iter(
+                torch.autograd.grad(
+                    value, asked, gradient, retain_graph=keep, materialize_grads=True
+                )
+            )
             return tuple(next(given) if tensor.requires_grad else None for tensor in inputs)
 
         tensors = ctx.tensors
@@ -278,20 +290,27 @@ class Consume(torch.autograd.Function):
         return None, None, None, None, *_lazily(call, ctx.likes, needed, terms)
 
 
-def _differentiable(
-    call: Call, logits: Sequence[Any], gradient: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
+def _differentiable(ctx: Any, gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
     """Gradients that can be differentiated again, of the logits' values."""
+    call: Call = ctx.call
+    if ctx.made_by != _made_by(ctx.logits):
+        raise written_to()
     values = [
         Values.apply(tensor, value) if tensor.requires_grad else value  # type: ignore[no-untyped-call]
-        for tensor in logits
-        for value in [tensor._cell.look()]
+        for tensor in ctx.logits
+        for value in [tensor._cell.look_back()]
     ]
     with compat.autocast_as(call.autocast):
         result = call.run(dict(zip(call.cells, values, strict=True)))
     asked = [value for value, is_needed in zip(values, needed, strict=True) if is_needed]
     given = iter(torch.autograd.grad(result, asked, gradient, create_graph=True))
     return [next(given) if is_needed else None for is_needed in needed]
+
+
+def _made_by(logits: Sequence[Tensor]) -> list[Any]:
+    """The node of each that made it: another one once it is written to with a gradient."""
+    with compat.without_torch_function():
+        return [tensor.grad_fn for tensor in logits]
 
 
 def is_piece(call: Call) -> bool:

@@ -87,7 +87,7 @@ def _joined(results: Sequence[OfRows]) -> Gradients | None:
     with torch.enable_grad():
         value = reader.run_first(*(tensor for cell in total.roots for tensor in tensors[cell]))
     asked = [tensor for tensor in tensors[root] if tensor.requires_grad]
-    given = iter(torch.autograd.grad(value, asked))
+    given = iter(torch.autograd.grad(value, asked, materialize_grads=True))
     return tuple(next(given) if tensor.requires_grad else None for tensor in tensors[root])
 
 

@@ -261,9 +261,11 @@ def _with_head(recipe: Recipe, made: Recipe, cell: Cell) -> Tensor:
     """Lazy logits with the history of what they are computed from. ``made`` is without one."""
     pairs = zip(recipe.tensors, recipe.wanted, strict=True)
     inputs = [tensor if is_wanted else tensor.detach() for tensor, is_wanted in pairs]
-    if recipe.lacks_history(made):
+    is_cut_off = recipe.lacks_history(made)
+    if is_cut_off or not any(tensor.requires_grad for tensor in inputs):  # frozen since
         inputs.append(torch.empty(0, requires_grad=True))
-    logits: Tensor = Head.apply(lambda: LazyLogits(cell), recipe, cell, *inputs)  # type: ignore[no-untyped-call]
+    make = partial(LazyLogits, cell)
+    logits: Tensor = Head.apply(make, recipe, cell, is_cut_off, *inputs)  # type: ignore[no-untyped-call]
     return logits
 
 
@@ -383,7 +385,7 @@ def _made(call: Call, logits: Sequence[LazyLogits], like: Tensor) -> Tensor:
         return LazyLogits(cell)
     if not call.needs_no_values:
         for source in call.cells:
-            source.is_differentiated = True
+            source.is_needed_by(call)
     made: Tensor = Derive.apply(lambda: LazyLogits(cell), call, *given)  # type: ignore[no-untyped-call]
     return made
 

@@ -40,6 +40,8 @@ def compute(call: Call, read: Sequence[Tensor], is_recorded: bool) -> Any:
     if value is not None:
         call = call.with_copies()
         run = reader_of(call).run_first
+    for cell in call.cells:
+        cell.is_needed_by(call)
     # A gradient ends at logits that are detached from what they are made of.
     for part, (_, wanted) in zip(tensors.values(), call.recipes, strict=True):
         for tensor, is_wanted in zip(part, wanted, strict=True):

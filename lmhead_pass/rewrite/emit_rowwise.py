@@ -241,6 +241,8 @@ def _split(emit: Emitter, tensor: Node, dims: tuple[Dim, ...]) -> tuple[Node, li
 
 def _sizes(emit: Emitter, sizes: Sequence[Any]) -> list[Any]:
     """``sizes`` as arguments of a reshape."""
+    if 0 in (size for size in sizes if isinstance(size, int)):
+        raise Refused("there are no rows")
     dynamic = [size for size in sizes if not isinstance(size, int)]
     if len(dynamic) == 1:
         return [size if isinstance(size, int) else -1 for size in sizes]

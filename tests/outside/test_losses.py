@@ -342,3 +342,43 @@ def test_pieces_hold_no_gradient_of_the_weight_each():
         step()
         peaks[name] = peak_bytes(step)
     assert peaks["ours"] <= 1.1 * peaks["eager"]
+
+
+def test_a_head_that_alone_is_trained_and_is_frozen_before_the_loss():
+    model, (x, y) = Model(), batch()
+    model.body.requires_grad_(False)
+    found = []
+    for function in (rewrite(model), model):
+        model.head.requires_grad_(True)
+        z = function(x)
+        model.head.requires_grad_(False)
+        loss = shifted(z, y)
+        assert z.requires_grad and loss.requires_grad
+        loss.backward()
+        assert model.head.weight.grad is None
+        found.append(loss.detach())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("part", [lambda z: z[-1:, :, :3], lambda z: z])
+def test_a_count_of_words_beside_a_loss(part):
+    """Autograd sends no gradient through it."""
+    model, (x, _) = Model(), batch()
+    found = []
+    for function in (rewrite(model), model):
+        model.zero_grad()
+        z = function(x)
+        (part(z).norm(0, -1).sum() + z.logsumexp(-1).mean()).backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_no_rows(caplog):
+    model = Model(after=lambda logits: logits[:, 1:])
+    compiled = rewrite(model)
+    for rows in ((3, 7), (2, 9), (5, 1)):
+        x, _ = batch(rows)
+        total = compiled(x).sum(-1)
+        torch.testing.assert_close(total + 0, model(x).sum(-1))
+        total.sum().backward()
+    assert "failed" not in caplog.text

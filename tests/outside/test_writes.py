@@ -329,3 +329,46 @@ def test_the_gradient_of_logits_whose_view_was_written_to(use):
     program = _after_a_write(GRADIENTS_AT_LOGITS[use])
     ours, theirs = program(rewrite(model)(x), y), program(model(x), y)
     torch.testing.assert_close(ours * 1, theirs)
+
+
+def half_of_the_gradient(z):
+    z.register_hook(lambda gradient: gradient * 0.5)
+
+
+@pytest.mark.parametrize("part", [lambda z: z, lambda z: z[:, -1]], ids=["all", "a view"])
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_look_at_the_gradient_of_a_loss_that_was_taken_before_a_write(part, is_recorded):
+    model, (x, y) = Model(), batch()
+    found = []
+    for function in (rewrite(model), model):
+        model.zero_grad()
+        z = function(x)
+        loss = F.cross_entropy(z.flatten(0, 1), y.flatten())
+        half_of_the_gradient(z)
+        with torch.set_grad_enabled(is_recorded):
+            part(z).mul_(3)
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("take", [lambda z: z.log_softmax(-1), lambda z: z.tanh()])
+def test_gradients_of_gradients_of_what_was_taken_before_a_write(take):
+    model, (x, _) = Model(), batch()
+    found = []
+    for function in (rewrite(model), model):
+        z = function(x)
+        total = take(z).logsumexp(-1).sum()
+        with torch.no_grad():
+            z.mul_(3)
+        found.append(torch.autograd.grad(total, model.head.weight, create_graph=True))
+    torch.testing.assert_close(*found)
+
+
+def test_a_write_after_the_backward_copies_nothing():
+    model, (x, y) = Model(), batch()
+    z = rewrite(model)(x)
+    F.cross_entropy(z.flatten(0, 1), y.flatten()).backward()
+    with torch.no_grad():
+        z.mul_(2)
+    assert z._cell._original is None
