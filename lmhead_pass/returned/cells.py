@@ -174,6 +174,8 @@ class Cell:
         self._version = 0
         self.numbers_alone = 0
         """How many numbers of what was made of this were computed so."""
+        self.rows_alone: tuple[object, Tensor] | None = None
+        """The last of them, and how they were taken."""
         self._is_root = isinstance(source, Recipe)
         # Never itself: memory waits for no garbage collector.
         self._roots: tuple[Cell, ...] = ()
@@ -317,7 +319,7 @@ class Cell:
             self._version = compat.version_of(self.value)
         for cell in self.made:
             cell._compute()
-        self._is_settled, self.alone = True, None
+        self._is_settled, self.alone, self.rows_alone = True, None, None
         if isinstance(self.source, Recipe) or not self.is_view:
             self.source = None
 

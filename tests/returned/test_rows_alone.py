@@ -124,3 +124,14 @@ def test_with_a_gradient_all_are_read():
         results.append(head.weight.grad.clone())
         head.weight.grad = None
     torch.testing.assert_close(*results)
+
+
+@torch.no_grad()
+def test_the_same_rows_are_multiplied_once():
+    """Another product would differ in the last digits: ``last >= best`` might find no word."""
+    unread, _ = returning(lambda z: z)
+    first, numbers = unread[:, -1].clone(), unread._cell.numbers_alone
+    for _ in range(LENGTH):
+        assert torch.equal(unread[:, -1].clone(), first)
+    assert unread._cell.numbers_alone == numbers == first.numel()
+    assert unread._cell.value is None
