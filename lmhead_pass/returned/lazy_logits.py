@@ -140,6 +140,8 @@ class LazyLogits(LazyTensor):
                 return f"{type(args[0]).__qualname__}(...)"
             with compat.without_torch_function():
                 return func(*args, **kwargs)
+        if func is Tensor.register_hook and len(args) > 1:
+            args = (args[0], partial(_call_hook, args[1]), *args[2:])
         if func in METADATA or func in _OF_AUTOGRAD:
             with compat.without_torch_function():
                 return func(*args, **kwargs)
@@ -213,6 +215,11 @@ _UNCHANGING = (
 
 # They get lazy logits as they are, and autograd finds their history.
 _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+def _call_hook(hook: Callable[[Tensor], Any], gradient: Tensor | None) -> Any:
+    """Of logits that were written to since, the history ends nowhere, with no gradient."""
+    return None if gradient is None else hook(gradient)
 
 
 def _input_first(args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -372,3 +372,18 @@ def test_a_write_after_the_backward_copies_nothing():
     with torch.no_grad():
         z.mul_(2)
     assert z._cell._original is None
+
+
+@pytest.mark.parametrize("write", [lambda z, v: v.tanh_(), lambda z, v: z.tanh_()])
+def test_a_hook_on_a_view_that_is_written_to_is_not_called(write):
+    model, (x, y) = Model(), batch()
+    found = []
+    for function in (rewrite(model), model):
+        model.zero_grad()
+        z = function(x)
+        view = z[:, :-1]
+        view.register_hook(lambda gradient: gradient * 2)
+        write(z, view)
+        F.cross_entropy(view.flatten(0, 1), y[:, 1:].flatten()).backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found)
