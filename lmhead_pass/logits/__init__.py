@@ -7,7 +7,7 @@ softmax (``softmaxes``). Whoever takes single numbers out of each row is a consu
 (``consumers``, ``losses``).
 """
 
-from .dataflow import Flow, follow_logits
+from .dataflow import Flow, follow_heads, follow_logits
 from .heads import is_head, large_heads, read_head
 from .losses import class_count, is_loss
 from .row_steps import (
@@ -77,6 +77,7 @@ __all__ = [
     "TargetUse",
     "ValueStep",
     "class_count",
+    "follow_heads",
     "follow_logits",
     "is_head",
     "is_loss",

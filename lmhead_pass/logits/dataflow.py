@@ -4,7 +4,7 @@ A walk forward in graph order, not back from a loss: writes in place (``logits.d
 edge to the loss that comes after them, and change what every other name of the logits holds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,11 +92,23 @@ class Flow:
 
 def follow_logits(head: Head) -> Flow:
     """Follow what ``head`` computes through its graph."""
-    return _LogitsTracker(head).run()
+    (flow,) = follow_heads([head])
+    return flow
+
+
+def follow_heads(heads: Iterable[Head]) -> list[Flow]:
+    """The same for several heads of one graph."""
+    flows: list[Flow] = []
+    gradients: tuple[set[Node], set[int]] | None = None
+    for head in heads:
+        graph = head.node.graph
+        gradients = gradients or (passing(graph), given_a_gradient(graph))
+        flows.append(_LogitsTracker(head, *gradients).run())
+    return flows
 
 
 class _LogitsTracker:
-    def __init__(self, head: Head):
+    def __init__(self, head: Head, passing: set[Node], given_a_gradient: set[int]):
         inputs = [node for node in (head.hidden, head.weight, head.bias) if node is not None]
         self.logits = Logits(
             node=head.node,
@@ -114,8 +126,8 @@ class _LogitsTracker:
         ``logits - logsumexp``. They go with the logits, unless somebody else reads them."""
         self.without_history: set[Node] = set()
         """Made without autograd: no gradient gets through, even if the node requires one."""
-        self.passing = passing(head.node.graph)
-        self.given_a_gradient = given_a_gradient(head.node.graph)
+        self.passing = passing
+        self.given_a_gradient = given_a_gradient
 
     def run(self) -> Flow:
         inference = in_inference(self.logits.node.graph)

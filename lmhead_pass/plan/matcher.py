@@ -16,7 +16,7 @@ from ..logits import (
     Consumer,
     ConsumerKind,
     Flow,
-    follow_logits,
+    follow_heads,
     large_heads,
 )
 from .call_planning import plan_calls
@@ -37,7 +37,7 @@ def find(graph: Graph, of_loss_alone: bool = True) -> list[Rewrite | Refusal]:
 
     Unless ``of_loss_alone``, everything that reads logits and that the op can compute.
     """
-    flows = [follow_logits(head) for head in large_heads(graph)]
+    flows = follow_heads(large_heads(graph))
     claims = Counter(node for flow in flows for node in flow.claimed)
     found: list[Rewrite | Refusal] = []
     for flow in flows:
@@ -62,10 +62,7 @@ def find(graph: Graph, of_loss_alone: bool = True) -> list[Rewrite | Refusal]:
 
 def unread_heads(graph: Graph) -> Iterator[Flow]:
     """What becomes of the large linear layers in ``graph`` that no loss reads."""
-    for head in large_heads(graph):
-        flow = follow_logits(head)
-        if not flow.losses:
-            yield flow
+    yield from (flow for flow in follow_heads(large_heads(graph)) if not flow.losses)
 
 
 def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
