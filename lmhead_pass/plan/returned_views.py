@@ -32,7 +32,7 @@ def views_among(returned: Sequence[Logits]) -> dict[Node, tuple[Node, str]]:
     _check_others(returned)
     bases: list[Logits] = []
     views: dict[Node, tuple[Node, str]] = {}
-    for logits in sorted(returned, key=lambda one: (len(one.steps), one.is_detached)):
+    for logits in sorted(returned, key=lambda one: (len(one.steps), one.is_detached, one.node)):
         whole = [base for base in bases if _share_numbers(logits, base)]
         if not whole:
             bases.append(logits)

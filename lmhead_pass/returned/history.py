@@ -43,14 +43,16 @@ class Head(torch.autograd.Function):
         make: Callable[[], Tensor],
         recipe: Recipe,
         cell: Cell,
+        is_late: bool,
         is_cut_off: bool,
         *inputs: Tensor,
     ) -> Tensor:
-        """``inputs`` may lack the way back to what they were made of (``is_cut_off``). An empty
+        """The head may have been written to since (``is_late``), and ``inputs`` may lack the way
+        back to what they were made of (``is_cut_off``). An empty
         tensor that requires a gradient may come after all."""
-        ctx.recipe, ctx.is_late, ctx.identity = recipe, cell.is_late, cell.identity
-        ctx.is_cut_off = is_cut_off
-        ctx.save_for_backward(*_read_by_gradients(recipe, ctx.needs_input_grad[4:], inputs))
+        ctx.recipe, ctx.identity = recipe, cell.identity
+        ctx.is_late, ctx.is_cut_off = is_late, is_cut_off
+        ctx.save_for_backward(*_read_by_gradients(recipe, ctx.needs_input_grad[5:], inputs))
         return make()
 
     @staticmethod
@@ -62,8 +64,8 @@ class Head(torch.autograd.Function):
         if not compat.keeps_graph():
             ctx.recipe = None
         count = len(recipe.tensors)
-        needed = ctx.needs_input_grad[4 : 4 + count]
-        extra = (None,) * (len(ctx.needs_input_grad) - 4 - count)
+        needed = ctx.needs_input_grad[5 : 5 + count]
+        extra = (None,) * (len(ctx.needs_input_grad) - 5 - count)
         terms = known_by(terms_of(gradient), ctx.identity)
         if ctx.is_cut_off:
             _refuse(
@@ -88,7 +90,7 @@ class Head(torch.autograd.Function):
                 pairs = zip(results, part, strict=True)
                 results = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
         wanted = (r if is_needed else None for r, is_needed in zip(results, needed, strict=True))
-        return None, None, None, None, *wanted, *extra
+        return None, None, None, None, None, *wanted, *extra
 
 
 def _refuse(terms: Sequence[Term], why: str) -> None:

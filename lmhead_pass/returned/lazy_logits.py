@@ -271,8 +271,10 @@ def _with_head(recipe: Recipe, made: Recipe, cell: Cell) -> Tensor:
     is_cut_off = recipe.lacks_history(made)
     if is_cut_off or not any(tensor.requires_grad for tensor in inputs):  # frozen since
         inputs.append(torch.empty(0, requires_grad=True))
+    # A view may have been read before.
+    is_late = cell.is_late if cell.source is not None else cell.versions != made.versions
     make = partial(LazyLogits, cell)
-    logits: Tensor = Head.apply(make, recipe, cell, is_cut_off, *inputs)  # type: ignore[no-untyped-call]
+    logits: Tensor = Head.apply(make, recipe, cell, is_late, is_cut_off, *inputs)  # type: ignore[no-untyped-call]
     return logits
 
 

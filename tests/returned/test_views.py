@@ -149,3 +149,24 @@ def test_a_loss_of_a_view_that_a_mask_picks_of_is_fused(backend):
             found.append([loss.detach() + 0, *(p.grad for p in model.parameters())])
         torch.testing.assert_close(*found)
     assert counters["lmhead_pass"]["rewritten"] >= 1
+
+
+@pytest.mark.parametrize("use_it", [lambda view: view.tolist(), lambda view: view.mul_(1.5)])
+def test_a_detached_view_is_read_before_its_logits_are_touched(use_it):
+    model, (x, y) = Model(lambda z: (z, z.detach()[:, 1:])), batch()
+    found = []
+    for function in (rewrite(model), model):
+        model.zero_grad()
+        _, (logits, view) = function(x, y)
+        use_it(view)
+        logits.logsumexp(-1).sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_what_contiguous_returns_is_the_first():
+    model, (x, y) = Model(lambda z: (z.contiguous(), z)), batch()
+    _, (same, logits) = rewrite(model)(x, y)
+    logits.retain_grad()
+    (same.logsumexp(-1).sum() + logits.logsumexp(-1).sum()).backward()
+    torch.testing.assert_close(logits.grad + 0, 2 * logits.detach().softmax(-1))
