@@ -48,8 +48,9 @@ class Head(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         """The head may have been written to since (``is_late``), and ``inputs`` may lack the way
-        back to what they were made of (``is_cut_off``). An empty
-        tensor that requires a gradient may come after all."""
+        back to what they were made of (``is_cut_off``). An empty tensor that requires a gradient
+        may come after all.
+        """
         ctx.recipe, ctx.identity = recipe, cell.identity
         ctx.is_late, ctx.is_cut_off = is_late, is_cut_off
         ctx.save_for_backward(*_read_by_gradients(recipe, ctx.needs_input_grad[5:], inputs))

@@ -218,7 +218,7 @@ _OF_AUTOGRAD = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
 def _call_hook(hook: Callable[[Tensor], Any], gradient: Tensor | None) -> Any:
-    """Of logits that were written to since, the history ends nowhere, with no gradient."""
+    """There is no gradient where the logits were written to since: autograd calls no hook there."""
     return None if gradient is None else hook(gradient)
 
 
