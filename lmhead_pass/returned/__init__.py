@@ -2,9 +2,9 @@
 
 ``return_op`` has the op that makes them in a graph, with ``own_memory`` for what it takes,
 ``recipe`` what they are computed from, and ``lazy_logits`` the tensor that the caller gets: it
-stands for a ``Cell`` (``cells``), a value that is computed when it is read. ``views`` knows those
-that leave beside it. ``plain_values`` reads such tensors (``lazy_tensor``), ``writes`` writes to
-them. ``history`` is what autograd sees of it,
+stands for a ``Cell`` (``cells``), a value that is computed when it is read. ``just_returned`` makes
+it after each run, and the ``views`` that leave beside it. ``plain_values`` reads such tensors
+(``lazy_tensor``), ``writes`` writes to them. ``history`` is what autograd sees of it,
 ``lazy_gradient`` what comes back, and ``joint_gradients`` what that comes to where several results
 were taken. ``steps`` says which functions are written down, ``likes`` what they return, without
 values, and ``metadata`` and ``by_form`` what reads no values; ``readers`` asks for what computes a

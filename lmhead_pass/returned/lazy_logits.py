@@ -24,14 +24,13 @@ from ..compat.compiling import is_compiling, is_inside_of_checkpoint, never_comp
 from . import reading, results
 from .by_form import run_by_form
 from .cells import Call, Cell
-from .history import Derive, Gate, Head
+from .history import Derive
 from .lazy_tensor import LazyTensor, lazy_in
 from .likes import likes_of
 from .masks import by_numbers
 from .metadata import METADATA
 from .plain_values import on_values, with_history
 from .readers import reader_of
-from .recipe import Recipe
 from .rows_alone import run_apart, run_on_rows_alone
 from .steps import (
     COMPUTED,
@@ -45,7 +44,6 @@ from .steps import (
     is_linear,
     is_written_down,
 )
-from .views import calls_of
 from .writes import SET_DATA, follow_writes, reshape, set_data, write
 
 
@@ -77,62 +75,13 @@ class LazyLogits(LazyTensor):
         return self
 
     @classmethod
-    def returned(cls, recipe: Recipe, view: str = "", names: int = 1) -> "LazyLogits":
-        """The logits of a compiled function that has just run, or a ``view`` of them (``views``).
-
-        It is called for so many ``names`` of theirs, with the very same hidden states.
-        """
-        known = recipe.hidden.__dict__.pop(_WAITING, None)
-        logits, left = known or (cls._from_recipe(recipe), names)
-        if left > 1:
-            recipe.hidden.__dict__[_WAITING] = logits, left - 1
-        return cls._view(logits, view) if view else logits
-
-    @classmethod
-    def _from_recipe(cls, recipe: Recipe) -> "LazyLogits":
-        # What is made of the logits and detached keeps nothing of the model's graph.
-        made = recipe.without_history()
-        cell = Cell(made, recipe.like(), recipe.hidden.device)
-        reading.watch(cell)
-        if not recipe.requires_grad:
-            return cls(cell)
-        return cls._untouched_of(cell, lambda: _with_head(recipe, made, cell))
-
-    @classmethod
-    def _view(cls, logits: "LazyLogits", text: str) -> "LazyLogits":
-        cells = _cells_of_view(logits._cell, text)
-        if cells[-1].is_detached or logits._untouched is None:
-            return cls(cells[-1])
-
-        def with_history() -> Tensor:
-            _touch(logits)
-            view: Tensor = logits
-            for cell in cells:
-                view = Derive.apply(partial(cls, cell), cell.source, view)  # type: ignore[no-untyped-call]
-            return view
-
-        return cls._untouched_of(cells[-1], with_history)
-
-    @classmethod
-    def _untouched_of(cls, cell: Cell, with_history: Callable[[], Tensor]) -> "LazyLogits":
-        with torch.enable_grad(), compat.without_torch_function():
-            gated = Gate.apply(cls(cell), torch.empty(0, requires_grad=True))  # type: ignore[no-untyped-call]
-            gated._alias = cls(cell)
-            # Autograd detaches the results of a compiled function that are no views.
-            alias: LazyLogits = torch.ops.aten.alias(gated)
-            gated._alias = None
-        alias._untouched = with_history
-        cell.owner = lambda: None
-        return alias
-
-    @classmethod
     @never_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         args, kwargs = _input_first(args, kwargs)
         logits: Any = lazy_in((args, kwargs))
         for tensor in logits:
-            _touch(tensor)
+            touch(tensor)
             follow_writes(tensor)
         if is_compiling():
             # torch.compile looks at an input: it gets the values from __tensor_flatten__.
@@ -188,7 +137,7 @@ class LazyLogits(LazyTensor):
         return self._cell.read()
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        _touch(self)
+        touch(self)
         return ["_value"], None
 
     def _stable_hash_for_caching(self) -> str:
@@ -203,9 +152,6 @@ class LazyLogits(LazyTensor):
             like = torch.empty_strided(outer_size, outer_stride, dtype=value.dtype, device="meta")
         return LazyLogits(Cell(None, like, value.device, value))
 
-
-# Where hidden states keep the logits that are made of them, until all their views are made.
-_WAITING = "_lmhead_pass_logits"
 
 # What a call that is written down may be given, beside lists, tuples and dictionaries of these.
 _UNCHANGING = (
@@ -229,7 +175,7 @@ def _input_first(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return (kwargs["input"],), {name: v for name, v in kwargs.items() if name != "input"}
 
 
-def _touch(logits: LazyLogits) -> None:
+def touch(logits: LazyLogits) -> None:
     """Give logits that were just returned their history."""
     if logits._untouched is None:
         return
@@ -249,33 +195,6 @@ def _touch(logits: LazyLogits) -> None:
             compat.give_history(logits, twin)
             logits.__dict__.update(named)
     cell.owner = weakref.ref(logits)
-
-
-def _cells_of_view(source: Cell, text: str) -> list[Cell]:
-    """What a view of the logits of ``source`` goes through, itself the last."""
-    cells = [source]
-    autocast = compat.autocast_state(source.device.type)
-    for function, others, item in calls_of(text, source.like):
-        before = cells[-1]
-        call = Call(function, (before, *others), {}, item, autocast, needs_no_values=True)
-        like = call.run({before: before.like})
-        is_detached = function in DETACHING
-        cells.append(Cell(call, like, source.device, is_detached=is_detached))
-    return cells[1:]
-
-
-def _with_head(recipe: Recipe, made: Recipe, cell: Cell) -> Tensor:
-    """Lazy logits with the history of what they are computed from. ``made`` is without one."""
-    pairs = zip(recipe.tensors, recipe.wanted, strict=True)
-    inputs = [tensor if is_wanted else tensor.detach() for tensor, is_wanted in pairs]
-    is_cut_off = recipe.lacks_history(made)
-    if is_cut_off or not any(tensor.requires_grad for tensor in inputs):  # frozen since
-        inputs.append(torch.empty(0, requires_grad=True))
-    # A view may have been read before.
-    is_late = cell.is_late if cell.source is not None else cell.versions != made.versions
-    make = partial(LazyLogits, cell)
-    logits: Tensor = Head.apply(make, recipe, cell, is_late, is_cut_off, *inputs)  # type: ignore[no-untyped-call]
-    return logits
 
 
 def _by_form(func: Callable[..., Any], args: Any, kwargs: Any, logits: Sequence[LazyLogits]) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..compat.lazy_tensors import is_fake, make_wrapper, no_torch_function
 from ..compat.library import define
 from ..log import tell_from_cache
-from .lazy_logits import LazyLogits
+from .just_returned import returned_logits
 from .recipe import Recipe, fingerprint_of
 
 _TENSORS = ("hidden", "weight", "bias", "fingerprint")
@@ -118,7 +118,7 @@ def _logits(recipe: Recipe, view: str, names: int, report: str) -> Tensor:
         return _TracedLogits(recipe, view, names, report)
     if report:
         tell_from_cache(report)
-    return LazyLogits.returned(recipe, view, names)
+    return returned_logits(recipe, view, names)
 
 
 define(
