@@ -25,6 +25,9 @@ no_torch_function = find("torch._C._disabled_torch_function_impl", NO_LAZY_LOGIT
 is_fake = find("torch._subclasses.fake_tensor.is_fake", NO_LAZY_LOGITS)
 """Whether a tensor, or what it wraps, is a fake one."""
 
+weak_memory = find("torch.multiprocessing.reductions.StorageWeakRef", NO_LAZY_LOGITS)
+"""A weak reference to a storage: it tells whether anybody holds that, and its ``memory_of``."""
+
 _map = find("torch.fx.node.map_aggregate", NO_LAZY_LOGITS)
 _swap = find("torch._C._swap_tensor_impl", NO_LAZY_LOGITS)
 find("torch.Tensor._version", NO_LAZY_LOGITS)

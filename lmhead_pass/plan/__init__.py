@@ -4,7 +4,8 @@
 call of the op, and where it stands; ``call_fusion`` which calls become one, because they end in one
 sum, and ``call_memory`` which ones leave their gradients to the backward; ``returned_plan`` whether
 logits that leave the graph can be computed later, and ``returned_views`` which of them are views of
-which. ``unreached`` tells of losses that no head was followed to. Nothing is changed here.
+which; ``compared`` which numbers of a row are asked to be the same. ``unreached`` tells of losses
+that no head was followed to. Nothing is changed here.
 """
 
 from .call_fusion import (

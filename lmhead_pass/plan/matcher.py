@@ -20,6 +20,7 @@ from ..logits import (
     large_heads,
 )
 from .call_planning import plan_calls
+from .compared import compared
 from .returned_plan import (
     check_returned,
     is_whole,
@@ -69,6 +70,11 @@ def _check_nobody_else(flow: Flow, is_mixed: bool) -> None:
     """Refused if something needs the logits that the op cannot compute."""
     for user, why in flow.unsupported.items():
         raise Refused(why or f"{describe(user)}{at(user)} reads the logits too")
+    comparison = compared(flow.consumers)
+    if comparison is not None:
+        raise Refused(
+            f"{describe(comparison)}{at(comparison)} asks whether two logits of a row are the same"
+        )
     if is_mixed:
         raise Refused("the logits are mixed with those of another head")
     inference = in_inference(flow.head.node.graph)

@@ -176,6 +176,8 @@ class Cell:
         """How many numbers of what was made of this were computed so."""
         self.rows_alone: tuple[object, Tensor] | None = None
         """The last of them, and how they were taken."""
+        self.taken: list[Any] = []
+        """Of logits as a model returned them, what was taken of them unread (``taken_again``)."""
         self._is_root = isinstance(source, Recipe)
         # Never itself: memory waits for no garbage collector.
         self._roots: tuple[Cell, ...] = ()
@@ -265,8 +267,7 @@ class Cell:
         if self._original is not None:
             return self._original
         value = self.look()
-        is_read = self.is_differentiated and self.value is not None
-        if is_read and compat.version_of(value) != self._version:
+        if self.is_differentiated and not self.is_as_computed:
             raise written_to()
         return value
 
@@ -280,6 +281,10 @@ class Cell:
         cell = Cell(None, self.like, self.device, is_detached=self.is_detached)
         cell.identity = self.identity
         return cell
+
+    def replace_value(self, value: Tensor) -> None:
+        """Let ``value``, of the same form, be there instead, as if it had been written."""
+        self.value, self._version = value, -1
 
     def keep_original(self) -> None:
         """Somebody is about to write to the value, which has been read: gradients need it as it is.
@@ -327,6 +332,11 @@ class Cell:
     def is_unread(self) -> bool:
         """Whether the value is still to be computed from a head."""
         return self.value is None and bool(self.roots)
+
+    @property
+    def is_as_computed(self) -> bool:
+        """Whether nobody has written to the value."""
+        return self.value is None or compat.version_of(self.value) == self._version
 
     def form(self) -> Tensor:
         """A tensor of the value's form, without a value: the same until the value is read."""

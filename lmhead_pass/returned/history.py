@@ -234,6 +234,7 @@ class Consume(torch.autograd.Function):
         ctx.made_by = _made_by(logits)
         ctx.tensors, ctx.compute = tensors, compute
         ctx.versions = versions(call, tensors)
+        ctx.recipes = [recipe for recipe, _ in call.recipes]
         ctx.is_recomputed = value is not None and value.dim() > 0
         if value is not None:
             ctx.result = None
@@ -283,12 +284,16 @@ class Consume(torch.autograd.Function):
             )
             return tuple(next(given) if tensor.requires_grad else None for tensor in inputs)
 
-        tensors = ctx.tensors
+        tensors, recipes = ctx.tensors, ctx.recipes
         if not keep:
-            ctx.compute = ctx.result = ctx.call = ctx.logits = ctx.tensors = None
-        of = Sources(sources)
+            ctx.compute = ctx.result = ctx.call = ctx.logits = ctx.tensors = ctx.recipes = None
         if ctx.is_recomputed or (result is not None and result.dim() > 0):
-            of = OfRows(sources, call, tensors, ctx.versions, gradient, ctx.is_recomputed)
+            is_recomputed = ctx.is_recomputed
+            of: Sources = OfRows(
+                sources, call, tensors, ctx.versions, gradient, is_recomputed, recipes
+            )
+        else:
+            of = Sources(sources, recipes if result is None else ())
         terms = [Term(lambda: gradient, of)]
         return None, None, None, None, *_lazily(call, ctx.likes, needed, terms)
 

@@ -15,6 +15,7 @@ from ..compat.compiling import is_saved_for_once
 from .cells import Call, Cell
 from .lazy_gradient import Gradients, Sources
 from .readers import reader_of
+from .recipe import Recipe
 
 Tensors = Mapping[Cell, tuple[Tensor, ...]]
 """Of each of the logits that models returned: hidden states, weight and bias."""
@@ -36,11 +37,12 @@ class OfRows(Sources):
         before: list[int],
         gradient: Tensor,
         is_recomputed: bool,
+        recipes: Sequence[Recipe],
     ) -> None:
         """``call`` was computed from ``tensors``, of which those that a gradient is wanted of are
         leaves. ``before`` are the versions then; ``gradient`` is that of the result.
         ``is_recomputed`` if the forward has left nothing for it."""
-        super().__init__(compute)
+        super().__init__(compute, recipes)
         self.call, self.tensors, self.gradient = call, tensors, gradient
         self.is_recomputed = is_recomputed
         self._before = before
@@ -56,7 +58,10 @@ class OfRows(Sources):
 
 
 def take_all(sources: Sequence[Sources]) -> Iterator[Gradients]:
-    """What ``sources``, of the same logits, come to: the terms of a sum."""
+    """What ``sources``, of the same logits, come to: the terms of a sum.
+
+    RuntimeError, after the last, if they computed logits again of a head that has changed unseen.
+    """
     of_rows = [one for one in sources if isinstance(one, OfRows) and one.may_be_joined]
     pays = len(of_rows) > 1 or any(one.is_recomputed for one in of_rows)
     joined = _joined(of_rows) if pays else None
@@ -67,6 +72,8 @@ def take_all(sources: Sequence[Sources]) -> Iterator[Gradients]:
     for source in sources:
         if not source.is_used:
             yield source.take()
+    for recipe in {id(one): one for source in sources for one in source.recipes}.values():
+        recipe.check_unchanged(at_once=False)
 
 
 def _joined(results: Sequence[OfRows]) -> Gradients | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..compat import lazy_tensors as compat
 from ..compat.compiling import never_compiled
 from .metadata import METADATA
+from .recipe import Recipe
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _COPIES = (
@@ -26,8 +27,10 @@ class Sources:
     Not before all terms are in one place: each weight's gradient would wait there for the others.
     """
 
-    def __init__(self, compute: Callable[[], Gradients]) -> None:
+    def __init__(self, compute: Callable[[], Gradients], recipes: Sequence[Recipe] = ()) -> None:
+        """``recipes`` are of the logits that it computes again."""
         self._compute = compute
+        self.recipes = recipes
         self.is_used = False
 
     def take(self) -> Gradients:

@@ -44,6 +44,7 @@ from .steps import (
     is_linear,
     is_written_down,
 )
+from .taken_again import remember, taken_again
 from .writes import SET_DATA, follow_writes, reshape, set_data, write
 
 
@@ -102,6 +103,8 @@ class LazyLogits(LazyTensor):
             return write(func, args, kwargs)
         if func is Tensor.__deepcopy__:
             return _deep_copy(*args, **kwargs)
+        cells = [tensor._cell for tensor in logits]
+        args, kwargs = taken_again(func, args, kwargs, cells, cls)
         for attempt in (_by_form, _by_numbers, _without_reading, _on_rows_alone, _on_values_alone):
             result = attempt(func, args, kwargs, logits)
             if result is not NotImplemented:
@@ -251,7 +254,10 @@ def _without_reading(
     if func not in COMPUTED or any(cell.value is not None for cell in cells):
         return NotImplemented
     read = [_tensor_of(cell, logits) for cell in call.cells]
-    return results.compute(call, read, _is_recorded(logits))
+    result = results.compute(call, read, _is_recorded(logits))
+    if result is not NotImplemented:
+        remember(call, result)
+    return result
 
 
 def _keeps_less(func: Callable[..., Any], likes: Any, call: Call) -> bool:

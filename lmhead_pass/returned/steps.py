@@ -60,6 +60,15 @@ COMPUTED = _WORD_BY_WORD | {
 }
 """These have no vocabulary in their result, and the op may compute them."""
 WRITTEN_DOWN = VIEWS | _CASTS | _VALUES | _WORD_BY_WORD
+LOGITS_THEMSELVES = {
+    Tensor.__getitem__,
+    *_functions("gather", "take_along_dim", "amax", "max", "amin", "min"),
+}
+"""Of those, the ones that return logits as they are."""
+COMPARING = _functions(
+    *("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal"),
+    *("not_equal", "__gt__", "__ge__", "__lt__", "__le__", "__eq__", "__ne__", "equal"),
+)
 # Of so many words at least one remains in what is written down.
 _FEWER = 16
 

@@ -66,7 +66,8 @@ def set_data(logits: LazyTensor, data: Tensor) -> None:
         raise _no_other_form()
     read(SET_DATA, logits._cell)
     logits._cell.keep_original()
-    logits._cell.value, logits._plain = data.detach(), None
+    logits._cell.replace_value(data.detach())
+    logits._plain = None
 
 
 def reshape(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

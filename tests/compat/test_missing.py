@@ -70,6 +70,7 @@ RETURNS_NO_LAZY_LOGITS = [
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._len_torch_dispatch_stack",
     "torch.utils._python_dispatch._disable_current_modes",
+    "torch.multiprocessing.reductions.StorageWeakRef",
     "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",
 ]
 STILL_REWRITES = {

@@ -472,6 +472,17 @@ def wrappers_without_memory():
     assert Plain().shape == (2, 3)
 
 
+def memory_that_is_gone():
+    x = torch.ones(2)
+    memory = lazy_tensors.weak_memory(x.untyped_storage())
+    view = x[1:].detach()
+    assert memory.cdata == lazy_tensors.memory_of(x) == lazy_tensors.memory_of(view)
+    del x
+    assert not memory.expired()
+    del view
+    assert memory.expired()
+
+
 def swapped_tensors():
     x, y = torch.ones(2), torch.zeros(3, requires_grad=True) * 2
     held = x
@@ -697,6 +708,7 @@ CANARIES = {
     "torch._C._set_throw_on_mutable_data_ptr": wrappers_without_memory,
     "torch._C.DisableTorchFunctionSubclass": wrappers_without_memory,
     "torch._C._disabled_torch_function_impl": wrappers_without_memory,
+    "torch.multiprocessing.reductions.StorageWeakRef": memory_that_is_gone,
     "torch.Tensor._is_view": views,
     "torch.Tensor._version": versions,
     "torch._disable_dynamo": functions_never_compiled,

@@ -69,6 +69,21 @@ def test_targets_of_a_piece_may_be_written_to():
         torch.testing.assert_close(*pair)
 
 
+@pytest.mark.parametrize("loss", [log_probabilities, pieces], ids=lambda f: f.__name__)
+def test_nor_in_a_way_that_nobody_counts(loss):
+    """Autograd would not see it, and take the logits of another head than the loss was of."""
+    model, (x, y) = Model(), batch()
+    with pytest.raises(RuntimeError, match="weight was changed"):
+        gradients(rewrite(model), model, loss, x, y, lambda head: head.weight.data.mul_(2))
+
+
+def test_a_loss_that_has_its_gradients_minds_no_such_write():
+    model, (x, y) = Model(), batch()
+    expected = gradients(model, model, shifted, x, y, lambda head: None)
+    found = gradients(rewrite(model), model, shifted, x, y, lambda head: head.weight.data.mul_(2))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("loss", [shifted, log_probabilities], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("checks_on_device", [False, True])
 def test_a_write_that_nobody_counts_raises_at_the_loss(loss, checks_on_device, monkeypatch):
