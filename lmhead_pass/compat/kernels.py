@@ -14,14 +14,22 @@ from .lookup import NO_REWRITE, NO_ROWWISE, find, report_missing
 below_autograd = find("torch._C._AutoDispatchBelowAutograd", NO_REWRITE)
 """A block in which calls go to the kernels that autograd would call."""
 
+_COMPILED_AGAIN = "compiled autograd compiles what losses do in chunks, for each number of rows"
 _exclude = find("torch._C._SetExcludeDispatchKeyGuard", NO_ROWWISE)
 _keys = find("torch._C.DispatchKey", NO_ROWWISE)
 
 
 @contextlib.contextmanager
 def recording_gradients() -> Iterator[None]:
-    """A block in which autograd records what is computed, in the kernel of an op as well."""
+    """A block in which autograd records what is computed, in the kernel of an op as well.
+
+    Whoever compiles backwards or looks for anomalies in them sees the op, and nothing of this.
+    """
+    # Not when this is imported: it takes all of Dynamo.
+    uncompiled = find("torch._dynamo.compiled_autograd._disable", _COMPILED_AGAIN)
     with (
+        contextlib.nullcontext() if uncompiled is None else uncompiled(),
+        torch.autograd.set_detect_anomaly(False),
         _exclude(_keys.AutogradFunctionality, False),
         _exclude(_keys.ADInplaceOrView, False),
         torch.enable_grad(),

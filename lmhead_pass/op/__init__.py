@@ -2,8 +2,9 @@
 
 ``torch_ops`` has its schemas and gradients, ``problem`` its arguments, ``chunking`` the number of
 rows of logits that exist at once, ``memory_budget`` what fits into ``config.memory_budget``, and
-``kernels`` the loops over chunks, in ATen and in Triton. ``fingerprints`` has the op that tells
-whether tensors have changed.
+``kernels`` the loops over chunks, in ATen and in Triton; ``held_gradients`` multiplies what the
+forward has computed for the backward. ``fingerprints`` has the op that tells whether tensors have
+changed.
 Importing this registers the ops; it knows nothing of graphs.
 """
 

@@ -20,9 +20,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..compat.compiling import are_saved_tensors_hooked
 from ..compat.kernels import below_autograd, is_forward_mode
 from ..compat.library import add_fake_kernel, add_kernel, define
 from ..log import tell_from_cache
+from .held_gradients import scaled
 from .kernels.row_loop import RowProblem, run_forward, run_with_gradients
 from .problem import held_dtype
 from .row_part import RowPart, parse
@@ -206,6 +208,7 @@ class _GradientsInForward(torch.autograd.Function):
         count = 1 + len(parse(part).outputs)
         ctx.save_for_backward(*(g for g, w in zip(results[count:], needed, strict=True) if w))
         ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.are_hooked = are_saved_tensors_hooked()
         ctx.mark_non_differentiable(*results[1:count])
         ctx.set_materialize_grads(False)
         return tuple(results[:count])
@@ -217,7 +220,7 @@ class _GradientsInForward(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         saved = iter(ctx.saved_tensors)
         gradients = (
-            (next(saved).to(grad_sum.dtype) * grad_sum).to(dtype) if is_needed else None
+            scaled(next(saved), grad_sum, ctx.are_hooked).to(dtype) if is_needed else None
             for dtype, is_needed in zip(ctx.dtypes, ctx.needs_input_grad[5:], strict=True)
         )
         return None, None, None, None, None, *gradients

@@ -46,10 +46,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, sym_max, sym_min
 
-from ..compat.compiling import are_saved_tensors_hooked, is_saved_for_once
+from ..compat.compiling import are_saved_tensors_hooked
 from ..compat.kernels import below_autograd, is_forward_mode
 from ..compat.library import add_fake_kernel, add_kernel, define
 from ..log import tell_from_cache
+from .held_gradients import scaled
 from .holding import holds_exponentials
 from .kernels.dispatch import finish_weight_gradient, loop_of
 from .kernels.measures import allocate, parse_measures
@@ -223,10 +224,6 @@ add_fake_kernel("_finish_weight_gradient", _fake_finish_weight_gradient)
 _ops = torch.ops.lmhead_pass
 
 
-# So many elements of a gradient are scaled in one step.
-_SCALED_AT_ONCE = 1 << 18
-
-
 class _GradientsInForward(torch.autograd.Function):
     """For a scalar loss. The backward multiplies the gradients by the upstream gradient."""
 
@@ -259,11 +256,8 @@ class _GradientsInForward(torch.autograd.Function):
         # It may be infinite or NaN, from a mean that is 0 / 0.
         grad_loss = grad_loss.masked_fill(~has_terms, 0)
         pending = Pending(*saved[3:])
-        # Nobody else has them, or reads them again, and the weight's is large.
-        in_place = is_saved_for_once(grad_loss) and not ctx.are_hooked
-        scale = _scale_ if in_place else _scale
         gradients: list[Tensor | None] = [
-            None if dtype is None else scale(gradient, grad_loss).to(dtype)
+            None if dtype is None else scaled(gradient, grad_loss, ctx.are_hooked).to(dtype)
             for gradient, dtype in zip(saved[:3], ctx.dtypes, strict=True)
             if not (pending.is_needed and gradient is saved[1])
         ]
@@ -317,19 +311,6 @@ def _has_terms(problem: Problem) -> Tensor:
     if problem.has_logsumexp_terms:
         return problem.target.new_ones((), dtype=torch.bool)
     return (problem.target != problem.ignore_index).any()
-
-
-def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
-    # In a narrower dtype the product would round the factor first: a loss divided by 3 would
-    # give BF16 gradients that are all off by the same part in 800.
-    return gradient.to(factor.dtype) * factor
-
-
-def _scale_(gradient: Tensor, factor: Tensor) -> Tensor:
-    rows = max(1, _SCALED_AT_ONCE * len(gradient) // max(1, gradient.numel()))
-    for part in torch.split(gradient, rows):
-        part.copy_(_scale(part, factor))
-    return gradient
 
 
 def _refuse_double_backward() -> None:

@@ -70,7 +70,9 @@ def rewritten(calls: Sequence[Call], way: Way, may_change: Sequence[bool]) -> Re
             module = _record(calls, roots, given, inputs, symbols)
             # What is refused of symbols may still be rewritten for constants.
             tells = not any(may_change)
-            if not rewrite_graph(module.graph, of_loss_alone=False, tells_refusals=tells):
+            if not rewrite_graph(
+                module.graph, of_loss_alone=False, tells_refusals=tells, in_one_call=len(calls) == 1
+            ):
                 return None
             if len(calls) > 1 and not _takes_logits_once(module.graph, call.roots[0]):
                 return None

@@ -5,12 +5,13 @@
 stands for a ``Cell`` (``cells``), a value that is computed when it is read. ``just_returned`` makes
 it after each run, and the ``views`` that leave beside it. ``plain_values`` reads such tensors
 (``lazy_tensor``), ``writes`` writes to them. ``history`` is what autograd sees of it,
-``lazy_gradient`` what comes back, and ``joint_gradients`` what that comes to where several results
-were taken. ``steps`` says which functions are written down, ``likes`` what they return, without
-values, and ``metadata`` and ``by_form`` what reads no values; ``readers`` asks for what computes a
-result, ``results`` has that done, and ``foresight`` with it what is asked for next; ``taken_again``
-has numbers that logits are compared with read with these; ``rows_alone`` reads a few rows;
-``masks`` picks rows; ``reading`` looks after late readings, and tells of all.
+``lazy_gradient`` what comes back, ``one_of_several`` which results leave their gradients to the
+backward, and ``joint_gradients`` what those come to. ``steps`` says which functions are written
+down, ``likes`` what they return, without values, and ``metadata`` and ``by_form`` what reads no
+values; ``readers`` asks for what computes a result, ``results`` has that done, and ``foresight``
+with it what is asked for next; ``taken_again`` has numbers that logits are compared with read with
+these; ``rows_alone`` reads a few rows; ``masks`` picks rows; ``reading`` looks after late readings,
+and tells of all.
 Importing this registers the ops.
 """
 

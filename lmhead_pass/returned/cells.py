@@ -168,6 +168,10 @@ class Cell:
         """How the first result that has no vocabulary was taken of these logits (``foresight``)."""
         self.has_gradients = False
         """Whether its gradients were computed with it."""
+        self.results: list[weakref.ref[Any]] = []
+        """What was made of these logits as they were returned and has a gradient."""
+        self.first_differentiated: object = None
+        """How the first of them was taken (``one_of_several``)."""
         self.foreseen: dict[object, Tensor] = {}
         """Results that were computed with the first, and that nobody has asked for yet."""
         self._original: Tensor | None = None

@@ -30,24 +30,23 @@ _later: OrderedDict[object, Later] = OrderedDict()
 
 
 def foresee(
-    call: Call, reader: Any, is_differentiated: bool
+    call: Call, reader: Any, is_differentiated: bool, has_gradients: bool
 ) -> tuple[Tensor | None, Callable[..., Tensor] | None]:
     """The result of ``call``, if it was computed with another one, and what computes it with those
-    asked for later. ``is_differentiated`` if a gradient is to go back from it."""
+    asked for later. ``is_differentiated`` if a gradient is to go back from it, and
+    ``has_gradients`` if that is computed with it."""
     # A checkpointed region is run again, and has to save the same then.
     if len(call.roots) > 1 or is_piece(call) or is_inside_of_checkpoint():
         return None, None
     (root,) = call.roots
     if reader.way in root.foreseen:
         return root.foreseen.pop(reader.way), None
-    is_first, is_number = root.first_way is None, reader.like.dim() == 0
-    if not is_first:
-        # The gradients of a number are computed with it.
-        is_apart = is_differentiated and (is_number or root.has_gradients)
+    if root.first_way is not None:
+        is_apart = has_gradients or (is_differentiated and root.has_gradients)
         if not is_apart and not reader.is_given_tensors:
             _learn(call, reader.way)
         return None, None
-    root.first_way, root.has_gradients = reader.way, is_differentiated and is_number
+    root.first_way, root.has_gradients = reader.way, has_gradients
     if is_differentiated and not call.is_given_little:
         return None, None
     with torch.set_grad_enabled(root.has_gradients):

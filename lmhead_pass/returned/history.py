@@ -5,6 +5,7 @@ leaves work as ever. What comes back through these nodes is a ``LazyGradient`` i
 it, and a plain tensor of the logits' size if somebody has read the logits.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..compat import lazy_tensors as compat
 from ..compat.compiling import is_batched, never_compiled
 from .cells import Call, Cell, written_to
-from .joint_gradients import OfRows, Tensors, take_all, versions
+from .joint_gradients import Joinable, take_all
 from .lazy_gradient import (
     Gradients,
     LazyGradient,
@@ -25,6 +26,7 @@ from .lazy_gradient import (
     terms_of,
     through,
 )
+from .one_of_several import Result, done
 from .recipe import SETTING, Recipe
 
 
@@ -88,10 +90,18 @@ class Head(torch.autograd.Function):
             results = _gradients(recipe, ctx.saved_tensors, needed, sum(plain[1:], plain[0]))
         for part in take_all(sources):
             if part:
-                pairs = zip(results, part, strict=True)
-                results = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
+                results = tuple(map(_sum, results, part))
+            part = ()  # A weight's gradient, and the next one is computed now.
         wanted = (r if is_needed else None for r, is_needed in zip(results, needed, strict=True))
         return None, None, None, None, None, *wanted, *extra
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    # Of a weight: what its gradient is made of is large, and nobody else has it.
+    is_own = a.dim() == b.dim() == 2 and a.is_contiguous() and a.dtype == b.dtype
+    return a.add_(b) if is_own else a + b
 
 
 def _refuse(terms: Sequence[Term], why: str) -> None:
@@ -218,62 +228,50 @@ class Consume(torch.autograd.Function):
     """What a call makes of logits and that has no vocabulary, computed by the op."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        compute: Callable[..., Tensor],
-        call: Call,
-        tensors: Tensors,
-        value: Tensor | None,
-        *logits: Tensor,
-    ) -> Tensor:
-        """``compute`` reads ``tensors``. Those of which a gradient is wanted are leaves.
-
-        ``value`` is the result if it is known, without what its gradient needs.
-        """
-        ctx.call, ctx.logits, ctx.likes = call, logits, _likes(logits)
+    def forward(ctx: Any, result: Result, value: Tensor | None, *logits: Tensor) -> Tensor:
+        """``value`` is the result if it is known, without what its gradient needs."""
+        ctx.result, ctx.call, ctx.logits, ctx.likes = result, result.call, logits, _likes(logits)
         ctx.made_by = _made_by(logits)
-        ctx.tensors, ctx.compute = tensors, compute
-        ctx.versions = versions(call, tensors)
-        ctx.recipes = [recipe for recipe, _ in call.recipes]
-        ctx.is_recomputed = value is not None and value.dim() > 0
+        ctx.recipes = [recipe for recipe, _ in result.call.recipes]
+        for root in result.call.ways_back:
+            root.results.append(weakref.ref(result))
         if value is not None:
-            ctx.result = None
             return value.detach()
-        if is_piece(call):
+        if is_piece(result.call):
             # Gradients that are computed now would wait for the backward, one for each piece.
             with torch.no_grad():
-                ctx.result = None
-                return compute().detach()
+                return result.compute().detach()
         with torch.enable_grad():
-            ctx.result = compute()
-        result: Tensor = ctx.result.detach()
-        return result
+            result.value = result.compute()
+        return result.value.detach()
 
     @staticmethod
     @never_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        needed, call = ctx.needs_input_grad[4:], ctx.call
-        if call is None:
+        needed, result = ctx.needs_input_grad[2:], ctx.result
+        if result is None:
             raise _second_time()
+        call = result.call
         if torch.is_grad_enabled():
-            return None, None, None, None, *_differentiable(ctx, gradient, needed)
+            return None, None, *_differentiable(ctx, gradient, needed)
         if is_batched(gradient):
-            return None, None, None, None, *call.gradients(gradient, needed)
+            return None, None, *call.gradients(gradient, needed)
         # What has been computed has saved what it still needs.
-        if ctx.result is None and ctx.versions != versions(call, ctx.tensors):
+        if result.value is None and not result.is_unchanged:
             raise RuntimeError(
                 "lmhead_pass: one of the variables needed for gradient computation has been "
                 "modified by an inplace operation: hidden states or head of returned logits, or "
                 "targets. Call backward() before what writes to them, optimizer.step() for "
                 f"instance, or set {SETTING}."
             )
-        keep, compute, result = compat.keeps_graph(), ctx.compute, ctx.result
-        inputs = [tensor for root in call.ways_back for tensor in ctx.tensors[root]]
+        done(result)
+        keep, compute, known = compat.keeps_graph(), result.compute, result.value
+        inputs = [tensor for root in call.ways_back for tensor in result.tensors[root]]
         asked = [tensor for tensor in inputs if tensor.requires_grad]
 
         def sources() -> Gradients:
             with torch.enable_grad():
-                value = compute() if result is None else result
+                value = compute() if known is None else known
             if not asked or not value.requires_grad:
                 return ()
             # Of a count of words, say, there is none.
@@ -284,18 +282,14 @@ class Consume(torch.autograd.Function):
             )
             return tuple(next(given) if tensor.requires_grad else None for tensor in inputs)
 
-        tensors, recipes = ctx.tensors, ctx.recipes
+        recipes = ctx.recipes if known is None or known.dim() > 0 else ()
         if not keep:
-            ctx.compute = ctx.result = ctx.call = ctx.logits = ctx.tensors = ctx.recipes = None
-        if ctx.is_recomputed or (result is not None and result.dim() > 0):
-            is_recomputed = ctx.is_recomputed
-            of: Sources = OfRows(
-                sources, call, tensors, ctx.versions, gradient, is_recomputed, recipes
-            )
-        else:
-            of = Sources(sources, recipes if result is None else ())
+            ctx.result = ctx.call = ctx.logits = ctx.recipes = None
+        of = Sources(sources, recipes)
+        if result.is_recomputed or (known is not None and known.dim() > 0):
+            of = Joinable(sources, result, gradient, recipes)
         terms = [Term(lambda: gradient, of)]
-        return None, None, None, None, *_lazily(call, ctx.likes, needed, terms)
+        return None, None, *_lazily(call, ctx.likes, needed, terms)
 
 
 def _differentiable(ctx: Any, gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:

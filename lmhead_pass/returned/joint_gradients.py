@@ -1,11 +1,12 @@
 """The gradients of several results of the same logits, in one pass over them.
 
-Each result of rows (log-probabilities of tokens, entropies) would take the logits once more in the
-backward, and two products. Once all their gradients are known, what they come to is the gradient of
-one number, the sum of the results times their gradients, and the op takes three products for it.
+Each result of rows (log-probabilities of tokens, entropies), and each of several losses, would take
+the logits once more in the backward, and two products. Once all their gradients are known, what
+they come to is the gradient of one number, the sum of the results times their gradients, and the op
+takes three products for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,46 +15,32 @@ from ..compat import lazy_tensors as compat
 from ..compat.compiling import is_saved_for_once
 from .cells import Call, Cell
 from .lazy_gradient import Gradients, Sources
+from .one_of_several import Result
 from .readers import reader_of
 from .recipe import Recipe
 
-Tensors = Mapping[Cell, tuple[Tensor, ...]]
-"""Of each of the logits that models returned: hidden states, weight and bias."""
 
-
-def versions(call: Call, tensors: Tensors) -> list[int]:
-    """How often what ``call`` was given, and is computed from, has been written to."""
-    return [compat.version_of(one) for part in (*tensors.values(), call.tensors) for one in part]
-
-
-class OfRows(Sources):
-    """The gradient of a result of rows, before anything of it is computed."""
+class Joinable(Sources):
+    """The gradient of a result, which may be computed with those of others."""
 
     def __init__(
         self,
         compute: Callable[[], Gradients],
-        call: Call,
-        tensors: Tensors,
-        before: list[int],
+        result: Result,
         gradient: Tensor,
-        is_recomputed: bool,
         recipes: Sequence[Recipe],
     ) -> None:
-        """``call`` was computed from ``tensors``, of which those that a gradient is wanted of are
-        leaves. ``before`` are the versions then; ``gradient`` is that of the result.
-        ``is_recomputed`` if the forward has left nothing for it."""
+        """``gradient`` is that of the result."""
         super().__init__(compute, recipes)
-        self.call, self.tensors, self.gradient = call, tensors, gradient
-        self.is_recomputed = is_recomputed
-        self._before = before
+        self.result, self.gradient = result, gradient
 
     @property
     def may_be_joined(self) -> bool:
         """Whether the result can be computed again, and nobody wants this gradient again."""
         return (
             is_saved_for_once(self.gradient)
-            and all(root.value is None for root in self.call.roots)
-            and versions(self.call, self.tensors) == self._before
+            and all(root.value is None for root in self.result.call.roots)
+            and self.result.is_unchanged
         )
 
 
@@ -62,12 +49,12 @@ def take_all(sources: Sequence[Sources]) -> Iterator[Gradients]:
 
     RuntimeError, after the last, if they computed logits again of a head that has changed unseen.
     """
-    of_rows = [one for one in sources if isinstance(one, OfRows) and one.may_be_joined]
-    pays = len(of_rows) > 1 or any(one.is_recomputed for one in of_rows)
-    joined = _joined(of_rows) if pays else None
+    some = [one for one in sources if isinstance(one, Joinable) and one.may_be_joined]
+    pays = len(some) > 1 or any(one.result.is_recomputed for one in some)
+    joined = _joined(some) if pays else None
     if joined is not None:
         yield joined
-        for one in of_rows:
+        for one in some:
             one.is_used = True
     for source in sources:
         if not source.is_used:
@@ -76,13 +63,13 @@ def take_all(sources: Sequence[Sources]) -> Iterator[Gradients]:
         recipe.check_unchanged(at_once=False)
 
 
-def _joined(results: Sequence[OfRows]) -> Gradients | None:
+def _joined(results: Sequence[Joinable]) -> Gradients | None:
     gradients = tuple(one.gradient for one in results)
     cells = tuple(
-        Cell(one.call, torch.empty_like(one.gradient, device="meta"), one.gradient.device)
+        Cell(one.result.call, torch.empty_like(one.gradient, device="meta"), one.gradient.device)
         for one in results
     )
-    (root,) = results[0].call.ways_back
+    (root,) = results[0].result.call.ways_back
     _, _, dtype = compat.autocast_state(root.device.type)
     without_autocast = (root.device.type, False, dtype)
     total = Call(_weighted_sum, (cells, gradients), {}, autocast=without_autocast)
@@ -90,7 +77,7 @@ def _joined(results: Sequence[OfRows]) -> Gradients | None:
         reader = reader_of(total)
     if reader is None:
         return None
-    tensors = {cell: part for one in results for cell, part in one.tensors.items()}
+    tensors = {cell: part for one in results for cell, part in one.result.tensors.items()}
     with torch.enable_grad():
         value = reader.run_first(*(tensor for cell in total.roots for tensor in tensors[cell]))
     asked = [tensor for tensor in tensors[root] if tensor.requires_grad]

@@ -9,7 +9,7 @@ from torch import Tensor
 from .cells import Call
 from .foresight import foresee
 from .history import Consume, is_piece
-from .joint_gradients import Tensors
+from .one_of_several import Result, Tensors, is_one_of_several
 from .readers import reader_of
 
 
@@ -25,7 +25,11 @@ def compute(call: Call, read: Sequence[Tensor], is_recorded: bool) -> Any:
     if reader is None:
         return NotImplemented
     is_differentiated = is_recorded and reader.like.is_floating_point()
-    value, joint = foresee(call, reader, is_differentiated)
+    is_number, waits = reader.like.dim() == 0, False
+    if is_differentiated and not is_piece(call):
+        waits = is_one_of_several(call, reader.way) and is_number
+    has_gradients = is_differentiated and is_number and not waits
+    value, joint = foresee(call, reader, is_differentiated, has_gradients)
     if value is not None and not is_differentiated:
         return value
     tensors = tensors_of(call)
@@ -34,9 +38,9 @@ def compute(call: Call, read: Sequence[Tensor], is_recorded: bool) -> Any:
     if not is_differentiated:
         with torch.no_grad():
             return run(*given).detach()
-    if joint and reader.like.dim() > 0:
+    if value is None and (waits or (joint and not is_number)):
         with torch.no_grad():
-            value = joint(*given)
+            value = run(*given)
     if value is not None:
         call = call.with_copies()
         run = reader_of(call).run_first
@@ -46,7 +50,8 @@ def compute(call: Call, read: Sequence[Tensor], is_recorded: bool) -> Any:
     for part, (_, wanted) in zip(tensors.values(), call.recipes, strict=True):
         for tensor, is_wanted in zip(part, wanted, strict=True):
             tensor.requires_grad_(is_wanted)
-    return Consume.apply(lambda: run(*given), call, tensors, value, *read)  # type: ignore[no-untyped-call]
+    result = Result(call, tensors, lambda: run(*given), None, is_recomputed=value is not None)
+    return Consume.apply(result, value, *read)  # type: ignore[no-untyped-call]
 
 
 def tensors_of(call: Call) -> Tensors:

@@ -37,10 +37,13 @@ def rewrite_graph(
     of_loss_alone: bool = True,
     keeps_note: bool = False,
     tells_refusals: bool = True,
+    in_one_call: bool = False,
 ) -> bool:
     """Rewrite every match in ``graph``, report on it, and return whether there were any.
 
-    A checkpointed region is left to the graph that calls it. With ``keeps_note`` the graph can
+    If it is to be ``in_one_call``, what would take several fused ones, each with a gradient of the
+    weight, is run in chunks where that is possible. A checkpointed region is left to the graph that
+    calls it. With ``keeps_note`` the graph can
     report again where a cache has it. A failure leaves the graph as it was, and is reported, or
     raised if ``config.strict``. MemoryBudgetTooSmall is raised in any case.
     """
@@ -50,6 +53,12 @@ def rewrite_graph(
     try:
         with new_symbols_are_dropped(graph):
             calls, refusals = prepare(edit, of_loss_alone)
+            for in_chunks in (True, False):
+                if not in_one_call or _count(calls) == 1:
+                    break
+                edit.roll_back()
+                edit = GraphEdit(graph)
+                calls, refusals = prepare(edit, of_loss_alone, in_chunks=in_chunks)
         edit.check()
         items = [*refusals, *calls, *edit.deferred]
         if keeps_note:
@@ -74,6 +83,11 @@ def rewrite_graph(
         if isinstance(call, EmittedRegion):
             _finish(graph, call)
     return bool(calls)
+
+
+def _count(calls: Sequence[EmittedCall | EmittedRegion]) -> int:
+    """Of calls of the op. One may serve several matches."""
+    return len({id(call.call) if isinstance(call, EmittedCall) else id(call) for call in calls})
 
 
 def _finish(graph: Graph, emitted: EmittedRegion) -> None:
@@ -106,17 +120,20 @@ def _keep_note(edit: GraphEdit, lines: Sequence[str]) -> None:
 
 
 def prepare(
-    edit: GraphEdit, of_loss_alone: bool = True, in_region: bool = False
+    edit: GraphEdit,
+    of_loss_alone: bool = True,
+    in_region: bool = False,
+    in_chunks: bool = False,
 ) -> tuple[list[EmittedCall | EmittedRegion], list[Refusal]]:
     """Analyse and plan, and insert what takes the place of heads and their consumers.
 
     Returns what is rewritten, and what is left alone. Nothing old is touched yet. A head is left to
     the graph if no loss is taken of it, unless ``of_loss_alone`` is False. A graph ``in_region`` is
-    that of a checkpointed region.
+    that of a checkpointed region. If it is to be ``in_chunks``, all of one head is run so.
     """
     found, stuck = find_across_regions(edit, of_loss_alone)
     rewrites = [item for item in found if isinstance(item, Rewrite)]
-    emitted = [] if in_region else _emit_instead(edit, rewrites)
+    emitted = [] if in_region else _emit_instead(edit, rewrites, in_chunks)
     fused = _emit_calls(edit, rewrites)
     for rewrite in rewrites:
         if not rewrite.matches:
@@ -170,17 +187,20 @@ def _may_have_regions(edit: GraphEdit) -> bool:
     return not edit.regions and not missing(NO_ROWWISE)
 
 
-def _emit_instead(edit: GraphEdit, rewrites: list[Rewrite]) -> list[EmittedRegion]:
+def _emit_instead(
+    edit: GraphEdit, rewrites: list[Rewrite], in_any_case: bool
+) -> list[EmittedRegion]:
     """Run in chunks what a fused form serves with a product more, and take it off ``rewrites``.
 
     That is a loss whose rows count for what the loss itself decides, such as one that is weighted
     by its own detached value.
     """
-    if len(rewrites) != 1 or not leaves_gradients_to_backward(rewrites[0]):
+    if len(rewrites) != 1 or not (in_any_case or leaves_gradients_to_backward(rewrites[0])):
         return []
     head = rewrites[0].matches[0].logits.head
     is_on_cpu = tensor_of(head.node).device.type == "cpu"
-    if not is_on_cpu or not _may_have_regions(edit) or not may_be_carved(head):
+    pays = is_on_cpu or in_any_case
+    if not pays or not _may_have_regions(edit) or not may_be_carved(head):
         return []
     try:
         region = carve(head, [head])

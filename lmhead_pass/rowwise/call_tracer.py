@@ -10,7 +10,7 @@ from ..compat.aten_trace import DispatchMode, tree_map
 from ..compat.graphs import fake_mode_of, tree_leaves
 from ..graph import NARROW, Refused
 from .call import Call, Mixes, New, Quotient, Summed, describe_call
-from .expressions import reaches_a_head
+from .expressions import reaches_a_head, with_gradient
 from .layout import Dim, Space, finest
 from .operations import rowwise
 from .values import (
@@ -169,7 +169,10 @@ class CallTracer(DispatchMode):  # type: ignore[misc]
         value = result.expression
         if any(tensor.dtype != target.dtype for tensor in call.tensors):
             value = self.make("aten._to_copy.default", value, dtype=target.dtype)
+        before = held.cell.expression
         write(self.make, held, value)
+        if reaches_a_head(before) and before not in with_gradient([held.cell.expression]):
+            raise Mixes(f"{name} leaves nothing of what was there, and that has a gradient of 0")
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Write down a call that is made outside of chunks."""

@@ -18,9 +18,13 @@ from ..plan import run_the_same_behind
 
 
 class Placing:
-    def __init__(self, graph: Graph, inside: set[Node], traced: set[Node]) -> None:
-        """``inside`` are the nodes that are run in chunks, ``traced`` those of the region."""
+    def __init__(
+        self, graph: Graph, inside: set[Node], traced: set[Node], dependents: set[Node]
+    ) -> None:
+        """``inside`` are the nodes that are run in chunks, ``traced`` those of the region, and
+        ``dependents`` what depends on its heads."""
         self._graph, self._inside, self._traced = graph, inside, traced
+        self._dependents = dependents
         self._order = {node: number for number, node in enumerate(graph.nodes)}
 
     def place(
@@ -59,7 +63,14 @@ class Placing:
     def _known_since(self, source: Node, first: Node) -> Node:
         """The node behind which ``source`` holds what its reader ``first`` reads."""
         between = mutation.nodes_between(source, first)
-        return max([source, *mutation.writers(between, of=[source])], key=self._order.__getitem__)
+        writers = list(mutation.writers(between, of=[source]))
+        for writer in writers:
+            if writer in self._dependents:
+                raise Refused(
+                    f"{describe(writer)}{at(writer)} writes what is made of the logits to what is "
+                    "read with them"
+                )
+        return max([source, *writers], key=self._order.__getitem__)
 
     def _moved(self, results: Iterable[Node], place: Node) -> set[Node]:
         """What depends on the results and stands before ``place``."""

@@ -128,7 +128,7 @@ class _Carver:
         self._check_shared_memory(nodes, results)
         sources = self._sources(calls, results)
         inside = {*nodes, *self.tracer.absorbed}
-        place, moved = Placing(self.graph, inside, set(nodes)).place(
+        place, moved = Placing(self.graph, inside, set(nodes), self.dependents).place(
             sources, results, is_differentiated=any(exits.values())
         )
         return Region(

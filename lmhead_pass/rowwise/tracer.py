@@ -93,6 +93,7 @@ class Tracer(CallTracer):
         fake = self._fake(value)
         self._hold(fake, traced)
         self.results[node] = fake
+        self.expressions[id(fake)] = self.read(traced)  # of one word, say, it leaves as it is
 
     def is_wide(self, node: Node) -> bool:
         """Whether ``node`` was run again and gave what stays in chunks."""

@@ -362,6 +362,20 @@ def gradients_in_kernels():
     assert gradient.tolist() == [2, 2]
 
 
+def compiled_backwards():
+    """Compiled autograd sees nothing of what a kernel differentiates."""
+    calls = []
+
+    def compiler(module):
+        calls.append(module)
+        return module
+
+    with torch._dynamo.compiled_autograd._enable(compiler), kernels.recording_gradients():
+        leaf = torch.ones(2, requires_grad=True)
+        torch.autograd.grad((leaf * leaf).sum(), leaf)
+    assert not calls
+
+
 def compiled_functions():
     def double(x):
         x = x.detach().requires_grad_()
@@ -734,6 +748,7 @@ CANARIES = {
     "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack": modes,
     "torch._C._AutoDispatchBelowAutograd": below_autograd,
     "torch._C._SetExcludeDispatchKeyGuard": gradients_in_kernels,
+    "torch._dynamo.compiled_autograd._disable": compiled_backwards,
     "torch._C.DispatchKey": gradients_in_kernels,
     "torch.utils._python_dispatch.TorchDispatchMode": dispatched_operations,
     "torch._inductor.compile": compiled_functions,

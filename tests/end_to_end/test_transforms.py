@@ -245,6 +245,20 @@ def test_compiled_autograd():
     reference.assert_no_worse(results, eager, exact, torch.float32)
 
 
+def test_anomaly_mode_looks_at_what_is_compiled_as_a_whole():
+    """A gradient of NaN that does not leave is none of its business, as without the pass."""
+    h, w = (tensor.detach().requires_grad_() for tensor in forms.inputs()[:2])
+
+    def function(h, w):
+        z = F.linear(h, w)
+        z = z - z.detach()
+        return z.masked_fill(z == 0, 0.0).abs().sqrt().sum(-1).mean() + h.sum()
+
+    with torch.autograd.set_detect_anomaly(True):
+        torch.compile(function)(h, w).backward()
+    assert counters["lmhead_pass"]["rewritten"] == 1
+
+
 def test_freezing():
     """Weights become constants of the graph."""
     hidden, _, _, target = (t.detach() for t in forms.inputs())

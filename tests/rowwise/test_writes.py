@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
+import lmhead_pass
+
 from ..backend import rewrite
 from .test_losses import gradients, inputs
 
@@ -176,3 +178,94 @@ def test_a_gradient_that_is_written_into_detached_logits_ends_there(logits, loss
     for one, other in zip(ours_of, of_eager, strict=True):
         if one is not None:
             torch.testing.assert_close(one, other)
+
+
+def running_scale(z, buffer):
+    buffer.mul_(0.9)
+    buffer.add_(z.detach().amax() * 0.1)
+    return (z / buffer).std(-1).mean()
+
+
+def scaled_by_a_statistic(z, buffer):
+    spread = z.std(-1)
+    buffer.add_(spread.detach().mean())
+    return (z * buffer).amax(-1).mean() + spread.mean()
+
+
+def by_a_view_of_it(z, buffer):
+    buffer.view(-1)[0].add_(z.detach().std(-1).mean())
+    return (z * buffer).amax(-1).mean()
+
+
+def of_a_local_tensor(z, buffer):
+    local = buffer * 1
+    local[...] = z.detach().std(-1).mean()
+    return (z * local).amax(-1).mean()
+
+
+def counts_of_words(z, buffer):
+    counts = torch.zeros(z.size(-1))
+    words = z.argmax(-1).flatten()
+    counts.index_add_(0, words, torch.ones(len(words)))
+    return (z - counts).logsumexp(-1).square().mean()
+
+
+def weights_of_words(z, buffer):
+    weights = torch.ones(z.size(-1))
+    weights.add_(z.std(-1).detach().mean() * torch.arange(z.size(-1)))
+    return F.cross_entropy(z.flatten(0, 1), torch.arange(z.shape[0] * z.shape[1]), weight=weights)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [running_scale, scaled_by_a_statistic, by_a_view_of_it, of_a_local_tensor, counts_of_words,
+     weights_of_words],
+)  # fmt: skip
+def test_a_buffer_that_takes_a_statistic_of_the_logits_and_is_read_with_them(function):
+    """It holds that statistic when it is read."""
+    h, w, *_ = inputs()
+    found = []
+    for run in (rewrite(lambda h, w, b: function(F.linear(h, w), b)),
+                lambda h, w, b: function(F.linear(h, w), b)):  # fmt: skip
+        buffer = torch.tensor(0.7)
+        found.append(([*_results(lambda h, w, run=run, b=buffer: run(h, w, b), (h, w))], buffer))
+    torch.testing.assert_close(*found)
+
+
+def the_other_is_copied(z, other):
+    z.copy_(other)
+    return z
+
+
+def emptied(z, other):
+    z.zero_()
+    return z + other
+
+
+def filled(z, other):
+    return z.fill_(0.5) * other
+
+
+def all_words_assigned(z, other):
+    z[..., :] = other
+    return z
+
+
+@pytest.mark.parametrize("function", [the_other_is_copied, emptied, filled, all_words_assigned])
+def test_what_is_written_over_has_a_gradient_of_0(function):
+    """And not None: optimizers tell these apart."""
+    h, w, *_ = inputs()
+    tensors = (h, w, torch.randn_like(h), torch.randn_like(w))
+
+    def run(h, w, h2, w2):
+        return function(F.linear(h, w), F.linear(h2, w2)).std(-1).mean()
+
+    torch.testing.assert_close(_results(rewrite(run), tensors), _results(run, tensors))
+
+
+def test_a_vocabulary_of_one_word():
+    h, w, *_ = inputs()
+    function = lambda h, w: F.linear(h, w[:1]).std(-1, correction=0).mean()  # noqa: E731
+    with lmhead_pass.config.patch(min_vocab_size=1):
+        ours = gradients(rewrite(function), (h, w))
+    torch.testing.assert_close(ours, gradients(function, (h, w)))
