@@ -243,6 +243,8 @@ class Cell:
             with compat.outside_of_modes(), torch.inference_mode(False), torch.no_grad():
                 for cell in first:
                     cell._compute()
+            for cell in first:
+                cell._compute_with_others()
         assert self.value is not None
         return self.value
 
@@ -331,6 +333,12 @@ class Cell:
         self._is_settled, self.alone, self.rows_alone = True, None, None
         if isinstance(self.source, Recipe) or not self.is_view:
             self.source = None
+
+    def _compute_with_others(self) -> None:
+        """What was made of this and of unread logits, which takes these: this may be written to."""
+        for cell in self.made:
+            cell.read()
+            cell._compute_with_others()
 
     @property
     def is_unread(self) -> bool:

@@ -46,6 +46,8 @@ class CallTracer(DispatchMode):  # type: ignore[misc]
         super().__init__()
         self.make = Expressions()
         self.most_words = most_words
+        self.written_over: list[Expression] = []
+        """What writes left nothing of: from then on its gradient is 0."""
         self._held: dict[int, Traced] = {}
         self._outer: dict[int, Outer | Exit] = {}
         self._alive: list[Any] = []  # so that no number of another tensor is theirs
@@ -171,8 +173,8 @@ class CallTracer(DispatchMode):  # type: ignore[misc]
             value = self.make("aten._to_copy.default", value, dtype=target.dtype)
         before = held.cell.expression
         write(self.make, held, value)
-        if reaches_a_head(before) and before not in with_gradient([held.cell.expression]):
-            raise Mixes(f"{name} leaves nothing of what was there, and that has a gradient of 0")
+        if before not in with_gradient([held.cell.expression]):
+            self.written_over.append(before)
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Write down a call that is made outside of chunks."""

@@ -124,7 +124,7 @@ class _Carver:
         self._check_memory(nodes)
         results = self._results(nodes)
         exits = self._exits(results)
-        calls = tuple(row_calls(self.heads, exits))
+        calls = tuple(row_calls(self.heads, exits, self.tracer.written_over))
         self._check_shared_memory(nodes, results)
         sources = self._sources(calls, results)
         inside = {*nodes, *self.tracer.absorbed}

@@ -14,8 +14,12 @@ from .types import RowCall
 from .values import ConstantLeaf, Exit, Expression, RowLeaf
 
 
-def row_calls(heads: Sequence[Head], exits: Mapping[Exit, bool]) -> Iterator[RowCall]:
+def row_calls(
+    heads: Sequence[Head], exits: Mapping[Exit, bool], written_over: Sequence[Expression]
+) -> Iterator[RowCall]:
     """Calls that give ``exits``; of each, whether a gradient may reach it.
+
+    Refused if a gradient of 0 goes to what nothing but ``written_over`` is made of.
 
     What is made of the same heads and the same rows is one call.
     """
@@ -30,10 +34,15 @@ def row_calls(heads: Sequence[Head], exits: Mapping[Exit, bool]) -> Iterator[Row
         groups.append(merged)
     for space, numbers, of_group in groups:
         of_call = {number: heads[number] for number in sorted(numbers)}
-        yield _row_call(space, of_call, {exit: exits[exit] for exit in of_group})
+        yield _row_call(space, of_call, {exit: exits[exit] for exit in of_group}, written_over)
 
 
-def _row_call(space: Space, heads: Mapping[int, Head], exits: Mapping[Exit, bool]) -> RowCall:
+def _row_call(
+    space: Space,
+    heads: Mapping[int, Head],
+    exits: Mapping[Exit, bool],
+    written_over: Sequence[Expression],
+) -> RowCall:
     steps: dict[Expression, None] = {}
     for exit in exits:
         collect(exit.expression, steps)
@@ -68,7 +77,8 @@ def _row_call(space: Space, heads: Mapping[int, Head], exits: Mapping[Exit, bool
     )
     ends = [exit.expression for exit, has_gradient in exits.items() if has_gradient]
     reached = with_gradient(ends)
-    if ends and reached.isdisjoint(given[: len(heads)]):
+    leaves_nothing = with_gradient(written_over).intersection(given) - reached
+    if ends and (leaves_nothing or reached.isdisjoint(given[: len(heads)])):
         raise Refused("what is made of the logits has a gradient, but one of 0")
     return RowCall(
         heads=tuple(heads.values()),

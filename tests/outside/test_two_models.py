@@ -152,6 +152,45 @@ def test_two_calls_of_one_model():
     torch.testing.assert_close(found, eager)
 
 
+MIXED = [
+    *(lambda a, b: a - b, lambda a, b: 1.5 * a - 0.5 * b, lambda a, b: a.log_softmax(-1) * b),
+    torch.maximum,
+]
+USES = [
+    lambda z: z[..., 3].fill_(-1e4),
+    lambda z: z.zero_(),
+    lambda z: z.clone(),
+]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("mix", MIXED)
+@pytest.mark.parametrize("records", [False, True])
+def test_one_is_read_or_written_to_once_both_are_mixed(mix, use, which, records):
+    """What was made of both is that of before."""
+    models = [Model(), Model()]
+    compiled, (x, _) = [rewrite(model) for model in models], batch()
+    found = []
+    for student, teacher in (compiled, models):
+        with torch.set_grad_enabled(records):
+            a = student(x)
+        with torch.no_grad():
+            b = teacher(x)
+        with torch.set_grad_enabled(records):
+            mixed = mix(a, b)
+        with torch.no_grad():
+            use((a, b)[which])
+        numbers = mixed.logsumexp(-1), mixed.amax(-1), mixed + 0
+        gradient = None
+        if records and mix is MIXED[0]:
+            (mixed + 0).square().mean().backward()
+            gradient = models[0].head.weight.grad.clone()
+            models[0].zero_grad()
+        found.append(([one.detach() for one in numbers], gradient))
+    torch.testing.assert_close(*found)
+
+
 def test_ways_of_use_are_kept():
     models, (x, y) = (Model(), Model()), batch()
     student, teacher = map(rewrite, models)
