@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import sys
 import traceback
 import weakref
 from collections.abc import Callable
@@ -83,11 +84,16 @@ def _keep_what_a_step_changes(optimizer: Any) -> None:
 
 @functools.cache
 def _watch_optimizers() -> None:
-    # Not when this is imported: torch itself may be, and not have got that far.
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     # Where a step is compiled, it is called as it is.
     register_optimizer_step_pre_hook(never_compiled(_before_step))
+
+
+# The first logits of all may be returned inside of a step, in its closure. If torch itself is being
+# imported, and has not got that far, they have to do.
+if "torch.optim.optimizer" in sys.modules:
+    _watch_optimizers()
 
 
 def tell(func: Callable[..., Any], cell: Cell) -> None:

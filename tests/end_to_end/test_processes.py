@@ -209,3 +209,35 @@ def test_beside_other_settings_and_passes(steps, rewritten):
     """
     script = "".join(map(textwrap.dedent, [code, *(f"{step}\n" for step in steps), use]))
     assert output_of(script) == f"1 {rewritten}"
+
+
+FIRST_STEP = """
+import torch, torch.nn.functional as F
+from torch import nn
+import lmhead_pass
+
+model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4096))
+compiled = torch.compile(model)
+optimizer = torch.optim.SGD(model.parameters(), 1.0)
+x, y, seen = torch.randn(9, 8), torch.randint(4096, (9,)), []
+expected = model(x).detach().clone()
+
+def closure():
+    optimizer.zero_grad()
+    logits = compiled(x)
+    seen.append((logits.detach(), type(logits).__name__))
+    loss = F.cross_entropy(logits, y)
+    loss.backward()
+    return loss
+
+optimizer.step(closure)
+(logits, name), = seen
+torch.testing.assert_close(logits + 0, expected)
+print(name)
+"""
+
+
+@pytest.mark.codegen
+def test_first_logits_of_all_are_returned_inside_of_a_step():
+    """As by Lightning, which gives each step a closure: they keep the head that they were of."""
+    assert output_of(FIRST_STEP, is_fresh=True) == "LazyLogits"
