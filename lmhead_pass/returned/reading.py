@@ -38,7 +38,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | No
     A closure among them runs the model, and the head is changed after it.
     """
     _keep_what_a_step_changes(optimizer)
-    if not any(callable(leaf) for leaf in (*args[1:], *kwargs.values())):
+    if not any(map(_may_be_closure, (*args[1:], *kwargs.values()))):
         return None
 
     def then_keep(leaf: Any) -> Any:
@@ -47,11 +47,16 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | No
             _keep_what_a_step_changes(optimizer)
             return result
 
-        return closure if callable(leaf) else leaf
+        return closure if _may_be_closure(leaf) else leaf
 
     (itself, *others) = args
     named = {name: then_keep(leaf) for name, leaf in kwargs.items()}
     return (itself, *map(then_keep, others)), named
+
+
+def _may_be_closure(argument: Any) -> bool:
+    # A model can be called, and an optimizer that is given one looks into it.
+    return callable(argument) and not isinstance(argument, torch.nn.Module)
 
 
 def _keep_what_a_step_changes(optimizer: Any) -> None:
