@@ -64,7 +64,8 @@ LOGITS_THEMSELVES = {
     Tensor.__getitem__,
     *_functions("gather", "take_along_dim", "amax", "max", "amin", "min"),
 }
-"""Of those, the ones that return logits as they are."""
+"""Of ``COMPUTED``, what returns logits as they are."""
+# Without a gradient, so that what is compared may be other tensors of the same values.
 COMPARING = _functions(
     *("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal"),
     *("not_equal", "__gt__", "__ge__", "__lt__", "__le__", "__eq__", "__ne__", "equal"),

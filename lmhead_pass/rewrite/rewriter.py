@@ -43,9 +43,9 @@ def rewrite_graph(
 
     If it is to be ``in_one_call``, what would take several fused ones, each with a gradient of the
     weight, is run in chunks where that is possible. A checkpointed region is left to the graph that
-    calls it. With ``keeps_note`` the graph can
-    report again where a cache has it. A failure leaves the graph as it was, and is reported, or
-    raised if ``config.strict``. MemoryBudgetTooSmall is raised in any case.
+    calls it. With ``keeps_note`` the graph can report again where a cache has it. A failure leaves
+    the graph as it was, and is reported, or raised if ``config.strict``. MemoryBudgetTooSmall is
+    raised in any case.
     """
     if why_not_rewritten(graph) is not None or will_be_seen_with_its_caller(graph):
         return False
@@ -54,7 +54,7 @@ def rewrite_graph(
         with new_symbols_are_dropped(graph):
             calls, refusals = prepare(edit, of_loss_alone)
             for in_chunks in (True, False):
-                if not in_one_call or _count(calls) == 1:
+                if not in_one_call or _count(calls) <= 1:
                     break
                 edit.roll_back()
                 edit = GraphEdit(graph)
@@ -198,8 +198,7 @@ def _emit_instead(
     if len(rewrites) != 1 or not (in_any_case or leaves_gradients_to_backward(rewrites[0])):
         return []
     head = rewrites[0].matches[0].logits.head
-    is_on_cpu = tensor_of(head.node).device.type == "cpu"
-    pays = is_on_cpu or in_any_case
+    pays = in_any_case or tensor_of(head.node).device.type == "cpu"
     if not pays or not _may_have_regions(edit) or not may_be_carved(head):
         return []
     try:
