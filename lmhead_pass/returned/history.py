@@ -99,7 +99,7 @@ class Head(torch.autograd.Function):
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    # Of a weight: what its gradient is made of is large, and nobody else has it.
+    # Of a weight, or hidden states: nobody else has it, and the weight's is large.
     is_own = a.dim() == b.dim() == 2 and a.is_contiguous() and a.dtype == b.dtype
     return a.add_(b) if is_own else a + b
 

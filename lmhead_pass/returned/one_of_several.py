@@ -22,7 +22,6 @@ _MOST_WAYS = 64
 _first_of_several: OrderedDict[object, None] = OrderedDict()
 """How results were taken that others followed, the latest last."""
 
-
 Tensors = Mapping[Cell, tuple[Tensor, ...]]
 """Of each of the logits that models returned: hidden states, weight and bias."""
 

@@ -95,8 +95,8 @@ def _watch_optimizers() -> None:
     register_optimizer_step_pre_hook(never_compiled(_before_step))
 
 
-# The first logits of all may be returned inside of a step, in its closure. If torch itself is being
-# imported, and has not got that far, they have to do.
+# The first logits of all may be returned inside of a step, in its closure, and be late for that.
+# They begin this only where torch itself is being imported, and has not got to its optimizers.
 if "torch.optim.optimizer" in sys.modules:
     _watch_optimizers()
 
